@@ -1,0 +1,93 @@
+"""`dipaco-bootstrap`: prepare a run, be its first peer, look at it.
+
+Nothing heavy is imported until a command runs, so that `--help` answers at once.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from peer.cli import status
+from peer.command_line import CONTEXT_SETTINGS, network_options, one_line_errors, run_async
+
+
+@click.group(context_settings=CONTEXT_SETTINGS)
+@click.version_option(package_name="dipaco")
+def main() -> None:
+    """Start a run that strangers can join, and serve it until it can do without you.
+
+    \b
+    Example:
+      dipaco-bootstrap prepare examples/tiny.toml my-run
+      dipaco-bootstrap serve my-run --host-maddr /ip4/0.0.0.0/tcp/31337
+    """
+
+
+main.add_command(status)
+
+
+@main.command()
+@click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("directory", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: all cores]")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+@click.option("-v", "--verbose", count=True, help="-vv adds tracebacks.")
+@one_line_errors
+def prepare(
+    config: Path,
+    directory: Path,
+    threads: int | None,
+    device: str,
+    verbose: int,  # noqa: ARG001
+) -> None:
+    """Turn the corpus that CONFIG names into a run in DIRECTORY.
+
+    Tokenizer, dense start, router, shards. Interrupted, it continues where it was.
+    """
+    import torch
+    from rich.console import Console
+
+    from bootstrap.prepare import prepare_run
+    from dipaco.config import RunConfig
+    from dipaco.device import find_device
+    from dipaco.progress import StageBars, progress_bars
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    run = RunConfig.from_toml(config.read_text())
+    with progress_bars(Console(stderr=True)) as progress:
+        prepare_run(run, directory, StageBars(progress).update, device=find_device(device))
+    click.echo(f"next: dipaco-bootstrap serve {directory}")
+
+
+@main.command()
+@click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@network_options
+@click.option(
+    "--start-in",
+    type=click.FloatRange(0, 1e7),
+    default=0.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="When slot 0 begins, counted from the first time the run is served.",
+)
+@click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
+@click.option("-v", "--verbose", count=True, help="More detail; -vv adds tracebacks.")
+@one_line_errors
+def serve(
+    directory: Path, start_in: float, quiet: bool, verbose: int, **options: Any
+) -> None:
+    """Be the first address and the first seeder of the run in DIRECTORY.
+
+    Prints the line to hand to volunteers. Ctrl-C leaves in good order; the run goes on without
+    this node as long as volunteers are there.
+    """
+    from bootstrap.node import serve as serve_run
+    from peer.config import PeerConfig
+    from peer.display import Display
+
+    given = {name: value for name, value in options.items() if value not in (None, ())}
+    config = PeerConfig(**{"state_dir": directory, **given})
+    display = Display(quiet=quiet, verbosity=verbose)
+    run_async(serve_run(directory, config, display, start_in=start_in))

@@ -1,0 +1,69 @@
+"""The first peer of a run: a stable identity, the first address, the first seeder.
+
+It keeps every module and takes part in their rounds as a keeper. The run does not need it: once
+volunteers hold everything, it may go (promise P7).
+"""
+
+import asyncio
+import time
+from pathlib import Path
+
+from bootstrap.prepare import START_DIR, load_or_sign_manifest
+from dht.errors import LocalFault
+from dipaco.digest import blob_digest
+from dipaco.errors import ConfigError
+from dipaco.start import Start
+from peer.config import PeerConfig
+from peer.display import Display
+from peer.join import reachable_addresses, stop_on_signals
+from peer.keeper import Keeper
+from peer.providers import Providers
+from peer.session import make_node, open_network, run_directory
+from peer.store import BlobStore
+
+ADDRESS_FILE = "address"
+
+
+async def serve(directory: Path, config: PeerConfig, display: Display, *, start_in: float) -> None:
+    """Serve a prepared run until interrupted; slot 0 begins `start_in` seconds after the first."""
+    try:
+        start = Start.load(directory / START_DIR)
+    except ConfigError as error:
+        raise LocalFault(
+            f"`{directory}` holds no prepared run",
+            hint=f"prepare one: `dipaco-bootstrap prepare CONFIG {directory}`",
+        ) from error
+    manifest = load_or_sign_manifest(directory, start, start_time=time.time() + start_in)
+    raw = manifest.to_bytes()
+    async with open_network(config) as network:
+        run = blob_digest(raw)
+        node = make_node(
+            network, run=run, manifest=manifest, run_dir=run_directory(config.state_dir, run)
+        )
+        display.say("run", f"{manifest.name} ({run[:12]})")
+        await asyncio.to_thread(lambda: _load_blobs(node.store, start, raw))
+        keeper = Keeper(node, Providers(node.swarm, node.store, node.blobs), keep_all=True)
+        stopped = asyncio.Event()
+        stop_on_signals(stopped.set, display)
+        node.events.listen(display.show)
+        async with keeper.running():
+            addresses = await reachable_addresses(network)
+            (directory / ADDRESS_FILE).write_text("\n".join(addresses) + "\n")
+            wait = manifest.start_time - node.now()
+            if wait > 0:
+                display.say("run", f"slot 0 begins in {wait:.0f} s")
+            for address in addresses:
+                display.say("join", f"dipaco-peer join {address}")
+            await stopped.wait()
+        node.events.close()
+    display.say("network", "left the swarm")
+
+
+def _load_blobs(store: BlobStore, start: Start, manifest: bytes) -> None:
+    """Make everything that the manifest names available to others."""
+    store.add(manifest)
+    files = [start.tokenizer_file, start.router_file]
+    files += [start.shard_file(path) for path in start.topology.paths]
+    files += [start.state_file(level.index) for level in start.topology.levels]
+    for file in files:
+        store.add_file(file)

@@ -1,0 +1,11 @@
+"""The swarm's shared memory: small signed records that expire. It carries no tensors.
+
+- `identity`: the Ed25519 key that is both a peer's libp2p ID and the signature on its records;
+- `records` and `keys`: what peers say about themselves, to the byte, and where it lies;
+- `validation`: what every node checks before it stores or believes a record;
+- `swarm`: the interface the rest of the program uses, with two implementations:
+  `kademlia` (hivemind's DHT over libp2p, whose process `daemon` starts) and its twin `memory`;
+- `errors`: the one tree of errors.
+
+The DHT holds rumors: a lie in it may hide a peer, and never changes training.
+"""

@@ -1,0 +1,92 @@
+"""The state of a module, as bytes and on disk.
+
+A state is what every holder of a module at one version has in common, bit for bit: parameters
+and outer momentum, float32, each one flat vector in the canonical order of `model`.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dipaco.digest import blob_digest
+from dipaco.errors import BadState
+from dipaco.tensors import Layout, decode_tensors, encode_tensors, encoded_bytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ModuleState:
+    """Parameters and outer momentum of a module: 1-D, float32, on the CPU, of equal length."""
+
+    parameters: Tensor
+    momentum: Tensor
+
+    def __post_init__(self) -> None:
+        for vector in (self.parameters, self.momentum):
+            if vector.dim() != 1 or vector.dtype != torch.float32 or vector.device.type != "cpu":
+                raise ValueError("a module state is made of 1-D float32 vectors on the CPU")
+        if self.parameters.shape != self.momentum.shape:
+            raise ValueError("parameters and momentum differ in length")
+
+    @classmethod
+    def initial(cls, parameters: Tensor) -> "ModuleState":
+        """The state at version 0: these parameters, no momentum."""
+        return cls(parameters=parameters, momentum=torch.zeros_like(parameters))
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of parameters."""
+        return self.parameters.numel()
+
+
+def encode_state(state: ModuleState) -> bytes:
+    """The state as safetensors: the same state gives the same bytes on every machine."""
+    return encode_tensors({"parameters": state.parameters, "momentum": state.momentum})
+
+
+def state_bytes(num_parameters: int) -> int:
+    """Exact length of an encoded state."""
+    return encoded_bytes(_layout(num_parameters))
+
+
+def decode_state(raw: bytes | memoryview, *, num_parameters: int) -> ModuleState:
+    """The inverse of `encode_state`; BadState on anything odd: size, layout, not finite."""
+    try:
+        tensors = decode_tensors(raw, _layout(num_parameters))
+    except ValueError as error:
+        raise BadState(f"not a module state: {error}") from error
+    if not all(bool(vector.isfinite().all()) for vector in tensors.values()):
+        raise BadState("not a module state: a value is not finite")
+    return ModuleState(parameters=tensors["parameters"], momentum=tensors["momentum"])
+
+
+def state_digest(state: ModuleState) -> str:
+    """Name of the encoded state as a blob: what a certificate says."""
+    return blob_digest(encode_state(state))
+
+
+def write_atomically(file: Path, data: bytes) -> None:
+    """Write a file so that a crash at any instant leaves the old one or the new one, whole."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    # The rename itself is durable only once the directory is.
+    descriptor = os.open(file.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _layout(num_parameters: int) -> Layout:
+    vector = (torch.float32, (num_parameters,))
+    return {"parameters": vector, "momentum": vector}

@@ -1,0 +1,351 @@
+"""What the whole run agrees on: everything that affects numbers, and nothing else.
+
+Device, threads, disk and addresses are a volunteer's own choice and are never here. Read from
+TOML, validated on construction, identified by `RunConfig.fingerprint()`.
+"""
+
+import hashlib
+import json
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
+from difflib import get_close_matches
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from dipaco.errors import ConfigError
+
+MAX_PATHS = 2**16  # a path is chosen and announced one by one; more would be a typing error
+MAX_VOCABULARY = 2**16  # tokens are stored as 16-bit integers
+MAX_INTEGER = 2**31 - 1
+
+
+def _check(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ConfigError(
+            f"{name} is {value}", hint=f"accepted: a value from {low} to {high}, both included"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The network of one path: a Llama of this shape with a tied embedding."""
+
+    vocab_size: int
+    width: int
+    num_blocks: int
+    num_heads: int
+    num_kv_heads: int
+    ffn_width: int
+    sequence_tokens: int
+    rope_theta: float = 10_000.0
+    norm_epsilon: float = 1e-5
+
+    def __post_init__(self) -> None:
+        # 256 bytes, two special tokens, and at least a few merges.
+        _check("model.vocab_size", self.vocab_size, 260, MAX_VOCABULARY)
+        _check("model.width", self.width, 8, 32_768)
+        _check("model.num_blocks", self.num_blocks, 1, 512)
+        _check("model.num_heads", self.num_heads, 1, 512)
+        _check("model.num_kv_heads", self.num_kv_heads, 1, self.num_heads)
+        _check("model.ffn_width", self.ffn_width, 8, 262_144)
+        _check("model.sequence_tokens", self.sequence_tokens, 16, 65_536)
+        _check("model.rope_theta", self.rope_theta, 100.0, 1e9)
+        _check("model.norm_epsilon", self.norm_epsilon, 1e-8, 1e-2)
+        if self.width % (2 * self.num_heads):
+            raise ConfigError(
+                f"model.width is {self.width}",
+                hint=f"accepted: a multiple of twice model.num_heads ({2 * self.num_heads}), "
+                "because rotary positions turn pairs",
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"model.num_kv_heads is {self.num_kv_heads}",
+                hint=f"accepted: a divisor of model.num_heads ({self.num_heads})",
+            )
+
+    @property
+    def head_width(self) -> int:
+        """Width of one attention head."""
+        return self.width // self.num_heads
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TopologyConfig:
+    """How the network is cut: experts per level, and what each path keeps for itself."""
+
+    levels: tuple[int, ...]
+    path_specific_blocks: tuple[int, ...] = ()
+    path_specific_embedding: bool = False
+
+    def __post_init__(self) -> None:
+        _check("number of topology.levels", len(self.levels), 1, 16)
+        for num_experts in self.levels:
+            _check("topology.levels", num_experts, 1, MAX_PATHS)
+        _check("number of paths (product of topology.levels)", self.num_paths, 1, MAX_PATHS)
+        if len(set(self.path_specific_blocks)) != len(self.path_specific_blocks):
+            raise ConfigError(
+                f"topology.path_specific_blocks is {list(self.path_specific_blocks)}",
+                hint="accepted: each block at most once",
+            )
+
+    @property
+    def num_paths(self) -> int:
+        """Number of paths: the product of the levels."""
+        return math.prod(self.levels)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CorpusConfig:
+    """Where documents come from; `python` is the text that every Python installation has."""
+
+    source: Literal["python", "text", "json", "parquet", "hub"]
+    files: tuple[str, ...] = ()
+    name: str = ""
+    config: str = ""
+    split: str = "train"
+    text_column: str = "text"
+    max_documents: int = 10_000
+    max_document_bytes: int = 65_536
+    valid_fraction: float = 0.05
+
+    def __post_init__(self) -> None:
+        _check("corpus.max_documents", self.max_documents, 1, MAX_INTEGER)
+        _check("corpus.max_document_bytes", self.max_document_bytes, 64, 2**24)
+        _check("corpus.valid_fraction", self.valid_fraction, 0.0001, 0.5)
+        if self.source in ("text", "json", "parquet") and not self.files:
+            raise ConfigError(
+                "corpus.files is empty", hint=f"name the {self.source} files to read, in a list"
+            )
+        if self.source == "hub" and not self.name:
+            raise ConfigError(
+                "corpus.name is empty", hint='name a data set of the hub, such as "allenai/c4"'
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DenseStartConfig:
+    """The short dense training from which every module starts (paper Algorithm 1, theta bar)."""
+
+    steps: int
+    learning_rate: float
+    warmup_steps: int
+    batch_sequences: int
+
+    def __post_init__(self) -> None:
+        _check("dense_start.steps", self.steps, 0, MAX_INTEGER)
+        _check("dense_start.learning_rate", self.learning_rate, 0.0, 1.0)
+        _check("dense_start.warmup_steps", self.warmup_steps, 0, MAX_INTEGER)
+        _check("dense_start.batch_sequences", self.batch_sequences, 1, 65_536)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoutingConfig:
+    """How sequences find their path, from their first `prefix_tokens` tokens (paper 2.4)."""
+
+    method: Literal["kmeans"] = "kmeans"
+    prefix_tokens: int = 32
+
+    def __post_init__(self) -> None:
+        _check("routing.prefix_tokens", self.prefix_tokens, 1, 32_768)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InnerConfig:
+    """The inner loop of a path: AdamW with warm-up and cosine (paper 2.6)."""
+
+    batch_sequences: int
+    learning_rate: float
+    final_learning_rate_fraction: float = 0.1
+    warmup_steps: int
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    gradient_clip_norm: float = 1.0
+    train_on_prefix: bool = True
+
+    def __post_init__(self) -> None:
+        _check("inner.batch_sequences", self.batch_sequences, 1, 65_536)
+        _check("inner.learning_rate", self.learning_rate, 0.0, 1.0)
+        _check("inner.final_learning_rate_fraction", self.final_learning_rate_fraction, 0.0, 1.0)
+        _check("inner.warmup_steps", self.warmup_steps, 0, MAX_INTEGER)
+        _check("inner.weight_decay", self.weight_decay, 0.0, 10.0)
+        _check("inner.beta1", self.beta1, 0.0, 0.9999)
+        _check("inner.beta2", self.beta2, 0.0, 0.999999)
+        _check("inner.gradient_clip_norm", self.gradient_clip_norm, 1e-6, 1e6)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OuterConfig:
+    """The outer step of a module: Nesterov on rescaled averages (paper 2.6, 2.7 and 7.1)."""
+
+    learning_rate: float = 0.7
+    momentum: float = 0.9
+    rescale: Literal["sqrt", "none"] = "sqrt"
+    wire_format: Literal["float32", "float16", "int8"] = "float32"
+
+    def __post_init__(self) -> None:
+        _check("outer.learning_rate", self.learning_rate, 0.0, 10.0)
+        _check("outer.momentum", self.momentum, 0.0, 0.9999)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoundsConfig:
+    """The schedule. A round lasts `round_seconds` and holds at most `inner_steps` inner steps."""
+
+    num_rounds: int
+    round_seconds: float
+    inner_steps: int
+    blocking: bool = False
+    num_keepers: int = 2
+    eval_sequences: int = 64
+
+    def __post_init__(self) -> None:
+        _check("rounds.num_rounds", self.num_rounds, 1, MAX_INTEGER)
+        _check("rounds.round_seconds", self.round_seconds, 0.1, 1e6)
+        _check("rounds.inner_steps", self.inner_steps, 1, 1_000_000)
+        _check("rounds.num_keepers", self.num_keepers, 0, 64)
+        _check("rounds.eval_sequences", self.eval_sequences, 1, MAX_INTEGER)
+
+    @property
+    def total_steps(self) -> int:
+        """Inner steps of one path over the whole run, at most."""
+        return self.num_rounds * self.inner_steps
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """One run. Two peers work together only if their fingerprints are equal."""
+
+    name: str
+    seed: int = 0
+    model: ModelConfig
+    topology: TopologyConfig
+    corpus: CorpusConfig
+    dense_start: DenseStartConfig
+    routing: RoutingConfig = field(default_factory=RoutingConfig)
+    inner: InnerConfig
+    outer: OuterConfig = field(default_factory=OuterConfig)
+    rounds: RoundsConfig
+
+    def __post_init__(self) -> None:
+        _check("length of name", len(self.name), 1, 64)
+        _check("seed", self.seed, 0, MAX_INTEGER)
+        for block in self.topology.path_specific_blocks:
+            _check("topology.path_specific_blocks", block, 0, self.model.num_blocks - 1)
+        num_shared = self.model.num_blocks - len(self.topology.path_specific_blocks)
+        if num_shared < len(self.topology.levels):
+            raise ConfigError(
+                f"topology.levels has {len(self.topology.levels)} levels for {num_shared} blocks",
+                hint="accepted: at least one block of model.num_blocks per level, besides "
+                "topology.path_specific_blocks",
+            )
+        if 2 * self.routing.prefix_tokens > self.model.sequence_tokens:
+            raise ConfigError(
+                f"routing.prefix_tokens is {self.routing.prefix_tokens}",
+                hint="accepted: at most half of model.sequence_tokens "
+                f"({self.model.sequence_tokens})",
+            )
+
+    @classmethod
+    def from_toml(cls, text: str) -> "RunConfig":
+        """Read a configuration; ConfigError names the key that is wrong."""
+        try:
+            values = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"not valid TOML: {error}") from error
+        return cls.from_dict(values)
+
+    @classmethod
+    def from_dict(cls, values: object) -> "RunConfig":
+        """The inverse of `to_dict`; ConfigError on anything else, whatever it is."""
+        config = _read(cls, values, "")
+        assert isinstance(config, RunConfig)
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-able values, one dictionary per section."""
+        return {key: _plain(value) for key, value in asdict(self).items()}
+
+    def to_toml(self) -> str:
+        """Every value, defaults included, as TOML that `from_toml` reads."""
+        values = self.to_dict()
+        lines = [_toml_line(k, v) for k, v in values.items() if not isinstance(v, dict)]
+        for section, entries in values.items():
+            if isinstance(entries, dict):
+                lines += ["", f"[{section}]", *(_toml_line(k, v) for k, v in entries.items())]
+        return "\n".join(lines) + "\n"
+
+    def fingerprint(self) -> str:
+        """SHA-256, in hexadecimal, of the canonical JSON of `to_dict`."""
+        canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _plain(value: object) -> Any:  # noqa: ANN401 - JSON has no narrower type
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _toml_line(key: str, value: object) -> str:
+    # A JSON string, number, boolean or list of these is TOML too, but for the DEL character.
+    return f"{key} = {json.dumps(value, ensure_ascii=False)}".replace("\x7f", "\\u007f")
+
+
+def _read(kind: type, values: object, prefix: str) -> object:
+    """Build the dataclass `kind` from `values`, whose keys are called `prefix` + key."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{prefix.rstrip('.') or 'a configuration'} must be a table")
+    known = {entry.name for entry in fields(kind)}
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"unknown key {prefix}{key}", hint=_suggestion(str(key), known))
+    required = {entry.name for entry in fields(kind) if _is_required(entry)}
+    for key in sorted(required - set(values)):
+        raise ConfigError(f"{prefix}{key} is missing", hint=f"add it to the {_where(prefix)}")
+    hints = get_type_hints(kind)
+    return kind(**{key: _coerce(hints[key], values[key], f"{prefix}{key}") for key in values})
+
+
+def _is_required(entry: Field[Any]) -> bool:
+    return entry.default is MISSING and entry.default_factory is MISSING
+
+
+def _suggestion(key: str, known: set[str]) -> str:
+    matches = get_close_matches(key, sorted(known), n=1)
+    return f"did you mean {matches[0]}?" if matches else f"known keys: {', '.join(sorted(known))}"
+
+
+def _where(prefix: str) -> str:
+    return f"section [{prefix.rstrip('.')}]" if prefix else "top of the configuration"
+
+
+def _coerce(kind: Any, value: object, name: str) -> object:  # noqa: ANN401 - a type annotation
+    """`value` as `kind`; ConfigError if it is something else."""
+    if is_dataclass(kind) and isinstance(kind, type):
+        return _read(kind, value, f"{name}.")
+    if get_origin(kind) is tuple and isinstance(value, list | tuple):
+        return tuple(_coerce(get_args(kind)[0], entry, name) for entry in value)
+    if get_origin(kind) is Literal and value in get_args(kind):
+        return value
+    if kind is float and type(value) in (int, float):
+        return _finite(value, name)
+    if isinstance(kind, type) and type(value) is kind:
+        return value
+    raise ConfigError(f"{name} is {value!r:.80}", hint=f"accepted: {_spell(kind)}")
+
+
+def _finite(value: Any, name: str) -> float:  # noqa: ANN401 - int or float
+    if abs(value) > 1e300 or math.isnan(value):
+        raise ConfigError(f"{name} is {value!r:.80}", hint="accepted: a finite number")
+    return float(value)
+
+
+def _spell(kind: Any) -> str:  # noqa: ANN401 - a type annotation
+    if get_origin(kind) is Literal:
+        return " or ".join(repr(choice) for choice in get_args(kind))
+    if get_origin(kind) is tuple:
+        return f"a list of {_spell(get_args(kind)[0])}"
+    words = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+    return words.get(kind, "another value")

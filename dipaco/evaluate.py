@@ -1,0 +1,73 @@
+"""Perplexity, without the routing prefix and without padding (paper 2.4).
+
+The first `prefix_tokens` tokens of a sequence chose its path, so no model is scored on them;
+this holds for dense models too.
+"""
+
+# ruff: noqa: N803, N806 - tensors carry their shape in their name
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED = -100  # torch's own mark for a target that does not count
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """Summed negative log-likelihood (nats) over the tokens that count. Evaluations add up."""
+
+    nll_sum: float
+    num_tokens: int
+
+    def __add__(self, other: "Evaluation") -> "Evaluation":
+        return Evaluation(
+            nll_sum=self.nll_sum + other.nll_sum, num_tokens=self.num_tokens + other.num_tokens
+        )
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean; infinite if nothing was counted or it overflows."""
+        mean = self.nll_sum / self.num_tokens if self.num_tokens else math.inf
+        return math.exp(mean) if mean < 700 else math.inf
+
+
+NOTHING = Evaluation(nll_sum=0.0, num_tokens=0)
+
+
+def targets_of(tokens_BT: Tensor, *, prefix_tokens: int, pad: int) -> Tensor:
+    """The token after each position [B, T]; IGNORED for padding, the prefix and the last one.
+
+    `prefix_tokens` = 1 counts every token that has one before it.
+    """
+    targets_BT = torch.full_like(tokens_BT, IGNORED)
+    start = max(prefix_tokens, 1)
+    targets_BT[:, start - 1 : -1] = tokens_BT[:, start:]
+    return targets_BT.masked_fill_(targets_BT == pad, IGNORED)
+
+
+@torch.no_grad()
+def evaluate(
+    forward: Callable[[Tensor], Tensor],
+    tokens_NT: Tensor,
+    *,
+    prefix_tokens: int,
+    pad: int,
+    batch_sequences: int,
+) -> Evaluation:
+    """Score all sequences; `forward` gives logits [B, T, V] for tokens [B, T] on its device."""
+    nll_sum = 0.0
+    num_tokens = 0
+    for tokens_BT in torch.split(tokens_NT, batch_sequences):
+        targets_BT = targets_of(tokens_BT, prefix_tokens=prefix_tokens, pad=pad)
+        logits_BTV = forward(tokens_BT).float()
+        nll = F.cross_entropy(
+            logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+        nll_sum += nll.item()
+        num_tokens += int((targets_BT != IGNORED).sum())
+    return Evaluation(nll_sum=nll_sum, num_tokens=num_tokens)

@@ -1,0 +1,281 @@
+"""The inner loop of one path on one device (paper Algorithm 1, lines 5 to 8).
+
+What batches a path sees, and in which order, follows from the run's seed, the path, the
+replica and the number of steps its optimizer has taken; nothing else. With float32 on the CPU
+and one number of threads, the same steps therefore give the same bits.
+"""
+
+# ruff: noqa: N803, N806 - tensors carry their shape in their name
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dipaco.checkpoint import write_atomically
+from dipaco.config import InnerConfig, RunConfig
+from dipaco.evaluate import IGNORED, NOTHING, Evaluation, evaluate, targets_of
+from dipaco.model import PathNet, read_module, write_module
+from dipaco.shards import PAD, Rows, Shard
+from dipaco.tensors import decode_tensors, encode_tensors, layout_of
+from dipaco.topology import ModuleID, PathID, Topology
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+OptimizerName = Literal["adamw", "adamw8bit"]
+
+_IDENTITY = "identity"
+# Parameters, gradients, and working space of activations besides the optimizer, in bytes per
+# parameter: 4 + 4, and as much again.
+_TRAINING_BYTES_PER_PARAMETER = 16
+_ADAMW_BYTES_PER_PARAMETER = 8
+
+
+def learning_rate(
+    config: InnerConfig, *, position_steps: int, total_steps: int, fresh_steps: int
+) -> float:
+    """Learning rate of one inner step: cosine over the run, warm-up over the optimizer's life.
+
+    `position_steps` is where the run is (version x inner_steps + step within the round), the
+    same for every peer; `fresh_steps` counts the steps since this optimizer had no state, so
+    that a peer that arrives late, or takes another path, warms up too.
+    """
+    warmup = min(1.0, (fresh_steps + 1) / (config.warmup_steps + 1))
+    progress = min(1.0, position_steps / total_steps)
+    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
+    final = config.final_learning_rate_fraction
+    return config.learning_rate * warmup * (final + (1.0 - final) * cosine)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerChoice:
+    """Which optimizer to use, and why, in words for a person."""
+
+    name: OptimizerName
+    reason: str
+
+
+def choose_optimizer(num_parameters: int, free_memory_bytes: int | None) -> OptimizerChoice:
+    """AdamW, or its 8-bit form where the memory of a GPU is short.
+
+    `free_memory_bytes` is None on a CPU.
+    """
+    if free_memory_bytes is None:
+        return OptimizerChoice(name="adamw", reason="the CPU trains with 32-bit AdamW")
+    needed = num_parameters * (_TRAINING_BYTES_PER_PARAMETER + _ADAMW_BYTES_PER_PARAMETER)
+    sizes = f"{needed / 2**30:.1f} GiB needed, {free_memory_bytes / 2**30:.1f} GiB free"
+    if needed <= free_memory_bytes:
+        return OptimizerChoice(name="adamw", reason=f"32-bit AdamW fits the GPU: {sizes}")
+    return OptimizerChoice(name="adamw8bit", reason=f"GPU memory is short for AdamW: {sizes}")
+
+
+class Batches:
+    """The training rows of a path in endless random order, addressed by step."""
+
+    def __init__(
+        self, rows: Rows, *, batch_sequences: int, seed: int, path: PathID, replica: int
+    ) -> None:
+        self._rows = rows
+        self._batch_sequences = batch_sequences
+        self._entropy = (seed, replica, len(path.experts), *path.experts)
+        self._orders: dict[int, NDArray[np.int64]] = {}
+
+    def batch(self, step: int) -> Tensor:
+        """Tokens [B, T] (int64) of one step. Each epoch shows every row once, in a new order."""
+        start = step * self._batch_sequences
+        picked = [self._row_number(start + i) for i in range(self._batch_sequences)]
+        return torch.from_numpy(self._rows[picked].astype(np.int64))
+
+    def _row_number(self, position: int) -> int:
+        epoch, index = divmod(position, len(self._rows))
+        if epoch not in self._orders:
+            generator = np.random.default_rng((*self._entropy, epoch))
+            # A batch spans few epochs; older orders are not needed again.
+            self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1}
+            self._orders[epoch] = generator.permutation(len(self._rows))
+        return int(self._orders[epoch][index])
+
+
+class PathTrainer:
+    """Trains one path on one device. Not for two threads at once, but for any thread.
+
+    Modules must be written before the first step. On a GPU the network runs in bfloat16
+    autocast over float32 parameters. `replica` sets apart the batches of peers on one path.
+    """
+
+    def __init__(  # noqa: PLR0913 - what the run says, then what the volunteer says
+        self,
+        config: RunConfig,
+        topology: Topology,
+        path: PathID,
+        shard: Shard,
+        *,
+        device: torch.device | str = "cpu",
+        optimizer: OptimizerName = "adamw",
+        replica: int = 0,
+    ) -> None:
+        self.config = config
+        self.topology = topology
+        self.path = path
+        self.modules = topology.modules_of(path)
+        self.device = torch.device(device)
+        self.num_steps = 0
+        """Steps this optimizer has taken since it was new."""
+        self._shard = shard
+        self._batches = Batches(
+            shard.train,
+            batch_sequences=config.inner.batch_sequences,
+            seed=config.seed,
+            path=path,
+            replica=replica,
+        )
+        self._net = PathNet(config.model, self.device)
+        self._parameters = list(self._net.parameters())
+        self._optimizer_name = optimizer
+        self._optimizer = _new_optimizer(self._net, optimizer, config.inner)
+        self._identity = f"{optimizer} {path} {replica} {config.fingerprint()}"
+        self._prefix_tokens = 1 if config.inner.train_on_prefix else config.routing.prefix_tokens
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one inner step as contributions count them: padding included."""
+        return self.config.inner.batch_sequences * self.config.model.sequence_tokens
+
+    def write_module(self, module: ModuleID, vector: Tensor) -> None:
+        """Set the parameters of one of the path's modules; the optimizer's state stays."""
+        self._require(module)
+        write_module(self._net, self.topology, module, vector)
+
+    def read_module(self, module: ModuleID) -> Tensor:
+        """The parameters of one of the path's modules: a new float32 vector on the CPU."""
+        self._require(module)
+        return read_module(self._net, self.topology, module)
+
+    def train_step(self, position_steps: int) -> Tensor:
+        """One inner step; returns the mean loss (nats per token) as a detached 0-d tensor.
+
+        Does not wait for the device: reading the loss does.
+        """
+        lr = learning_rate(
+            self.config.inner,
+            position_steps=position_steps,
+            total_steps=self.config.rounds.total_steps,
+            fresh_steps=self.num_steps,
+        )
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        tokens_BT = self._batches.batch(self.num_steps)
+        targets_BT = targets_of(tokens_BT, prefix_tokens=self._prefix_tokens, pad=PAD)
+        logits_BTV = self._forward(tokens_BT.to(self.device, non_blocking=True))
+        loss = F.cross_entropy(
+            logits_BTV.flatten(0, 1).float(),
+            targets_BT.to(self.device, non_blocking=True).flatten(),
+            ignore_index=IGNORED,
+        )
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self._parameters, self.config.inner.gradient_clip_norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.num_steps += 1
+        return loss.detach()
+
+    def evaluate(self, max_sequences: int) -> Evaluation:
+        """Score at most `max_sequences` of the shard's validation rows."""
+        return self.evaluate_rows(self._shard.valid[:max_sequences])
+
+    def evaluate_rows(self, rows: Rows) -> Evaluation:
+        """Score any rows [n, T]."""
+        if not len(rows):
+            return NOTHING
+        return evaluate(
+            self._forward,
+            torch.from_numpy(rows.astype(np.int64)).to(self.device),
+            prefix_tokens=self.config.routing.prefix_tokens,
+            pad=PAD,
+            batch_sequences=self.config.inner.batch_sequences,
+        )
+
+    def save_optimizer(self, file: Path) -> None:
+        """Write the optimizer's state and step count, whole or not at all."""
+        write_atomically(file, encode_tensors(self._optimizer_tensors()))
+
+    def load_optimizer(self, file: Path) -> bool:
+        """Continue where `save_optimizer` left off; False, and no change, if that cannot be.
+
+        The file may be absent, damaged, or of another run, path, replica or optimizer.
+        """
+        try:
+            raw = file.read_bytes()
+            tensors = decode_tensors(raw, layout_of(raw))
+            identity = tensors.pop(_IDENTITY)
+            if bytes(identity.numpy()) != self._identity.encode():
+                return False
+            num_steps = int(tensors.pop("num_steps"))
+            state = self._optimizer_state(tensors)
+        except (OSError, ValueError, LookupError):
+            return False
+        for parameter, entries in zip(self._parameters, state, strict=True):
+            self._optimizer.state[parameter] = entries
+        self.num_steps = num_steps
+        return True
+
+    def _require(self, module: ModuleID) -> None:
+        if module not in self.modules:
+            raise ValueError(f"module {module} is not on path {self.path}")
+
+    def _forward(self, tokens_BT: Tensor) -> Tensor:
+        with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
+            logits_BTV: Tensor = self._net(tokens_BT)
+        return logits_BTV
+
+    def _optimizer_tensors(self) -> dict[str, Tensor]:
+        """The optimizer's state by `parameter number.key`; whole numbers become int64 scalars."""
+        tensors = {
+            _IDENTITY: torch.frombuffer(bytearray(self._identity.encode()), dtype=torch.uint8),
+            "num_steps": torch.tensor(self.num_steps),
+        }
+        for number, parameter in enumerate(self._parameters):
+            for key, value in self._optimizer.state[parameter].items():
+                tensors[f"{number}.{key}"] = torch.as_tensor(value).cpu()
+        return tensors
+
+    def _optimizer_state(self, tensors: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+        """The inverse of `_optimizer_tensors`; ValueError if it does not fit the network."""
+        state: list[dict[str, Any]] = [{} for _ in self._parameters]
+        for name, tensor in tensors.items():
+            number, key = name.split(".")
+            is_count = tensor.dtype == torch.int64
+            state[int(number)][key] = int(tensor) if is_count else tensor.to(self.device)
+        keys = (
+            ("exp_avg", "exp_avg_sq") if self._optimizer_name == "adamw" else ("state1", "state2")
+        )
+        for parameter, entries in zip(self._parameters, state, strict=True):
+            if "step" not in entries or any(entries[key].shape != parameter.shape for key in keys):
+                raise ValueError("the optimizer's state is of another network")
+        return state
+
+
+def _new_optimizer(net: PathNet, name: OptimizerName, config: InnerConfig) -> torch.optim.Optimizer:
+    """AdamW without weight decay on the norms."""
+    parameters = list(net.parameters())
+    groups = [
+        {
+            "params": [p for p in parameters if p.dim() > 1],
+            "weight_decay": config.weight_decay,
+        },
+        {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    betas = (config.beta1, config.beta2)
+    if name == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        optimizer: torch.optim.Optimizer = AdamW8bit(groups, lr=0.0, betas=betas)
+        return optimizer
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)

@@ -1,0 +1,231 @@
+"""The network of one path: a Llama, cut into modules by the topology.
+
+RMSNorm, rotary positions, SwiGLU, grouped-query attention, and an embedding tied with the head.
+Parameters are named as in Llama checkpoints. A module is handed around as one flat vector: its
+parameters in canonical order (the order of `parameter_shapes`), concatenated, float32.
+
+Shape suffixes: B sequences, T tokens, D width, H heads, K key/value heads, C head width,
+V vocabulary.
+"""
+
+# ruff: noqa: N803, N806 - tensors carry their shape in their name
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dipaco.config import ModelConfig
+from dipaco.topology import ModuleID, Topology
+
+_INITIAL_STD = 0.02  # GPT-2's, kept by Llama
+EMBEDDING = "model.embed_tokens.weight"
+FINAL_NORM = "model.norm.weight"
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, over the last dimension."""
+
+    def __init__(self, width: int, epsilon: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.epsilon = epsilon
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Normalize."""
+        return F.rms_norm(x_BTD, self.weight.shape, self.weight, self.epsilon)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with rotary positions."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        kv_width = config.num_kv_heads * config.head_width
+        self.head_width = config.head_width
+        self.is_grouped = config.num_kv_heads != config.num_heads
+        self.q_proj = nn.Linear(config.width, config.width, bias=False)
+        self.k_proj = nn.Linear(config.width, kv_width, bias=False)
+        self.v_proj = nn.Linear(config.width, kv_width, bias=False)
+        self.o_proj = nn.Linear(config.width, config.width, bias=False)
+
+    def forward(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        """Mix positions; `rotation` as `rotary_tables` returns it."""
+        q_BHTC = rotate(self._heads(self.q_proj(x_BTD)), rotation)
+        k_BKTC = rotate(self._heads(self.k_proj(x_BTD)), rotation)
+        v_BKTC = self._heads(self.v_proj(x_BTD))
+        mixed_BHTC = F.scaled_dot_product_attention(
+            q_BHTC, k_BKTC, v_BKTC, is_causal=True, enable_gqa=self.is_grouped
+        )
+        mixed: Tensor = self.o_proj(mixed_BHTC.transpose(1, 2).flatten(2))
+        return mixed
+
+    def _heads(self, x_BTD: Tensor) -> Tensor:
+        num_sequences, num_tokens, width = x_BTD.shape
+        heads = (num_sequences, num_tokens, width // self.head_width, self.head_width)
+        return x_BTD.view(heads).transpose(1, 2)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.width, config.ffn_width, bias=False)
+        self.up_proj = nn.Linear(config.width, config.ffn_width, bias=False)
+        self.down_proj = nn.Linear(config.ffn_width, config.width, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Transform each position on its own."""
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+        return out
+
+
+class Block(nn.Module):
+    """One transformer block, normalized before each half."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.width, config.norm_epsilon)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.width, config.norm_epsilon)
+        self.mlp = FeedForward(config)
+
+    def forward(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        """Attention, then feed-forward, each added to its input."""
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotation)
+        out: Tensor = x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+        return out
+
+
+class Trunk(nn.Module):
+    """Everything but the head; exists so that parameters are named as in Llama checkpoints."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_blocks))
+        self.norm = RMSNorm(config.width, config.norm_epsilon)
+
+
+class PathNet(nn.Module):
+    """The network of one path. Parameters are uninitialized: write modules or call `initialize`."""
+
+    def __init__(self, config: ModelConfig, device: torch.device | str = "cpu") -> None:
+        super().__init__()
+        self.config = config
+        with torch.device("meta"):  # no time is spent on values that are overwritten
+            self.model = Trunk(config)
+        self.to_empty(device=device)
+        self._rotations: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+
+    def hidden(self, tokens_BT: Tensor) -> Tensor:
+        """Output [B, T, D] of the last block, before the final norm."""
+        x_BTD: Tensor = self.model.embed_tokens(tokens_BT)
+        rotation = self._rotation(tokens_BT.shape[1], tokens_BT.device)
+        for block in self.model.layers:
+            x_BTD = block(x_BTD, rotation)
+        return x_BTD
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """Logits [B, T, V] of the token after each position."""
+        x_BTD = self.model.norm(self.hidden(tokens_BT))
+        return F.linear(x_BTD, self.model.embed_tokens.weight)
+
+    def _rotation(self, num_tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        if (num_tokens, device) not in self._rotations:
+            tables = rotary_tables(self.config, num_tokens)
+            self._rotations[num_tokens, device] = (tables[0].to(device), tables[1].to(device))
+        return self._rotations[num_tokens, device]
+
+
+def initialize(net: PathNet, seed: int) -> None:
+    """Random parameters from a seed, the same on every device: GPT-2's scaled normal values."""
+    generator = torch.Generator().manual_seed(seed)
+    residual_std = _INITIAL_STD / math.sqrt(2 * net.config.num_blocks)
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
+                continue
+            ends_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            values = torch.empty(parameter.shape)
+            values.normal_(
+                0.0, residual_std if ends_residual else _INITIAL_STD, generator=generator
+            )
+            parameter.copy_(values)
+
+
+def rotary_tables(config: ModelConfig, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [T, C] of the rotary angles, the second half repeating the first."""
+    exponents = torch.arange(0, config.head_width, 2, dtype=torch.float64) / config.head_width
+    frequencies = config.rope_theta**-exponents
+    angles = torch.outer(torch.arange(num_tokens, dtype=torch.float64), frequencies)
+    angles = torch.cat([angles, angles], dim=1)
+    return angles.cos().float(), angles.sin().float()
+
+
+def rotate(x_BHTC: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn each pair (c, c + C/2) by its angle, as Llama checkpoints expect."""
+    cos_TC, sin_TC = (table.to(x_BHTC.dtype) for table in rotation)
+    first, second = x_BHTC.chunk(2, dim=-1)
+    return x_BHTC * cos_TC + torch.cat([-second, first], dim=-1) * sin_TC
+
+
+def parameter_shapes(
+    config: ModelConfig, topology: Topology, module: ModuleID
+) -> dict[str, torch.Size]:
+    """Name and shape of each parameter of a module, in canonical order; builds no network."""
+    if module.level == 0:
+        return {
+            EMBEDDING: torch.Size([config.vocab_size, config.width]),
+            FINAL_NORM: torch.Size([config.width]),
+        }
+    shapes = _block_shapes(config)
+    return {
+        f"model.layers.{block}.{name}": shape
+        for block in topology.blocks_of(module)
+        for name, shape in shapes.items()
+    }
+
+
+def num_parameters(config: ModelConfig, topology: Topology, module: ModuleID) -> int:
+    """Number of parameters of a module."""
+    return sum(shape.numel() for shape in parameter_shapes(config, topology, module).values())
+
+
+def read_module(net: PathNet, topology: Topology, module: ModuleID) -> Tensor:
+    """The flat vector of a module: a new float32 tensor on the CPU."""
+    names = parameter_shapes(net.config, topology, module)
+    parts = [net.get_parameter(name).detach().flatten().float() for name in names]
+    return torch.cat(parts).cpu()
+
+
+def write_module(net: PathNet, topology: Topology, module: ModuleID, vector: Tensor) -> None:
+    """Set the parameters of a module from its flat vector; ValueError if the length is wrong."""
+    shapes = parameter_shapes(net.config, topology, module)
+    sizes = [shape.numel() for shape in shapes.values()]
+    if vector.shape != (sum(sizes),):
+        raise ValueError(f"module {module} has {sum(sizes)} parameters, got {list(vector.shape)}")
+    parts = torch.split(vector.to(net.get_parameter(next(iter(shapes))).device), sizes)
+    with torch.no_grad():
+        for (name, shape), part in zip(shapes.items(), parts, strict=True):
+            net.get_parameter(name).copy_(part.view(shape))
+
+
+def _block_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    width, ffn_width = config.width, config.ffn_width
+    kv_width = config.num_kv_heads * config.head_width
+    shapes = {
+        "input_layernorm.weight": (width,),
+        "self_attn.q_proj.weight": (width, width),
+        "self_attn.k_proj.weight": (kv_width, width),
+        "self_attn.v_proj.weight": (kv_width, width),
+        "self_attn.o_proj.weight": (width, width),
+        "post_attention_layernorm.weight": (width,),
+        "mlp.gate_proj.weight": (ffn_width, width),
+        "mlp.up_proj.weight": (ffn_width, width),
+        "mlp.down_proj.weight": (width, ffn_width),
+    }
+    return {name: torch.Size(shape) for name, shape in shapes.items()}

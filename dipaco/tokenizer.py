@@ -1,0 +1,67 @@
+"""Byte-level BPE, trained on the corpus: any text can be encoded, and decoded again exactly."""
+
+from collections.abc import Iterable, Sequence
+
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from dipaco.errors import BadBytes
+from dipaco.shards import END_OF_TEXT, PAD
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|pad|>")
+
+
+class Tokenizer:
+    """Text to token ids and back. Special tokens never come out of text, whatever it says."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._backend.encode_special_tokens = True
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, special ones included."""
+        return self._backend.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without special tokens."""
+        return self._backend.encode(text).ids
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of many texts, in parallel."""
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts)]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of token ids; special tokens are left out."""
+        return self._backend.decode(tokens)
+
+    def to_bytes(self) -> bytes:
+        """The tokenizer as the JSON that Hugging Face's tools read (`tokenizer.json`)."""
+        return self._backend.to_str().encode()
+
+    @classmethod
+    def from_bytes(cls, raw: bytes, *, vocab_size: int) -> "Tokenizer":
+        """The inverse of `to_bytes`; BadBytes if `raw` is no tokenizer of this vocabulary."""
+        try:
+            backend = Backend.from_str(raw.decode())
+        except Exception as error:  # the library raises nothing narrower
+            raise BadBytes(f"not a tokenizer: {error!s:.100}") from error
+        special = [backend.token_to_id(token) for token in SPECIAL_TOKENS]
+        if special != [END_OF_TEXT, PAD] or backend.get_vocab_size() > vocab_size:
+            raise BadBytes("not a tokenizer of this run: special tokens or vocabulary differ")
+        return cls(backend)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A tokenizer of at most `vocab_size` tokens; fewer if the texts do not give that many."""
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return Tokenizer(backend)

@@ -1,0 +1,180 @@
+"""Getting a module from others: its certificates, checked back to the manifest, then one state.
+
+Head records say who claims which version; they are rumours, so the best claim is tried first and
+believed only as far as its certificates reach. Two histories that differ resolve by the fixed rule
+at the first version where they do.
+"""
+
+import asyncio
+from collections.abc import Sequence
+
+from dht.errors import BadMessage, PeerFault, SwarmError, Unreachable
+from dht.records import Head
+from dipaco.checkpoint import decode_state, state_bytes
+from dipaco.errors import BadState
+from dipaco.topology import ModuleID
+from peer.certificate import check_chain, preferred
+from peer.member import CHAIN_PROTOCOL, Member
+from peer.messages import MAX_MESSAGE_BYTES, Certificate, ChainReply, ChainRequest
+from peer.node import Node
+from peer.providers import Providers
+from peer.round import Rounds
+
+MAX_HOLDERS_TRIED = 4
+CHAIN_TIMEOUT_SECONDS = 15.0
+STATE_SECONDS_BASE = 30.0
+STATE_BYTES_PER_SECOND = 100_000.0  # the slowest source that is still waited for
+
+
+class CatchUp:
+    """Brings held modules up to what the swarm has certified."""
+
+    def __init__(self, node: Node, member: Member, rounds: Rounds, providers: Providers) -> None:
+        self._node = node
+        self._member = member
+        self._rounds = rounds
+        self._providers = providers
+        self._locks: dict[ModuleID, asyncio.Lock] = {}
+
+    async def open(self, module: ModuleID) -> bool:
+        """Hold `module` at the newest certified version that can be had; False if none can."""
+        node = self._node
+        if module not in node.log.held:
+            await node.offload(lambda: node.log.open(module))
+        await self.refresh(module)
+        if module in node.log.held:
+            return True
+        ref = node.manifest.start_state(module)
+        try:
+            await self._providers.obtain(ref)
+        except SwarmError:
+            return False
+        node.log.adopt(module, [])
+        return True
+
+    async def refresh(self, module: ModuleID) -> bool:
+        """Move to a newer certified version if some holder has one; True if this changed anything."""
+        async with self._locks.setdefault(module, asyncio.Lock()):
+            heads = await self._rounds.heads(module, max_age_seconds=0.0)
+            held = self._node.log.held.get(module)
+            version = held.version if held is not None else 0
+            ours = held.certificate.digest if held is not None and held.certificate else ""
+            claims = [
+                head
+                for head in sorted(heads, key=lambda head: -head.version)
+                if head.peer != self._node.peer_id
+                and (
+                    head.version > version or (head.version == version and head.certificate != ours)
+                )
+                and head.version > 0
+            ]
+            for head in claims[:MAX_HOLDERS_TRIED]:
+                try:
+                    if await self._follow(module, head, claims):
+                        return True
+                except (PeerFault, Unreachable) as error:
+                    self._node.faults.count(error, head.peer)
+        return False
+
+    async def _follow(self, module: ModuleID, head: Head, heads: Sequence[Head]) -> bool:
+        """Take up the history that `head`'s peer shows, if it is one and better than ours."""
+        node = self._node
+        held = node.log.held.get(module)
+        chain = list(held.chain) if held is not None else []
+        theirs = await self._chain(module, head.peer, first_version=max(1, len(chain)))
+        if chain and theirs and theirs[0].digest != chain[-1].digest:
+            theirs = await self._chain(module, head.peer, first_version=1)
+            chain = _common(chain, theirs)
+        elif chain and theirs:
+            theirs = theirs[1:]
+        theirs = [certificate for certificate in theirs if certificate.version > len(chain)]
+        if not theirs or not self._is_better(module, chain, theirs):
+            return False
+        start = node.manifest.start_state(module).digest
+        parent = chain[-1] if chain else None
+        await node.offload(lambda: check_chain(theirs, parent, start_state=start, sender=head.peer))
+        if any(certificate.proposal.run != node.run or certificate.module != str(module)
+               for certificate in theirs):  # fmt: skip
+            raise BadMessage(head.peer, "certificates of another run or module")
+        await self._fetch_state(module, theirs[-1], heads)
+        if node.log.held.get(module) is not held:
+            return True  # the round itself brought us forward meanwhile
+        node.log.adopt(module, [*chain, *theirs])
+        node.events.write(
+            "caught up",
+            module=str(module),
+            version=theirs[-1].version,
+            state=theirs[-1].result,
+            certificate=theirs[-1].digest,
+            versions=len(theirs),
+        )
+        self._member.caught_up(module, theirs[-1])
+        return True
+
+    def _is_better(
+        self, module: ModuleID, common: list[Certificate], theirs: list[Certificate]
+    ) -> bool:
+        held = self._node.log.held.get(module)
+        if held is None or len(held.chain) == len(common):
+            return True
+        ours = held.chain[len(common)]
+        better = preferred(ours, theirs[0]) is theirs[0]
+        self._node.events.write("fork", module=str(module), version=ours.version, lost=better)
+        return better
+
+    async def _chain(self, module: ModuleID, peer: str, *, first_version: int) -> list[Certificate]:
+        """Certificates from `first_version` on; as many requests as it takes, each bounded."""
+        limit = self._node.manifest.run_config.rounds.num_rounds
+        chain: list[Certificate] = []
+        while len(chain) <= limit:
+            request = ChainRequest(
+                run=self._node.run, module=str(module), first_version=first_version + len(chain)
+            )
+            raw = await self._node.transport.request(
+                peer,
+                CHAIN_PROTOCOL,
+                request.to_bytes(),
+                timeout_seconds=CHAIN_TIMEOUT_SECONDS,
+                max_response_bytes=MAX_MESSAGE_BYTES,
+            )
+            reply = ChainReply.from_bytes(raw, sender=peer)
+            if not reply.certificates:
+                return chain
+            for certificate in reply.certificates:
+                if certificate.version != first_version + len(chain):
+                    raise BadMessage(peer, "certificates out of order")
+                chain.append(certificate)
+        raise BadMessage(peer, "more certificates than the run has rounds")
+
+    async def _fetch_state(
+        self, module: ModuleID, certificate: Certificate, heads: Sequence[Head]
+    ) -> None:
+        node = self._node
+        num_parameters = node.log.num_parameters(module)
+        size = state_bytes(num_parameters)
+        holders = [head.peer for head in heads if head.state == certificate.result]
+        voters = [vote.peer for vote in certificate.votes]
+        await node.blobs.fetch(
+            certificate.result,
+            [*holders, *voters],
+            max_bytes=size,
+            timeout_seconds=STATE_SECONDS_BASE + size / STATE_BYTES_PER_SECOND,
+        )
+        try:
+            raw = node.store.read(certificate.result)
+            await node.offload(lambda: decode_state(raw or b"", num_parameters=num_parameters))
+        except BadState as error:
+            node.store.remove(certificate.result)
+            raise Unreachable(
+                f"module {module}: a quorum certified a state that is none"
+            ) from error
+
+
+def _common(ours: list[Certificate], theirs: list[Certificate]) -> list[Certificate]:
+    """The shared beginning of two histories."""
+    common: list[Certificate] = []
+    for mine, other in zip(ours, theirs, strict=False):
+        if mine.digest != other.digest:
+            break
+        common.append(mine)
+    return common

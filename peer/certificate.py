@@ -1,0 +1,124 @@
+"""When is a certificate one: the rules that make a module a replicated log. Pure functions.
+
+A certificate is believed when a strict majority of *its own* roster signed the same result in the
+same ballot, and when that roster is the one its parent named. Version 0 has no certificate: it is
+the start state in the signed manifest. A rebuilt roster (after two slots without a commit, or at
+version 1) cannot be checked against the parent; it is accepted when the certificate says so, and two
+certificates that arise from it resolve by `preferred`.
+"""
+
+from collections.abc import Sequence
+
+from dht.errors import BadMessage
+from peer.messages import Certificate, Commitment, Member, Proposal, Vote
+
+
+def quorum_votes(proposal: Proposal, votes: Sequence[Vote]) -> tuple[Vote, ...] | None:
+    """The votes of a quorum for one ballot and one result, or None while there is none.
+
+    `votes` are authentic. Votes of different ballots never add up: a member's earlier vote may have
+    been superseded (single-decree Paxos), so counting it could certify two different results.
+    """
+    seats = {member.peer for member in proposal.roster}
+    equal: dict[tuple[tuple[int, int, str], str], dict[str, Vote]] = {}
+    for vote in votes:
+        if vote.peer in seats and vote.proposal == proposal.digest:
+            equal.setdefault((vote.ballot.order, vote.result), {})[vote.peer] = vote
+    for same in equal.values():
+        if len(same) >= proposal.quorum:
+            return tuple(same[peer] for peer in sorted(same))
+    return None
+
+
+def check_proposal(proposal: Proposal, *, sender: str) -> None:
+    """Raise `BadMessage` unless the proposal is consistent in itself and its signatures hold."""
+
+    def require(condition: bool, why: str) -> None:
+        if not condition:
+            raise BadMessage(sender, f"proposal for {proposal.module}: {why}")
+
+    peers = [commitment.peer for commitment in proposal.contributions]
+    require(len(set(peers)) == len(peers), "a peer contributes twice")
+    ordered = sorted(proposal.contributions, key=contribution_order)
+    require(list(proposal.contributions) == ordered, "contributions out of order")
+    for roster in (proposal.roster, proposal.next_roster):
+        names = [member.peer for member in roster]
+        require(names == sorted(set(names)), "a roster is not sorted or names a peer twice")
+    first = proposal.contributions[0]
+    for commitment in proposal.contributions:
+        require(commitment.run == proposal.run, "a contribution to another run")
+        require(commitment.module == proposal.module, "a contribution to another module")
+        require(
+            commitment.base_version == proposal.version - 1, "a contribution to another version"
+        )
+        require(commitment.base_state == first.base_state, "contributions to different states")
+        require(commitment.is_authentic, "a forged contribution")
+
+
+def check_certificate(certificate: Certificate, *, sender: str) -> None:
+    """Raise `BadMessage` unless a quorum of the certificate's own roster signed it."""
+    proposal = certificate.proposal
+    check_proposal(proposal, sender=sender)
+    for vote in certificate.votes:
+        if vote.ballot != certificate.ballot or vote.result != certificate.result:
+            raise BadMessage(
+                sender, f"certificate for {proposal.module}: a vote for something else"
+            )
+        if not vote.is_authentic:
+            raise BadMessage(sender, f"certificate for {proposal.module}: a forged vote")
+    if quorum_votes(proposal, certificate.votes) is None:
+        raise BadMessage(sender, f"certificate for {proposal.module}: no quorum")
+
+
+def check_link(
+    certificate: Certificate, parent: Certificate | None, *, start_state: str, sender: str
+) -> None:
+    """Raise `BadMessage` unless `certificate` continues `parent` (None: the start state)."""
+    proposal = certificate.proposal
+    version, digest, state = (0, start_state, start_state)
+    if parent is not None:
+        version, digest, state = (parent.version, parent.digest, parent.result)
+    if proposal.version != version + 1 or proposal.parent != digest:
+        raise BadMessage(sender, f"certificate {proposal.module} v{proposal.version}: wrong parent")
+    if any(commitment.base_state != state for commitment in proposal.contributions):
+        raise BadMessage(sender, f"certificate {proposal.module} v{proposal.version}: wrong base")
+    if not proposal.rebuilt and (parent is None or proposal.roster != parent.proposal.next_roster):
+        raise BadMessage(sender, f"certificate {proposal.module} v{proposal.version}: wrong roster")
+
+
+def check_chain(
+    certificates: Sequence[Certificate],
+    parent: Certificate | None,
+    *,
+    start_state: str,
+    sender: str,
+) -> None:
+    """Raise `BadMessage` unless each certificate holds and continues the one before it."""
+    for certificate in certificates:
+        check_certificate(certificate, sender=sender)
+        check_link(certificate, parent, start_state=start_state, sender=sender)
+        parent = certificate
+
+
+def preferred(ours: Certificate, theirs: Certificate) -> Certificate:
+    """Which of two certificates of one version everyone settles on.
+
+    More tokens contributed, then the smaller digest: a rule that needs no further message.
+    """
+    return min(
+        ours, theirs, key=lambda certificate: (-certificate.proposal.tokens, certificate.digest)
+    )
+
+
+def contribution_order(commitment: Commitment) -> tuple[tuple[int, ...], str]:
+    """The order in which contributions are added up: by path, then peer."""
+    return tuple(int(part) for part in commitment.path.split(".")), commitment.peer
+
+
+def roster_of(members: Sequence[Member]) -> tuple[Member, ...]:
+    """Canonical form of a roster: one seat per peer, sorted; a trainer's seat beats a keeper's."""
+    seats: dict[str, Member] = {}
+    for member in members:
+        if member.peer not in seats or seats[member.peer].path is None:
+            seats[member.peer] = member
+    return tuple(seats[peer] for peer in sorted(seats))

@@ -1,0 +1,77 @@
+"""`dipaco-peer check`: a dry run of everything that could go wrong, each with its fix."""
+
+import resource
+import shutil
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from dht.errors import SwarmError
+from peer.config import PeerConfig
+from peer.devices import choose_device
+from peer.hello import clock_skew_seconds, say_hello
+from peer.join import check_disk, reachable_addresses
+from peer.session import fetch_manifest, find_run, open_network, run_directory
+
+MIN_OPEN_FILES = 1024  # one per stream and blob, p2pd's own not counted
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """One thing that was looked at."""
+
+    name: str
+    ok: bool
+    text: str
+    fix: str = ""
+
+
+async def run_checks(config: PeerConfig) -> AsyncIterator[Finding]:
+    """Look at everything that `join` needs; a finding as soon as it is there."""
+    yield check_open_files()
+    try:
+        async with open_network(config) as network:
+            yield Finding(name="swarm", ok=True, text="entered through the given address")
+            found = await find_run(network, config.initial_peers)
+            asked_at = network.swarm.now()
+            reply = await say_hello(network.transport, found.told_by[0])
+            skew = clock_skew_seconds(reply, asked_at=asked_at, answered_at=network.swarm.now())
+            yield Finding(name="clock", ok=True, text=f"{abs(skew):.1f} s off the swarm's")
+            yield check_reachability(await reachable_addresses(network))
+            run_dir = run_directory(config.state_dir, found.run)
+            manifest = await fetch_manifest(network, found, run_dir)
+            yield Finding(name="run", ok=True, text=f"{manifest.name} ({found.run[:12]})")
+            check_disk(config, manifest)
+            free = shutil.disk_usage(config.state_dir).free
+            yield Finding(name="disk", ok=True, text=f"{free / 2**30:.1f} GiB free")
+            choice = choose_device(config, manifest.run_config, manifest.topology)
+            yield Finding(name="device", ok=True, text=choice.description)
+    except SwarmError as error:
+        yield Finding(name=type(error).__name__, ok=False, text=str(error), fix=error.hint)
+
+
+def check_open_files() -> Finding:
+    """The limit on open files, which this process raises as far as it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 16384 if hard == resource.RLIM_INFINITY else min(16384, hard)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        soft = wanted
+    return Finding(
+        name="open files",
+        ok=soft >= MIN_OPEN_FILES,
+        text=f"up to {soft}",
+        fix="" if soft >= MIN_OPEN_FILES else f"`ulimit -n {MIN_OPEN_FILES}` before you start",
+    )
+
+
+def check_reachability(maddrs: list[str]) -> Finding:
+    """Whether this machine has an address that others could dial."""
+    public = [maddr for maddr in maddrs if "/ip4/127." not in maddr and "/ip6/::1" not in maddr]
+    if public:
+        return Finding(name="addresses", ok=True, text=", ".join(public[:3]))
+    return Finding(
+        name="addresses",
+        ok=True,
+        text="loopback only: peers on this machine can reach you, others cannot",
+        fix="listen on all interfaces: `--host-maddr /ip4/0.0.0.0/tcp/31337`",
+    )

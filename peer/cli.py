@@ -1,0 +1,123 @@
+"""`dipaco-peer`: join a swarm, look at it, or check that this machine could.
+
+Nothing heavy is imported until a command runs, so that `--help` answers at once.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from peer.command_line import (
+    CONTEXT_SETTINGS,
+    maddr_argument,
+    network_options,
+    one_line_errors,
+    run_async,
+)
+
+
+@click.group(context_settings=CONTEXT_SETTINGS)
+@click.version_option(package_name="dipaco")
+def main() -> None:
+    """Train one language model together with strangers, on whatever GPU or CPU you have.
+
+    \b
+    Example:
+      dipaco-peer join /ip4/203.0.113.7/tcp/31337/p2p/12D3KooW...
+    """
+
+
+@main.command()
+@maddr_argument
+@network_options
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option(
+    "--optimizer",
+    type=click.Choice(["auto", "adamw", "adamw8bit"]),
+    default="auto",
+    show_default=True,
+    help="Inner optimizer; auto takes 8-bit AdamW only when GPU memory is short, and says so.",
+)
+@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: all cores]")
+@click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
+@click.option("-v", "--verbose", count=True, help="More detail; -vv adds tracebacks.")
+@one_line_errors
+def join(address: tuple[str, ...], quiet: bool, verbose: int, **options: Any) -> None:
+    """Join the run that ADDRESS belongs to, and train one path of its model.
+
+    Ctrl-C leaves in good order; a second Ctrl-C leaves at once. With the same --state-dir you
+    continue where you left off.
+    """
+    from peer.display import Display
+    from peer.join import join as join_run
+
+    run_async(join_run(_config(address, **options), Display(quiet=quiet, verbosity=verbose)))
+
+
+@main.command()
+@maddr_argument
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@click.option("-v", "--verbose", count=True, help="-vv adds tracebacks.")
+@one_line_errors
+def status(address: tuple[str, ...], as_json: bool, verbose: int) -> None:  # noqa: ARG001
+    """Show the swarm that ADDRESS belongs to: peers, paths, rounds, versions, digests."""
+    from rich.console import Console
+
+    from peer.observe import observe
+    from peer.status import status_tables
+
+    seen = run_async(observe(address))
+    if as_json:
+        click.echo(json.dumps(seen.to_dict(), indent=2))
+        return
+    for table in status_tables(seen):
+        Console().print(table)
+    if seen.perplexity is not None:
+        click.echo(f"whole model: validation perplexity {seen.perplexity:.2f}")
+
+
+@main.command()
+@maddr_argument
+@network_options
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("-v", "--verbose", count=True, help="-vv adds tracebacks.")
+@one_line_errors
+def check(address: tuple[str, ...], verbose: int, **options: Any) -> None:  # noqa: ARG001
+    """Dry run: clock, addresses, disk, open files, device, each with its fix."""
+    run_async(_print_checks(_config(address, **options)))
+
+
+@main.command()
+@click.option("--state-dir", type=click.Path(path_type=Path), help="Where the identity lies.")
+@one_line_errors
+def identity(state_dir: Path | None) -> None:
+    """Print this machine's peer ID; make one if there is none. Never prints the key."""
+    from dht.identity import Identity
+    from peer.config import default_state_dir
+
+    directory = state_dir or default_state_dir()
+    directory.mkdir(parents=True, exist_ok=True)
+    click.echo(Identity.load_or_create(directory / "identity").peer_id)
+
+
+async def _print_checks(config: Any) -> None:  # noqa: ANN401
+    from peer.check import run_checks
+
+    failed = False
+    async for finding in run_checks(config):
+        failed = failed or not finding.ok
+        click.echo(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.name}: {finding.text}")
+        if finding.fix:
+            click.echo(f"      hint: {finding.fix}")
+    if failed:
+        raise SystemExit(1)
+
+
+def _config(address: tuple[str, ...], **options: Any) -> Any:  # noqa: ANN401
+    """A `PeerConfig` from options; those not given keep their defaults."""
+    from peer.config import PeerConfig
+
+    given = {name: value for name, value in options.items() if value not in (None, ())}
+    return PeerConfig(initial_peers=address, **given)

@@ -1,0 +1,147 @@
+"""What the command lines have in common: address arguments, one-line errors, exit codes.
+
+Exit 0 done, 1 failed, 2 wrong usage, 130 interrupted. An error is one line, an empty line and a
+hint; a traceback is shown only with `-vv`.
+"""
+
+import asyncio
+import errno
+import functools
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from dht.errors import LocalFault, SwarmError
+from dipaco.errors import DipacoError
+
+T = TypeVar("T")
+
+CONTEXT_SETTINGS = {
+    "help_option_names": ["-h", "--help"],
+    "auto_envvar_prefix": "DIPACO",
+    "max_content_width": 100,
+}
+
+
+class MaddrType(click.ParamType[str]):
+    """A peer's multiaddr, checked with py-multiaddr."""
+
+    name = "multiaddr"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The address as it was typed; fails with what one looks like."""
+        from dht.addresses import split_maddr
+
+        try:
+            split_maddr(value)
+        except LocalFault as error:
+            self.fail(f"{error}\n\nhint: {error.hint}", param, ctx)
+        return value.strip()
+
+
+class ListenMaddrType(click.ParamType[str]):
+    """An address to listen on or to announce: `/ip4/…/tcp/…`, without a peer ID."""
+
+    name = "multiaddr"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The address as it was typed; fails with what one looks like."""
+        from multiaddr import Multiaddr
+        from multiaddr.exceptions import Error as MultiaddrError
+
+        try:
+            names = {protocol.name for protocol in Multiaddr(value).protocols()}
+            if "tcp" not in names:
+                raise ValueError("it names no TCP port")
+        except (MultiaddrError, ValueError) as error:
+            self.fail(
+                f"`{value}` is not an address to listen on: {error}\n\n"
+                "hint: an address looks like /ip4/0.0.0.0/tcp/31337",
+                param,
+                ctx,
+            )
+        return value
+
+
+maddr_argument = click.argument(
+    "address", nargs=-1, required=True, type=MaddrType(), metavar="ADDRESS..."
+)
+
+
+def network_options(command: Callable[..., T]) -> Callable[..., T]:
+    """Options of every command that runs a peer."""
+    for option in (
+        click.option(
+            "--announce-maddr",
+            "announce_maddrs",
+            multiple=True,
+            type=ListenMaddrType(),
+            help="Address that others are told, if it differs (port forwarding).",
+        ),
+        click.option(
+            "--host-maddr",
+            "host_maddrs",
+            multiple=True,
+            type=ListenMaddrType(),
+            help="Address to listen on.  [default: /ip4/0.0.0.0/tcp/0]",
+        ),
+        click.option(
+            "--state-dir",
+            type=click.Path(file_okay=False, path_type=Path),
+            help="Identity, blobs and checkpoints.  [default: the user's state directory]",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def one_line_errors(command: Callable[..., T]) -> Callable[..., T]:
+    """Turn what this project raises on purpose into one line and a hint, exit 1."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **options: Any) -> T:
+        try:
+            return command(*args, **options)
+        except* (SwarmError, DipacoError) as group:
+            error = _first(group)
+            _fail(str(error), getattr(error, "hint", ""), error, options)
+        except* OSError as group:
+            error = _first(group)
+            _fail(*_explain(error), error, options)
+        raise AssertionError("unreachable: every branch above exits")
+
+    return wrapped
+
+
+def run_async(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a command's coroutine to its end."""
+    return asyncio.run(coroutine)
+
+
+def _fail(message: str, hint: str, error: BaseException, options: dict[str, Any]) -> None:
+    if options.get("verbose", 0) > 1:
+        raise error
+    click.echo(f"error: {message}", err=True)
+    if hint:
+        click.echo(f"\nhint: {hint}", err=True)
+    raise SystemExit(1)
+
+
+def _first(group: BaseExceptionGroup[Any]) -> Any:  # noqa: ANN401
+    """The first leaf of an exception group."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def _explain(error: OSError) -> tuple[str, str]:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            "the disk is full; nothing that was written is lost",
+            "free some space and start again with the same --state-dir",
+        )
+    where = f" (`{error.filename}`)" if error.filename else ""
+    return f"{error.strerror or error}{where}", ""

@@ -1,0 +1,29 @@
+"""What a volunteer may choose. Nothing here changes what the swarm computes (promise P9)."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import platformdirs
+
+DeviceName = str  # "auto", "cpu", "cuda" or "cuda:N"
+OptimizerChoiceName = Literal["auto", "adamw", "adamw8bit"]
+
+
+def default_state_dir() -> Path:
+    """Where a volunteer's identity and blobs live unless told otherwise."""
+    return Path(platformdirs.user_state_dir("dipaco"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PeerConfig:
+    """One machine's own settings."""
+
+    state_dir: Path = field(default_factory=default_state_dir)
+    initial_peers: tuple[str, ...] = ()
+    host_maddrs: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/0",)
+    announce_maddrs: tuple[str, ...] = ()
+    device: DeviceName = "auto"
+    optimizer: OptimizerChoiceName = "auto"
+    threads: int = field(default_factory=lambda: os.cpu_count() or 1)

@@ -1,0 +1,155 @@
+"""The contributions that a member knows of: commitments, and which of their bytes it holds.
+
+The first commitment of a peer for a (module, slot) counts; a second, different one is evidence
+against its signer. Bytes are pulled as soon as a commitment arrives, and are counted as held only
+after their size, digest, schema and values were checked.
+"""
+
+import asyncio
+from collections.abc import Iterable
+
+from dht.errors import BadMessage, PeerFault, SwarmError
+from dipaco.compression import decode, encoded_bytes
+from dipaco.errors import DipacoError
+from dipaco.topology import ModuleID, PathID
+from peer.certificate import contribution_order
+from peer.changes import Changes
+from peer.messages import MAX_CONTRIBUTIONS, Commitment
+from peer.node import Node
+
+SLOTS_KEPT = 2  # older commitments are forgotten, and their blobs deleted
+MAX_PULLS = 8  # contributions pulled at once
+PULL_TIMEOUT_SECONDS = 120.0
+
+
+class Contributions:
+    """Commitments of the last slots, by module and slot."""
+
+    def __init__(self, node: Node, changes: Changes) -> None:
+        self._node = node
+        self._changes = changes
+        self._known: dict[tuple[str, int], dict[str, Commitment]] = {}
+        self._held: set[str] = set()
+        self._pulls: dict[str, asyncio.Task[None]] = {}
+        self._slots = asyncio.Semaphore(MAX_PULLS)
+
+    def known(self, module: ModuleID, slot: int) -> list[Commitment]:
+        """All commitments for a module and slot, in the order in which they are added up."""
+        return sorted(self._known.get((str(module), slot), {}).values(), key=contribution_order)
+
+    def held(self, commitments: Iterable[Commitment]) -> list[Commitment]:
+        """Those whose bytes are here and were found good."""
+        return [commitment for commitment in commitments if commitment.blob in self._held]
+
+    def add(self, commitment: Commitment, *, sender: str, also_from: Iterable[str] = ()) -> None:
+        """Check a commitment, remember it, and begin to pull its bytes.
+
+        Raises `BadMessage` naming the sender if it is not what its signer could rightly send.
+        `also_from` are further peers that may have the bytes.
+        """
+        self._check(commitment, sender)
+        known = self._known.setdefault((commitment.module, commitment.slot), {})
+        first = known.get(commitment.peer)
+        if first is not None and first != commitment:
+            raise BadMessage(
+                commitment.peer, "committed twice, differently, to one module and slot"
+            )
+        if first is None:
+            if len(known) >= MAX_CONTRIBUTIONS:
+                raise BadMessage(sender, "more commitments than a round can hold")
+            known[commitment.peer] = commitment
+            self._changes.notify()
+        self._pull(commitment, [commitment.peer, sender, *also_from])
+
+    def add_own(self, commitment: Commitment) -> None:
+        """Remember our own contribution, whose blob is in the store."""
+        known = self._known.setdefault((commitment.module, commitment.slot), {})
+        known[commitment.peer] = commitment
+        self._held.add(commitment.blob)
+        self._changes.notify()
+
+    async def obtain(
+        self, commitments: Iterable[Commitment], sources: Iterable[str], timeout_seconds: float
+    ) -> bool:
+        """Have the bytes of all `commitments`, pulling what is missing; False if that fails."""
+        wanted = list(commitments)
+        for commitment in wanted:
+            self._check(commitment, commitment.peer)
+            self._pull(commitment, [commitment.peer, *sources])
+        return await self._changes.until(
+            lambda: (
+                len(self.held(wanted)) == len(wanted)
+                or not any(c.blob in self._pulls for c in wanted if c.blob not in self._held)
+            ),
+            timeout_seconds,
+        ) and len(self.held(wanted)) == len(wanted)
+
+    def forget_before(self, slot: int) -> None:
+        """Drop what no round will ask for any more."""
+        for key in [key for key in self._known if key[1] < slot - SLOTS_KEPT]:
+            for commitment in self._known.pop(key).values():
+                self._held.discard(commitment.blob)
+                self._node.store.remove(commitment.blob)
+
+    async def close(self) -> None:
+        """Give up all pulls."""
+        for task in list(self._pulls.values()):
+            task.cancel()
+        await asyncio.gather(*self._pulls.values(), return_exceptions=True)
+
+    def _check(self, commitment: Commitment, sender: str) -> None:
+        node = self._node
+        try:
+            module, path = ModuleID.parse(commitment.module), PathID.parse(commitment.path)
+            on_path = module in node.manifest.topology.modules_of(path)
+        except (ValueError, LookupError) as error:
+            raise BadMessage(
+                sender, "commitment to a module or path that does not exist"
+            ) from error
+        size = encoded_bytes(
+            node.manifest.run_config.outer.wire_format, node.log.num_parameters(module)
+        )
+        if commitment.run != node.run or not on_path or commitment.blob_bytes != size:
+            raise BadMessage(sender, "commitment that does not fit the run")
+        if abs(commitment.slot - node.slot) > SLOTS_KEPT:
+            raise BadMessage(sender, "commitment for a slot long past or far ahead")
+        if not commitment.is_authentic:
+            raise BadMessage(sender, "forged commitment")
+
+    def _pull(self, commitment: Commitment, sources: list[str]) -> None:
+        if commitment.blob in self._held or commitment.blob in self._pulls:
+            return
+        task = asyncio.ensure_future(self._fetch_and_check(commitment, sources))
+        self._pulls[commitment.blob] = task
+        task.add_done_callback(lambda _: self._pulled(commitment.blob))
+
+    def _pulled(self, blob: str) -> None:
+        self._pulls.pop(blob, None)
+        self._changes.notify()
+
+    async def _fetch_and_check(self, commitment: Commitment, sources: list[str]) -> None:
+        node = self._node
+        try:
+            async with self._slots:
+                await node.blobs.fetch(
+                    commitment.blob,
+                    sources,
+                    max_bytes=commitment.blob_bytes,
+                    timeout_seconds=PULL_TIMEOUT_SECONDS,
+                )
+            await node.offload(lambda: self._decode(commitment))
+            self._held.add(commitment.blob)
+        except DipacoError as error:
+            node.store.remove(commitment.blob)
+            node.faults.count(PeerFault(commitment.peer, str(error)), commitment.peer)
+        except SwarmError as error:
+            node.faults.count(error, commitment.peer)
+
+    def _decode(self, commitment: Commitment) -> None:
+        """Raise `BadContribution` unless the blob is a finite vector of the module's length."""
+        raw = self._node.store.read(commitment.blob)
+        if raw is not None:
+            module = ModuleID.parse(commitment.module)
+            outer = self._node.manifest.run_config.outer
+            num_parameters = self._node.log.num_parameters(module)
+            decode(raw, outer.wire_format, num_parameters=num_parameters)

@@ -1,0 +1,69 @@
+"""Which device trains, which optimizer fits it, and why, in words for the volunteer."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dipaco.config import RunConfig
+from dipaco.device import find_device, free_memory_bytes
+from dipaco.inner import OptimizerName, PathTrainer, choose_optimizer
+from dipaco.model import num_parameters
+from dipaco.shards import Shard
+from dipaco.topology import PathID, Topology
+from peer.config import PeerConfig
+from peer.path_work import PathWork
+from peer.volunteer import WorkFactory
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeviceChoice:
+    """Where training runs, and with which optimizer."""
+
+    device: torch.device
+    optimizer: OptimizerName
+    description: str  # one line: the device, the optimizer, and why
+
+
+def choose_device(config: PeerConfig, run: RunConfig, topology: Topology) -> DeviceChoice:
+    """Pick the device; raises `ConfigError` for one that this machine does not have."""
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = find_device(name)
+    parameters = path_parameters(run, topology)
+    choice = choose_optimizer(parameters, free_memory_bytes(device))
+    optimizer: OptimizerName = choice.name if config.optimizer == "auto" else config.optimizer
+    reason = choice.reason if config.optimizer == "auto" else "as asked for"
+    machine = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{config.threads} threads"
+    )
+    return DeviceChoice(
+        device=device,
+        optimizer=optimizer,
+        description=f"{device} ({machine}), optimizer {optimizer}: {reason}",
+    )
+
+
+def path_parameters(run: RunConfig, topology: Topology) -> int:
+    """Number of parameters of one path: what a peer holds while it trains."""
+    modules = topology.modules_of(topology.path_at(0))
+    return sum(num_parameters(run.model, topology, module) for module in modules)
+
+
+def work_factory(run: RunConfig, topology: Topology, choice: DeviceChoice) -> WorkFactory:
+    """A `volunteer.WorkFactory` for this device."""
+
+    def make(path: PathID, shard: Shard, replica: int, directory: Path) -> PathWork:
+        trainer = PathTrainer(
+            run,
+            topology,
+            path,
+            shard,
+            device=choice.device,
+            optimizer=choice.optimizer,
+            replica=replica,
+        )
+        return PathWork(trainer, directory)
+
+    return make

@@ -1,0 +1,91 @@
+"""`dipaco-peer join`: become a volunteer of the run that an address belongs to."""
+
+import asyncio
+import os
+import shutil
+import signal
+from collections.abc import Callable
+
+import torch
+
+from dht.errors import LocalFault
+from dipaco.checkpoint import state_bytes
+from peer.config import PeerConfig
+from peer.devices import choose_device, path_parameters, work_factory
+from peer.display import Display
+from peer.keeper import Keeper
+from peer.manifest import Manifest
+from peer.session import Network, open_node
+from peer.volunteer import Volunteer
+
+# Current and next version of a path, the contributions of a group, and as much for what is kept.
+STATES_ON_DISK = 8
+
+
+async def join(config: PeerConfig, display: Display) -> None:
+    """Train until the run is over, then keep serving, until interrupted."""
+    torch.set_num_threads(config.threads)
+    display.say("network", "starting p2pd and entering the swarm")
+    async with open_node(config) as (node, providers, network):
+        manifest = node.manifest
+        run, topology = manifest.run_config, manifest.topology
+        choice = choose_device(config, run, topology)
+        check_disk(config, manifest)
+        display.introduce(
+            run=f"{manifest.name} ({node.run[:12]}), by {manifest.peer}",
+            peer=node.peer_id,
+            addresses=await reachable_addresses(network),
+            device=choice.description,
+            disk=f"{node.state_dir}, {_gigabytes(shutil.disk_usage(node.state_dir).free)} free",
+        )
+        node.events.listen(display.show)
+        keeper = Keeper(node, providers)
+        volunteer = Volunteer(keeper, work_factory(run, topology, choice))
+        stop_on_signals(volunteer.stop.set, display)
+        async with keeper.running():
+            await volunteer.run()
+            if not volunteer.stop.is_set():
+                display.say("run", "finished; still serving others, Ctrl-C to leave")
+                await volunteer.stop.wait()
+        display.say("network", "left the swarm")
+
+
+async def reachable_addresses(network: Network) -> list[str]:
+    """Where others reach this peer; the ones to hand out come last."""
+    maddrs = await network.swarm.maddrs()
+    return sorted(maddrs, key=lambda maddr: "/ip4/127." not in maddr)
+
+
+def check_disk(config: PeerConfig, manifest: Manifest) -> None:
+    """Raise `LocalFault` if the disk cannot hold what a volunteer needs."""
+    parameters = path_parameters(manifest.run_config, manifest.topology)
+    shard_bytes = max(shard.blob.num_bytes for shard in manifest.shards)
+    needed = STATES_ON_DISK * state_bytes(parameters) + 2 * shard_bytes
+    free = shutil.disk_usage(config.state_dir).free
+    if free < needed:
+        raise LocalFault(
+            f"the disk of `{config.state_dir}` has {_gigabytes(free)} free, "
+            f"this run needs {_gigabytes(needed)}",
+            hint="free some space, or choose another disk with `--state-dir DIR`",
+        )
+
+
+def stop_on_signals(stop: Callable[[], None], display: Display) -> None:
+    """The first Ctrl-C (or SIGTERM) leaves in good order, the second one at once."""
+    loop = asyncio.get_running_loop()
+    seen = 0
+
+    def on_signal() -> None:
+        nonlocal seen
+        seen += 1
+        if seen > 1:
+            os._exit(130)  # p2pd dies with us: the kernel sees to it
+        display.say("network", "leaving; Ctrl-C again to leave at once")
+        stop()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, on_signal)
+
+
+def _gigabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"

@@ -1,0 +1,206 @@
+"""A peer's life without training: it holds modules and blobs, attends their rounds, serves them.
+
+A volunteer is this plus a path to train; a bootstrap node is this and nothing more. Which modules
+and shards a peer keeps besides its own follows from its ID (`assignment.keeps`), so that a module
+survives when everyone who trained it leaves (promise P6).
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Coroutine, Iterable
+from contextlib import asynccontextmanager
+
+from dht.errors import SwarmError
+from dipaco.errors import DipacoError
+from dipaco.topology import ModuleID, PathID
+from peer.assignment import Snapshot, keeps, module_name, shard_name
+from peer.blobs import BlobServer
+from peer.catchup import CatchUp
+from peer.changes import Changes
+from peer.hello import serve_hello
+from peer.member import Member
+from peer.messages import Certificate
+from peer.modules import STATES_KEPT
+from peer.node import Node
+from peer.presence import Presence
+from peer.providers import Providers
+from peer.round import Rounds
+
+log = logging.getLogger(__name__)
+
+DUTY_SECONDS_MAX = 30.0  # between two looks at who keeps what, when slots are long
+UNREFERENCED_SECONDS = 600.0  # a blob that nothing refers to is deleted after this long
+
+
+class Keeper:
+    """Runs one peer's part in the rounds of every module that it holds."""
+
+    def __init__(self, node: Node, providers: Providers, *, keep_all: bool = False) -> None:
+        self.node = node
+        self.providers = providers
+        self.presence = Presence(node)
+        self.snapshot = Snapshot(training={}, progress={})
+        self.versions = Changes()  # notified whenever a held module has a new version
+        self._keep_all = keep_all
+        self._own: frozenset[ModuleID] = frozenset()
+        self._own_shard: PathID | None = None
+        self._attended: dict[ModuleID, int] = {}
+        self._held_changed = Changes()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._is_running = False
+        self.member = Member(node, on_version=self._on_version, on_behind=self._on_behind)
+        self.rounds = Rounds(node, self.member)
+        self.catch_up = CatchUp(node, self.member, self.rounds, providers)
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Serve, attend and keep inside this context; leave the swarm in good order at its end."""
+        await BlobServer(self.node.store).serve(self.node.transport)
+        await serve_hello(self.node)
+        await self.member.serve()
+        self._is_running = True
+        self.start(self._attend_slots(), "rounds")
+        self.start(self._do_duties(), "duties")
+        self.start(self._renew(), "presence")
+        try:
+            yield
+        finally:
+            self._is_running = False
+            tasks = list(self._tasks)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self._leave()
+
+    async def hold(self, modules: Iterable[ModuleID]) -> bool:
+        """Hold these modules at their newest versions and say so; False if one cannot be had."""
+        found = await asyncio.gather(*(self._hold(module) for module in modules))
+        self._held_changed.notify()
+        return all(found)
+
+    def own(self, modules: Iterable[ModuleID], shard: PathID) -> None:
+        """Modules and shard that this peer trains on: never dropped while it does."""
+        self._own = frozenset(modules)
+        self._own_shard = shard
+
+    async def look_around(self) -> Snapshot:
+        """A fresh snapshot of who trains what."""
+        self.snapshot = await self.presence.snapshot()
+        return self.snapshot
+
+    def start(self, coroutine: Coroutine[object, object, object], name: str) -> None:
+        """Run something in the background until this peer leaves."""
+        if not self._is_running:
+            coroutine.close()
+            return
+        task = asyncio.create_task(self._guard(coroutine, name))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _hold(self, module: ModuleID) -> bool:
+        if module in self.node.log.held:
+            return True
+        if not await self.catch_up.open(module):
+            return False
+        await self.presence.publish_head(module)
+        return True
+
+    async def _guard(self, coroutine: Coroutine[object, object, object], name: str) -> None:
+        """The task boundary: a fault inside one round must not end the peer.
+
+        Rule: log it, and go on; every loop starts afresh at its next slot.
+        """
+        try:
+            await coroutine
+        except (SwarmError, DipacoError, OSError) as error:
+            self.node.events.write("error", where=name, why=str(error))
+        except Exception as error:
+            log.exception("unexpected error in %s", name)
+            self.node.events.write("error", where=name, why=repr(error))
+
+    def _on_version(self, module: ModuleID, certificate: Certificate) -> None:
+        self.versions.notify()
+        self.start(self.presence.publish_head(module), f"head of {module}")
+
+    def _on_behind(self, module: ModuleID) -> None:
+        self.start(self.catch_up.refresh(module), f"catch-up of {module}")
+
+    async def _attend_slots(self) -> None:
+        node = self.node
+        while True:
+            slot = node.slot
+            num_rounds = node.manifest.run_config.rounds.num_rounds
+            for module, held in list(node.log.held.items()):
+                if slot >= 0 and self._attended.get(module) != slot and held.version < num_rounds:
+                    self._attended[module] = slot
+                    self.start(self.rounds.attend(module, slot), f"round of {module}")
+            self.member.contributions.forget_before(slot)
+            pause = node.manifest.slot_start(slot + 1) - node.now()
+            attended = set(node.log.held)
+            await self._held_changed.until(
+                lambda attended=attended: set(node.log.held) != attended,  # type: ignore[misc]
+                max(0.01, pause),
+            )
+
+    async def _do_duties(self) -> None:
+        """Every slot: see who is there, keep what falls to us, catch up where we fell behind."""
+        round_seconds = self.node.manifest.run_config.rounds.round_seconds
+        while True:
+            await self._guard(self._do_duties_once(), "duties")
+            await asyncio.sleep(min(round_seconds, DUTY_SECONDS_MAX))
+
+    async def _do_duties_once(self) -> None:
+        node = self.node
+        peers = sorted((await self.look_around()).training)
+        duties = {m for m in node.manifest.topology.modules if self._keeps(module_name(m), peers)}
+        wanted = duties | self._own
+        await self.hold(sorted(wanted - set(node.log.held)))
+        for module in sorted(set(node.log.held) - wanted):
+            await self.presence.withdraw_head(module)
+            node.log.drop(module)
+        for module in sorted(wanted & set(node.log.held)):
+            await self.catch_up.refresh(module)
+        for path in node.manifest.topology.paths:
+            if path == self._own_shard or self._keeps(shard_name(path), peers):
+                await self.providers.obtain(node.manifest.shard(path).blob)
+        await self.providers.obtain(node.manifest.tokenizer)
+        await self.providers.obtain(node.manifest.router)
+        await self.providers.announce([node.run])
+        await node.offload(self._sweep)
+
+    def _keeps(self, what: str, peers: list[str]) -> bool:
+        num_keepers = self.node.manifest.run_config.rounds.num_keepers
+        return self._keep_all or keeps(
+            self.node.peer_id, what, peers=peers, num_keepers=num_keepers
+        )
+
+    async def _renew(self) -> None:
+        while True:
+            await self._guard(self.presence.publish(), "presence")
+            await asyncio.sleep(self.presence.renew_seconds)
+
+    async def _leave(self) -> None:
+        """Withdraw what we said, so that nobody waits for us; bounded, for the network may be gone."""
+        try:
+            async with asyncio.timeout(5.0):
+                await self.presence.withdraw()
+                await self.providers.withdraw()
+        except (SwarmError, TimeoutError):
+            pass  # the records expire by themselves
+        await self.member.close()
+        await self.node.blobs.close()
+
+    def _sweep(self) -> None:
+        """Delete blobs that nothing refers to: votes that came to nothing, old contributions."""
+        node = self.node
+        manifest = node.manifest
+        kept = {node.run, manifest.tokenizer.digest, manifest.router.digest}
+        kept.update(ref.digest for ref in manifest.starts)
+        kept.update(shard.blob.digest for shard in manifest.shards)
+        for held in list(node.log.held.values()):
+            kept.update(certificate.result for certificate in held.chain[-STATES_KEPT:])
+        for digest in node.store.digests():
+            file = node.store.file(digest)
+            if digest not in kept and time.time() - file.stat().st_mtime > UNREFERENCED_SECONDS:
+                node.store.remove(digest)

@@ -1,0 +1,321 @@
+"""A member's part of a round: hold contributions, promise, reduce for itself, vote, apply.
+
+Everything here answers another peer. What decides is in `certificate.py` and `acceptor.py`; what
+computes is `dipaco.outer`. A version is applied only with a certificate (promise P1).
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+
+from torch import Tensor
+
+from dht.errors import BadMessage
+from dipaco.checkpoint import encode_state
+from dipaco.compression import decode
+from dipaco.errors import BadState
+from dipaco.outer import apply_contributions, contribution_weights
+from dipaco.topology import ModuleID, PathID
+from peer.acceptor import Acceptor
+from peer.certificate import check_certificate, check_link, check_proposal
+from peer.changes import Changes
+from peer.contributions import Contributions
+from peer.messages import (
+    MAX_MESSAGE_BYTES,
+    Ballot,
+    Certificate,
+    CertifyRequest,
+    ChainReply,
+    ChainRequest,
+    CommitRequest,
+    Done,
+    HaveReply,
+    HaveRequest,
+    Message,
+    Proposal,
+    ProposeReply,
+    ProposeRequest,
+    Vote,
+    sign,
+)
+from peer.modules import Held
+from peer.node import Node
+
+COMMIT_PROTOCOL = "/dipaco/commit/1"
+HAVE_PROTOCOL = "/dipaco/have/1"
+PROPOSE_PROTOCOL = "/dipaco/propose/1"
+CERTIFY_PROTOCOL = "/dipaco/certify/1"
+CHAIN_PROTOCOL = "/dipaco/chain/1"
+
+SLOTS_BEFORE_REBUILD = 2  # slots without a commit after which a roster may be rebuilt
+OBTAIN_TIMEOUT_SECONDS = 60.0
+
+
+class Member:
+    """Answers the round's messages for every module that this peer holds."""
+
+    def __init__(
+        self,
+        node: Node,
+        *,
+        on_version: Callable[[ModuleID, Certificate], None],
+        on_behind: Callable[[ModuleID], None],
+    ) -> None:
+        self._node = node
+        self._on_version = on_version
+        self._on_behind = on_behind
+        self._acceptor = Acceptor(node.state_dir / "promises")
+        self._results: dict[str, str] = {}  # proposal digest -> result we computed ourselves
+        self._locks: dict[ModuleID, asyncio.Lock] = {}
+        self.changes = Changes()
+        self.contributions = Contributions(node, self.changes)
+
+    async def serve(self) -> None:
+        """Start answering."""
+        handlers = {
+            COMMIT_PROTOCOL: self._on_commit,
+            HAVE_PROTOCOL: self._on_have,
+            PROPOSE_PROTOCOL: self._on_propose,
+            CERTIFY_PROTOCOL: self._on_certify,
+            CHAIN_PROTOCOL: self._on_chain,
+        }
+        for protocol, handler in handlers.items():
+            await self._node.transport.serve(
+                protocol, _answering(handler), max_request_bytes=MAX_MESSAGE_BYTES
+            )
+
+    async def close(self) -> None:
+        """Stop what is under way."""
+        await self.contributions.close()
+
+    def caught_up(self, module: ModuleID, certificate: Certificate) -> None:
+        """Tell whoever waits that the module was brought forward from outside the round."""
+        self._on_version(module, certificate)
+        self.changes.notify()
+
+    def may_rebuild(self, held: Held, slot: int) -> bool:
+        """Whether a roster made from the announcements is acceptable for this slot."""
+        certificate = held.certificate
+        return certificate is None or slot - certificate.ballot.slot > SLOTS_BEFORE_REBUILD
+
+    async def have(self, request: HaveRequest, *, sender: str) -> HaveReply:
+        """Promise the ballot if we can, then wait until the commitments' bytes are here."""
+        module, held = self._held(request.module, request.run, sender)
+        if held.version >= request.version:
+            return HaveReply(
+                promised=False,
+                held=(),
+                commitments=(),
+                certificate=held.chain[request.version - 1],
+            )
+        if held.version != request.version - 1 or held.parent != request.parent:
+            self._on_behind(module)
+            return HaveReply(promised=False, held=(), commitments=())
+        promised = self._acceptor.promise(
+            request.module, request.version, request.parent, request.ballot
+        )
+        for commitment in request.commitments:
+            self.contributions.add(commitment, sender=sender)
+        wanted = request.commitments
+        await self.changes.until(
+            lambda: len(self.contributions.held(wanted)) == len(wanted), request.wait_seconds
+        )
+        known = self.contributions.known(module, request.ballot.slot)
+        state = self._acceptor.state(request.module, request.version, request.parent)
+        return HaveReply(
+            promised=promised,
+            held=tuple(c.digest for c in self.contributions.held(known)),
+            commitments=tuple(known),
+            accepted=state.accepted,
+            accepted_ballot=state.accepted_ballot,
+        )
+
+    async def vote(self, proposal: Proposal, ballot: Ballot, *, sender: str) -> ProposeReply:
+        """Reduce the proposal and vote for it, or say why not."""
+        node = self._node
+        module, held = self._held(proposal.module, proposal.run, sender)
+        if held.version >= proposal.version:
+            return ProposeReply(reason="done already", certificate=held.chain[proposal.version - 1])
+        if held.version != proposal.version - 1 or held.parent != proposal.parent:
+            self._on_behind(module)
+            return ProposeReply(reason="this member is at another version")
+        check_proposal(proposal, sender=sender)
+        if not self._roster_is_right(proposal, held, ballot.slot):
+            return ProposeReply(reason="not the roster this member knows")
+        if node.peer_id not in {member.peer for member in proposal.roster}:
+            return ProposeReply(reason="not a member")
+        result = await self._compute(module, proposal, sources=[sender])
+        if result is None:
+            return ProposeReply(reason="a contribution cannot be had")
+        if not self._acceptor.accept(proposal, ballot):
+            return ProposeReply(reason="promised a later ballot")
+        vote = sign(
+            Vote(peer=node.peer_id, ballot=ballot, proposal=proposal.digest, result=result),
+            node.identity,
+        )
+        return ProposeReply(vote=vote)
+
+    async def learn(self, certificate: Certificate, *, sender: str) -> bool:
+        """Apply a certificate if it is the next one; True if this peer is now at its version."""
+        module, held = self._held(certificate.module, certificate.proposal.run, sender)
+        if held.version >= certificate.version:
+            if held.chain[certificate.version - 1].digest != certificate.digest:
+                self._on_behind(module)  # another history: let catch-up compare the two
+            return held.version == certificate.version
+        if held.version != certificate.version - 1 or held.parent != certificate.proposal.parent:
+            self._on_behind(module)
+            return False
+        check_certificate(certificate, sender=sender)
+        check_link(certificate, held.certificate, start_state=held.start_state, sender=sender)
+        result = await self._compute(module, certificate.proposal, sources=[sender])
+        if result is not None and result != certificate.result:
+            self._node.events.write(
+                "diverged", module=str(module), ours=result, certified=certificate.result
+            )
+        if certificate.result not in self._node.store:
+            self._on_behind(module)
+            return False
+        return self._apply(module, certificate)
+
+    def _apply(self, module: ModuleID, certificate: Certificate) -> bool:
+        node = self._node
+        held = node.log.held[module]
+        if held.version != certificate.version - 1:  # somebody was faster while we computed
+            return held.version == certificate.version
+        node.log.adopt(module, [*held.chain, certificate])
+        proposal = certificate.proposal
+        for digest in [d for d, result in self._results.items() if result == certificate.result]:
+            del self._results[digest]
+        node.events.write(
+            "version",
+            module=str(module),
+            version=certificate.version,
+            slot=certificate.ballot.slot,
+            attempt=certificate.ballot.attempt,
+            certificate=certificate.digest,
+            state=certificate.result,
+            contributors=[commitment.peer for commitment in proposal.contributions],
+            votes=len(certificate.votes),
+            roster=len(proposal.roster),
+            rebuilt=proposal.rebuilt,
+        )
+        self._on_version(module, certificate)
+        self.changes.notify()
+        return True
+
+    async def _compute(
+        self, module: ModuleID, proposal: Proposal, *, sources: list[str]
+    ) -> str | None:
+        """Reduce a proposal by ourselves; the result's digest, its state being in the store."""
+        async with self._locks.setdefault(module, asyncio.Lock()):
+            known = self._results.get(proposal.digest)
+            if known is not None and known in self._node.store:
+                return known
+            seats = [member.peer for member in proposal.roster]
+            if not await self.contributions.obtain(
+                proposal.contributions, [*sources, *seats], OBTAIN_TIMEOUT_SECONDS
+            ):
+                return None
+            try:
+                result = await self._node.offload(lambda: self._reduce(module, proposal))
+            except BadState:
+                self._on_behind(module)
+                return None
+            if len(self._results) > 256:  # a bound, far over the modules one peer holds
+                self._results.clear()
+            self._results[proposal.digest] = result
+            return result
+
+    def _reduce(self, module: ModuleID, proposal: Proposal) -> str:
+        """Paper, Algorithm 1 lines 13-14, contribution by contribution in the proposal's order."""
+        node = self._node
+        outer = node.manifest.run_config.outer
+        num_parameters = node.log.num_parameters(module)
+        paths = [PathID.parse(c.path) for c in proposal.contributions]
+        weights = contribution_weights(
+            [(path, c.tokens) for path, c in zip(paths, proposal.contributions, strict=True)],
+            node.manifest.shard_tokens,
+        )
+
+        def weighted() -> Iterator[tuple[float, Tensor]]:
+            for weight, commitment in zip(weights, proposal.contributions, strict=True):
+                raw = node.store.read(commitment.blob)
+                if raw is None:
+                    raise BadState(f"contribution {commitment.blob[:12]} is damaged on disk")
+                yield weight, decode(raw, outer.wire_format, num_parameters=num_parameters)
+
+        state = node.log.load_state(module)
+        return node.store.add(
+            encode_state(apply_contributions(state, weighted(), len(set(paths)), outer))
+        )
+
+    def _roster_is_right(self, proposal: Proposal, held: Held, slot: int) -> bool:
+        if proposal.rebuilt:
+            return self.may_rebuild(held, slot)
+        certificate = held.certificate
+        return certificate is not None and proposal.roster == certificate.proposal.next_roster
+
+    def _held(self, name: str, run: str, sender: str) -> tuple[ModuleID, Held]:
+        module = ModuleID.parse(name)
+        held = self._node.log.held.get(module)
+        if run != self._node.run:
+            raise BadMessage(sender, "a message of another run")
+        if held is None:
+            raise ValueError(f"module {module} is not held here")
+        return module, held
+
+    # The handlers: parse, answer.
+
+    async def _on_commit(self, peer_id: str, payload: bytes) -> Message:
+        request = CommitRequest.from_bytes(payload, sender=peer_id)
+        for commitment in request.commitments:
+            if ModuleID.parse(commitment.module) in self._node.log.held:
+                self.contributions.add(commitment, sender=peer_id)
+        return Done()
+
+    async def _on_have(self, peer_id: str, payload: bytes) -> Message:
+        request = HaveRequest.from_bytes(payload, sender=peer_id)
+        _check_leader(request.ballot, peer_id)
+        return await self.have(request, sender=peer_id)
+
+    async def _on_propose(self, peer_id: str, payload: bytes) -> Message:
+        request = ProposeRequest.from_bytes(payload, sender=peer_id)
+        _check_leader(request.ballot, peer_id)
+        return await self.vote(request.proposal, request.ballot, sender=peer_id)
+
+    async def _on_certify(self, peer_id: str, payload: bytes) -> Message:
+        request = CertifyRequest.from_bytes(payload, sender=peer_id)
+        await self.learn(request.certificate, sender=peer_id)
+        return Done()
+
+    async def _on_chain(self, peer_id: str, payload: bytes) -> Message:
+        request = ChainRequest.from_bytes(payload, sender=peer_id)
+        _, held = self._held(request.module, request.run, peer_id)
+        return _chain_reply(held.chain[max(request.first_version, 1) - 1 :])
+
+
+def _chain_reply(certificates: list[Certificate]) -> ChainReply:
+    """As many of `certificates`, oldest first, as one message holds."""
+    fitting: list[Certificate] = []
+    room = MAX_MESSAGE_BYTES - 1024
+    for certificate in certificates[:256]:
+        room -= len(certificate.to_bytes()) + 1
+        if room < 0:
+            break
+        fitting.append(certificate)
+    return ChainReply(certificates=tuple(fitting))
+
+
+def _check_leader(ballot: Ballot, peer_id: str) -> None:
+    if ballot.leader != peer_id:
+        raise BadMessage(peer_id, "a ballot in another peer's name")
+
+
+def _answering(
+    handler: Callable[[str, bytes], Awaitable[Message]],
+) -> Callable[[str, bytes], AsyncIterator[bytes]]:
+    """Turn a request-to-message function into a transport handler of one frame."""
+
+    async def answer(peer_id: str, payload: bytes) -> AsyncIterator[bytes]:
+        yield (await handler(peer_id, payload)).to_bytes()
+
+    return answer

@@ -1,0 +1,266 @@
+"""What peers say to each other in a round: the wire types, in one place.
+
+Every message is strict JSON with bounded fields, so that bytes from outside either are a message or
+are a `BadMessage` of the peer that sent them. Signed ones carry a detached Ed25519 signature over a
+domain tag and the message without its signature; the signer is named inside, and its peer ID is its
+public key.
+"""
+
+import hashlib
+from functools import cached_property
+from typing import Annotated, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dht.errors import BadMessage
+from dht.identity import Identity, verify
+
+PROTOCOL_VERSION = 1
+
+# A certificate of 16 contributions and a roster of 32 is about 20 kB of JSON.
+MAX_MESSAGE_BYTES = 256 * 1024
+MAX_ROSTER = 64
+MAX_CONTRIBUTIONS = 64
+MAX_TOKENS = 2**53  # beyond this a JSON number is no longer exact everywhere
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Signature = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
+PeerName = Annotated[str, Field(pattern=r"^[1-9A-HJ-NP-Za-km-z]{40,64}$")]
+ModuleName = Annotated[str, Field(pattern=r"^\d{1,4}\.\d{1,6}$")]
+PathName = Annotated[str, Field(pattern=r"^\d{1,6}(\.\d{1,6}){0,15}$")]
+Version = Annotated[int, Field(ge=0, le=2**31)]
+Slot = Annotated[int, Field(ge=0, le=2**31)]
+Tokens = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
+
+
+class Message(BaseModel):
+    """Base of all wire types: immutable, no unknown fields, no coercion between types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    def to_bytes(self) -> bytes:
+        """Canonical JSON: fields in their declared order, no spaces."""
+        return self.model_dump_json().encode()
+
+    @classmethod
+    def from_bytes(cls, raw: bytes, *, sender: str, max_bytes: int = MAX_MESSAGE_BYTES) -> Self:
+        """Parse what `sender` sent; raises `BadMessage` naming it for anything but a message."""
+        if len(raw) > max_bytes:
+            raise BadMessage(sender, f"{cls.__name__} of {len(raw)} bytes, at most {max_bytes}")
+        try:
+            return cls.model_validate_json(raw)
+        except (ValidationError, ValueError, RecursionError) as error:
+            raise BadMessage(sender, f"not a {cls.__name__}") from error
+
+
+class Hashed(Message):
+    """A message that others refer to by its digest."""
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON, as hex."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+
+class SignedMessage(Hashed):
+    """A message that names its signer (`peer`) and carries that peer's signature."""
+
+    peer: PeerName
+    signature: str = Field(default="", pattern=r"^([0-9a-f]{128})?$")
+
+    def signed_bytes(self) -> bytes:
+        """What the signature covers: the type's name and version, then the rest of the message."""
+        body = self.model_dump_json(exclude={"signature"})
+        return f"dipaco/{type(self).__name__.lower()}/{PROTOCOL_VERSION}\n{body}".encode()
+
+    @property
+    def is_authentic(self) -> bool:
+        """Whether `peer` signed exactly this."""
+        return bool(self.signature) and verify(
+            self.peer, self.signed_bytes(), bytes.fromhex(self.signature)
+        )
+
+
+S = TypeVar("S", bound=SignedMessage)
+
+
+def sign(message: S, identity: Identity) -> S:
+    """The same message with `identity`'s signature; the message must name that identity."""
+    assert message.peer == identity.peer_id, "a peer signs only for itself"
+    signature = identity.sign(message.signed_bytes()).hex()
+    return message.model_copy(update={"signature": signature})
+
+
+class Commitment(SignedMessage):
+    """A trainer's promise of one contribution: which bytes, to which version, of what weight.
+
+    Sent to the module's group before anyone sees the bytes. The first for a (module, slot) counts.
+    """
+
+    run: Digest
+    module: ModuleName
+    slot: Slot
+    base_version: Version
+    base_state: Digest  # digest of the module state that the outer gradient starts from
+    path: PathName
+    tokens: Tokens  # trained since that state
+    blob: Digest
+    blob_bytes: Annotated[int, Field(ge=1, le=2**40)]
+
+
+class Member(Message):
+    """One seat of a roster: a trainer of `path`, or a keeper (`path` is None)."""
+
+    peer: PeerName
+    path: PathName | None
+
+
+class Ballot(Message):
+    """One attempt to agree on a module's next version; ordered by slot, attempt, then leader."""
+
+    slot: Slot
+    attempt: Annotated[int, Field(ge=0, le=1000)]
+    leader: PeerName
+
+    @property
+    def order(self) -> tuple[int, int, str]:
+        """Sort key."""
+        return (self.slot, self.attempt, self.leader)
+
+
+class Proposal(Hashed):
+    """What a leader asks the roster to make the module's next version."""
+
+    run: Digest
+    module: ModuleName
+    version: Annotated[int, Field(ge=1, le=2**31)]
+    parent: Digest  # digest of the certificate of version - 1; of the start state for version 1
+    contributions: Annotated[
+        tuple[Commitment, ...], Field(min_length=1, max_length=MAX_CONTRIBUTIONS)
+    ]
+    roster: Annotated[tuple[Member, ...], Field(min_length=1, max_length=MAX_ROSTER)]
+    rebuilt: bool  # the roster was taken from the announcements, not from the parent certificate
+    next_roster: Annotated[tuple[Member, ...], Field(min_length=1, max_length=MAX_ROSTER)]
+
+    @property
+    def quorum(self) -> int:
+        """Votes needed: a strict majority of the roster."""
+        return len(self.roster) // 2 + 1
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all contributions."""
+        return sum(contribution.tokens for contribution in self.contributions)
+
+
+class Vote(SignedMessage):
+    """A member's word that, reduced by itself, the proposal gives exactly the state `result`."""
+
+    ballot: Ballot
+    proposal: Digest
+    result: Digest
+
+
+class Certificate(Hashed):
+    """Proof that a quorum of the roster computed the same next state from the same contributions."""
+
+    proposal: Proposal
+    ballot: Ballot
+    result: Digest
+    votes: Annotated[tuple[Vote, ...], Field(min_length=1, max_length=MAX_ROSTER)]
+
+    @property
+    def module(self) -> str:
+        """The module's name."""
+        return self.proposal.module
+
+    @property
+    def version(self) -> int:
+        """The version that this certifies."""
+        return self.proposal.version
+
+
+class HaveRequest(Message):
+    """Leader to member: promise this ballot, and say which of these contributions you hold."""
+
+    run: Digest
+    module: ModuleName
+    version: Version  # the version to be made
+    parent: Digest
+    ballot: Ballot
+    commitments: Annotated[tuple[Commitment, ...], Field(max_length=MAX_CONTRIBUTIONS)]
+    wait_seconds: Annotated[float, Field(ge=0, le=600)]
+
+
+class HaveReply(Message):
+    """Member to leader: what it holds and knows, and what it already voted for, if anything."""
+
+    promised: bool
+    held: Annotated[tuple[Digest, ...], Field(max_length=MAX_CONTRIBUTIONS)]  # commitment digests
+    commitments: Annotated[tuple[Commitment, ...], Field(max_length=MAX_CONTRIBUTIONS)]
+    accepted: Proposal | None = None
+    accepted_ballot: Ballot | None = None
+    certificate: Certificate | None = None  # the member is already past this version
+
+
+class ProposeRequest(Message):
+    """Leader to member: reduce this and vote."""
+
+    ballot: Ballot
+    proposal: Proposal
+
+
+class ProposeReply(Message):
+    """Member to leader: its vote, or why not (a certificate if the version exists already)."""
+
+    vote: Vote | None = None
+    reason: Annotated[str, Field(max_length=200)] = ""
+    certificate: Certificate | None = None
+
+
+class CommitRequest(Message):
+    """Trainer to member: its commitments of one slot, all modules at once."""
+
+    commitments: Annotated[
+        tuple[Commitment, ...], Field(min_length=1, max_length=MAX_CONTRIBUTIONS)
+    ]
+
+
+class CertifyRequest(Message):
+    """Leader to member: the module has a new version."""
+
+    certificate: Certificate
+
+
+class ChainRequest(Message):
+    """Asks a holder for a module's certificates with version >= `first_version`."""
+
+    run: Digest
+    module: ModuleName
+    first_version: Version
+
+
+class ChainReply(Message):
+    """Consecutive certificates, oldest first; short of the newest when they would not fit."""
+
+    certificates: Annotated[tuple[Certificate, ...], Field(max_length=256)]
+
+
+class HelloRequest(Message):
+    """The first words between two peers: who is there, in which run, what time is it."""
+
+    protocol: Annotated[int, Field(ge=0, le=2**31)]
+
+
+class HelloReply(Message):
+    """The answer: enough to find the manifest, or to say in one line why not."""
+
+    protocol: Annotated[int, Field(ge=0, le=2**31)]
+    run: Digest
+    manifest: Digest
+    now: Annotated[float, Field(ge=0, le=1e11, allow_inf_nan=False)]
+    client: Annotated[str, Field(max_length=64)]
+
+
+class Done(Message):
+    """Received."""

@@ -1,0 +1,131 @@
+"""The modules that a peer holds, each a replicated log: a chain of certificates and one state.
+
+On disk a module is a directory of certificates, one file per version, and the blob that the newest
+one names. The certificate is written after its state and is what makes a version current: a crash at
+any line leaves the previous version in place, and so does a state that turns out truncated.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dipaco.checkpoint import ModuleState, decode_state, write_atomically
+from dipaco.errors import BadState
+from dipaco.model import num_parameters
+from dipaco.topology import ModuleID
+from peer.manifest import Manifest
+from peer.messages import Certificate
+from peer.store import BlobStore
+
+STATES_KEPT = 2  # the current version, and the one before it for whoever is about to catch up
+
+
+@dataclass(slots=True)
+class Held:
+    """One module as this peer holds it."""
+
+    module: ModuleID
+    start_state: str
+    chain: list[Certificate] = field(default_factory=list)  # versions 1, 2, ...
+
+    @property
+    def certificate(self) -> Certificate | None:
+        """The newest certificate; None at version 0."""
+        return self.chain[-1] if self.chain else None
+
+    @property
+    def version(self) -> int:
+        """The current version."""
+        return len(self.chain)
+
+    @property
+    def state(self) -> str:
+        """Digest of the current state."""
+        return self.chain[-1].result if self.chain else self.start_state
+
+    @property
+    def parent(self) -> str:
+        """What the next certificate must name as its parent."""
+        return self.chain[-1].digest if self.chain else self.start_state
+
+
+class ModuleLog:
+    """All modules that this peer holds, in memory and on disk."""
+
+    def __init__(self, directory: Path, manifest: Manifest, store: BlobStore) -> None:
+        self._directory = directory
+        self._manifest = manifest
+        self._store = store
+        self.held: dict[ModuleID, Held] = {}
+
+    def num_parameters(self, module: ModuleID) -> int:
+        """Length of the module's flat vector."""
+        return num_parameters(self._manifest.run_config.model, self._manifest.topology, module)
+
+    def open(self, module: ModuleID) -> Held | None:
+        """Take up what the disk has of `module`; None if there is no intact version of it."""
+        start = self._manifest.start_state(module).digest
+        chain = self._read_chain(module)
+        while True:
+            held = Held(module=module, start_state=start, chain=chain)
+            if self._store.read(held.state) is not None:
+                self.held[module] = held
+                return held
+            if not chain:
+                return None
+            self._certificate_file(module, chain[-1].version).unlink()
+            chain = chain[:-1]
+
+    def adopt(self, module: ModuleID, chain: list[Certificate]) -> Held:
+        """Make `chain` (checked, from version 1) this module's; its last state is in the store."""
+        held = self.held.get(module)
+        before = held.chain if held is not None else []
+        new = Held(
+            module=module, start_state=self._manifest.start_state(module).digest, chain=list(chain)
+        )
+        assert new.state in self._store, "a version becomes current after its state is on disk"
+        for certificate in chain:
+            version = certificate.version
+            if version > len(before) or before[version - 1] is not certificate:
+                write_atomically(self._certificate_file(module, version), certificate.to_bytes())
+        for version in range(len(chain) + 1, len(before) + 1):
+            self._certificate_file(module, version).unlink(missing_ok=True)
+        self.held[module] = new
+        self._forget_states(before, new)
+        return new
+
+    def drop(self, module: ModuleID) -> None:
+        """Hold this module no longer; its certificates stay, they are small."""
+        held = self.held.pop(module, None)
+        if held is not None:
+            self._forget_states([*held.chain], None)
+
+    def load_state(self, module: ModuleID) -> ModuleState:
+        """The current state, read from disk and verified; raises `BadState` if it has rotted."""
+        raw = self._store.read(self.held[module].state)
+        if raw is None:
+            raise BadState(f"the state of module {module} is damaged on disk")
+        return decode_state(raw, num_parameters=self.num_parameters(module))
+
+    def _forget_states(self, before: list[Certificate], new: Held | None) -> None:
+        """Delete the states of versions that nobody will ask for; shared start states stay."""
+        kept = {ref.digest for ref in self._manifest.starts}
+        for held in [*self.held.values(), *([new] if new else [])]:
+            kept.update(certificate.result for certificate in held.chain[-STATES_KEPT:])
+        candidates = [*before, *(new.chain if new else [])][-2 * STATES_KEPT - 2 :]
+        for certificate in candidates:
+            if certificate.result not in kept:
+                self._store.remove(certificate.result)
+
+    def _certificate_file(self, module: ModuleID, version: int) -> Path:
+        directory = self._directory / str(module)
+        directory.mkdir(parents=True, exist_ok=True)
+        return directory / f"{version:08d}.json"
+
+    def _read_chain(self, module: ModuleID) -> list[Certificate]:
+        chain: list[Certificate] = []
+        for file in sorted((self._directory / str(module)).glob("*.json")):
+            certificate = Certificate.from_bytes(file.read_bytes(), sender="disk")
+            if certificate.version != len(chain) + 1:
+                break
+            chain.append(certificate)
+        return chain

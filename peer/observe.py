@@ -1,0 +1,23 @@
+"""Looking at a swarm from outside, without an identity of one's own that stays."""
+
+import tempfile
+from pathlib import Path
+
+from peer.config import PeerConfig
+from peer.session import fetch_manifest, find_run, open_network, run_directory
+from peer.status import SwarmStatus, read_status
+
+
+async def observe(initial_peers: tuple[str, ...]) -> SwarmStatus:
+    """The status of the swarm that these addresses belong to."""
+    with tempfile.TemporaryDirectory(prefix="dipaco-observer-") as directory:
+        config = PeerConfig(
+            state_dir=Path(directory),
+            initial_peers=initial_peers,
+            host_maddrs=("/ip4/127.0.0.1/tcp/0",),
+        )
+        async with open_network(config) as network:
+            found = await find_run(network, initial_peers)
+            run_dir = run_directory(config.state_dir, found.run)
+            manifest = await fetch_manifest(network, found, run_dir)
+            return await read_status(network.swarm, found.run, manifest)

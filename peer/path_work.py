@@ -1,0 +1,195 @@
+"""The path that this peer trains: inner steps, outer gradients, and new versions put under them.
+
+Training never waits for a round (unless the run is exact): at the end of a slot the outer gradient
+is taken, and inner steps go on. When a new version arrives, the parameters become the new global
+ones plus whatever progress the swarm has not counted yet. So nothing that was trained is lost, and
+nothing is counted twice.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dipaco.checkpoint import ModuleState, write_atomically
+from dipaco.compression import compress_with_feedback
+from dipaco.evaluate import Evaluation
+from dipaco.inner import PathTrainer
+from dipaco.tensors import decode_tensors, encode_tensors
+from dipaco.topology import ModuleID
+
+
+@dataclass(slots=True)
+class _Base:
+    """Where a module's progress is counted from."""
+
+    version: int
+    state: str  # digest
+    parameters: Tensor
+    tokens: int = 0  # trained since
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Pending:
+    """A contribution that was committed to, until the slot's certificate says whether it counted."""
+
+    slot: int
+    parameters: Tensor  # when it was taken
+    tokens: int
+    residual: Tensor | None  # what stays behind if it counts
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Offer:
+    """One module's outer gradient of one slot, encoded."""
+
+    module: ModuleID
+    base_version: int
+    base_state: str
+    tokens: int
+    raw: bytes
+
+
+class PathWork:
+    """One path on one device, with the book-keeping of what the swarm has counted.
+
+    Not thread-safe: the caller runs one method at a time, on any thread.
+    """
+
+    def __init__(self, trainer: PathTrainer, directory: Path) -> None:
+        self.trainer = trainer
+        self.last_loss: float | None = None
+        self.num_steps = 0
+        self.train_seconds = 0.0
+        self._directory = directory
+        self._bases: dict[ModuleID, _Base] = {}
+        self._pending: dict[ModuleID, _Pending] = {}
+        self._residuals: dict[ModuleID, Tensor] = {}
+        directory.mkdir(parents=True, exist_ok=True)
+        self.resumed = trainer.load_optimizer(self._optimizer_file)
+        self._load_residuals()
+
+    @property
+    def round(self) -> int:
+        """The round this path is in: the oldest version among its modules."""
+        return min(base.version for base in self._bases.values())
+
+    def version(self, module: ModuleID) -> int:
+        """The version of a module that is under the path."""
+        return self._bases[module].version
+
+    def begin(self, module: ModuleID, version: int, digest: str, state: ModuleState) -> None:
+        """Put a module's current version under the path, before the first step."""
+        self._bases[module] = _Base(version, digest, state.parameters)
+        self.trainer.write_module(module, state.parameters)
+
+    def train(self, *, seconds: float, max_steps: int, first_step: int) -> int:
+        """Take inner steps for about `seconds` (at least one), `max_steps` at most.
+
+        `first_step` is the number of steps taken in this slot already; beyond the schedule's
+        `inner_steps` the learning rate stays where it is. Returns the number of steps.
+        """
+        inner_steps = self.trainer.config.rounds.inner_steps
+        start = time.monotonic()
+        steps = 0
+        loss: Tensor | None = None
+        while steps < max_steps and (steps == 0 or time.monotonic() - start < seconds):
+            step = min(first_step + steps, inner_steps)
+            loss = self.trainer.train_step(self.round * inner_steps + step)
+            steps += 1
+        if loss is not None:
+            self.last_loss = float(loss)  # waits for the device, so that the time below is honest
+        for base in self._bases.values():
+            base.tokens += steps * self.trainer.tokens_per_step
+        self.num_steps += steps
+        self.train_seconds += time.monotonic() - start
+        return steps
+
+    def offers(self, slot: int) -> list[Offer]:
+        """Take the outer gradient (old minus new) of every module that was trained, encoded."""
+        config = self.trainer.config
+        offers = []
+        for module, base in self._bases.items():
+            if base.tokens == 0 or base.version >= config.rounds.num_rounds:
+                continue
+            parameters = self.trainer.read_module(module)
+            raw, residual = compress_with_feedback(
+                base.parameters - parameters, self._residuals.get(module), config.outer.wire_format
+            )
+            self._pending[module] = _Pending(
+                slot=slot, parameters=parameters, tokens=base.tokens, residual=residual
+            )
+            offers.append(
+                Offer(
+                    module=module,
+                    base_version=base.version,
+                    base_state=base.state,
+                    tokens=base.tokens,
+                    raw=raw,
+                )
+            )
+        return offers
+
+    def rebase(
+        self,
+        module: ModuleID,
+        version: int,
+        digest: str,
+        state: ModuleState,
+        *,
+        counted: int | None,
+    ) -> None:
+        """Put a new version under the path.
+
+        `counted` is the slot of our contribution that the version contains, or None. What it
+        counted is in the new version; the progress since then, or all of it, stays on top.
+        """
+        base = self._bases[module]
+        if version <= base.version:
+            return
+        pending = self._pending.pop(module, None)
+        if pending is not None and pending.slot == counted:
+            since, tokens = pending.parameters, base.tokens - pending.tokens
+            if pending.residual is not None:
+                self._residuals[module] = pending.residual
+        else:
+            since, tokens = base.parameters, base.tokens
+        parameters = state.parameters
+        if tokens:
+            parameters = parameters + (self.trainer.read_module(module) - since)
+        self.trainer.write_module(module, parameters)
+        self._bases[module] = _Base(version, digest, state.parameters, tokens)
+
+    def evaluate(self) -> Evaluation:
+        """The path as it stands, on the validation part of its shard."""
+        return self.trainer.evaluate(self.trainer.config.rounds.eval_sequences)
+
+    def save(self) -> None:
+        """Keep the optimizer's state and the residuals for the next start on this path."""
+        self.trainer.save_optimizer(self._optimizer_file)
+        tensors = {str(module): residual for module, residual in self._residuals.items()}
+        if tensors:
+            write_atomically(self._residual_file, encode_tensors(tensors))
+
+    @property
+    def _optimizer_file(self) -> Path:
+        return self._directory / f"{self.trainer.path}.optimizer"
+
+    @property
+    def _residual_file(self) -> Path:
+        return self._directory / f"{self.trainer.path}.residuals"
+
+    def _load_residuals(self) -> None:
+        """What earlier rounds lost in compression; a missing or damaged file loses just that."""
+        layout = {
+            str(module): (torch.float32, (self.trainer.read_module(module).numel(),))
+            for module in self.trainer.modules
+        }
+        try:
+            tensors: Mapping[str, Tensor] = decode_tensors(self._residual_file.read_bytes(), layout)
+        except (OSError, ValueError):
+            return
+        self._residuals = {ModuleID.parse(name): tensor for name, tensor in tensors.items()}

@@ -1,0 +1,156 @@
+"""What a peer tells the swarm about itself: its announcement, its heads, what it provides.
+
+Records are renewed well before they expire and withdrawn on leaving, so that a dead peer is gone
+from everyone's view within `lifetime_seconds`.
+"""
+
+from dataclasses import dataclass
+
+from dht.errors import Rejected, Unreachable
+from dht.keys import announcement_key
+from dht.records import MAX_LIFETIME_SECONDS, Announcement, Head, ManifestPointer
+from dipaco.topology import ModuleID, PathID
+from peer.assignment import Snapshot
+from peer.node import Node
+
+MIN_LIFETIME_SECONDS = 12.0
+RENEWALS_PER_LIFETIME = 3
+
+
+@dataclass(slots=True, kw_only=True)
+class Progress:
+    """The figures of this peer that its announcement carries."""
+
+    round: int = 0
+    step: int = 0
+    tokens: int = 0
+    path_tokens: int = 0
+    commits: int = 0
+    inner_share: float = 0.0
+    loss: float | None = None
+    valid_nll: float | None = None
+    valid_tokens: int = 0
+
+
+class Presence:
+    """Publishes and withdraws this peer's records, and reads those of the others."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self.path: PathID | None = None
+        self.progress = Progress()
+        round_seconds = node.manifest.run_config.rounds.round_seconds
+        self.lifetime_seconds = min(
+            MAX_LIFETIME_SECONDS, max(MIN_LIFETIME_SECONDS, 1.5 * round_seconds)
+        )
+        self.renew_seconds = self.lifetime_seconds / RENEWALS_PER_LIFETIME
+
+    async def publish(self) -> None:
+        """Renew the announcement and all heads."""
+        if self.path is not None:
+            await self.announce()
+        for module in list(self._node.log.held):
+            await self.publish_head(module)
+        await self._store(
+            ManifestPointer(
+                peer=self._node.peer_id,
+                run=self._node.run,
+                name=self._node.manifest.name,
+                version=self._node.manifest.version,
+                manifest=self._node.run,
+            )
+        )
+
+    async def announce(self) -> None:
+        """Say which path this peer trains, and how far it is."""
+        record = self._announcement()
+        if record is not None:
+            await self._store(record)
+
+    async def publish_head(self, module: ModuleID) -> None:
+        """Say which version of a module this peer holds."""
+        record = self._head(module)
+        if record is not None:
+            await self._store(record)
+
+    async def change_path(self, path: PathID) -> None:
+        """Withdraw the announcement of the former path, and announce the new one."""
+        before = self._announcement()
+        self.path = path
+        if before is not None:
+            await self._node.swarm.withdraw(before)
+        await self.announce()
+
+    async def withdraw(self) -> None:
+        """Take back everything, on leaving."""
+        records = [self._announcement(), *(self._head(module) for module in self._node.log.held)]
+        for record in records:
+            if record is not None:
+                await self._node.swarm.withdraw(record)
+
+    async def withdraw_head(self, module: ModuleID) -> None:
+        """Stop being known as a holder of `module`; call before dropping it."""
+        record = self._head(module)
+        if record is not None:
+            await self._node.swarm.withdraw(record)
+
+    async def snapshot(self) -> Snapshot:
+        """Who trains what, from all announcements; this peer's own line as it knows it."""
+        node = self._node
+        training: dict[str, PathID] = {}
+        progress: dict[PathID, float] = {}
+        for path in node.manifest.topology.paths:
+            for record in await node.swarm.read(announcement_key(node.run, str(path))):
+                if isinstance(record, Announcement):
+                    training[record.peer] = path
+                    epochs = record.path_tokens / node.manifest.shard_tokens[path]
+                    progress[path] = max(progress.get(path, 0.0), epochs)
+        training.pop(node.peer_id, None)
+        if self.path is not None:
+            training[node.peer_id] = self.path
+        return Snapshot(training=training, progress=progress)
+
+    def _announcement(self) -> Announcement | None:
+        if self.path is None:
+            return None
+        traffic, progress = self._node.transport.traffic, self.progress
+        return Announcement(
+            peer=self._node.peer_id,
+            run=self._node.run,
+            path=str(self.path),
+            round=progress.round,
+            step=progress.step,
+            tokens=progress.tokens,
+            path_tokens=progress.path_tokens,
+            commits=progress.commits,
+            inner_share=progress.inner_share,
+            sent_bytes=traffic.sent_bytes,
+            received_bytes=traffic.received_bytes,
+            loss=progress.loss,
+            valid_nll=progress.valid_nll,
+            valid_tokens=progress.valid_tokens,
+        )
+
+    def _head(self, module: ModuleID) -> Head | None:
+        node = self._node
+        held = node.log.held.get(module)
+        if held is None:
+            return None
+        topology = node.manifest.topology
+        trains = self.path is not None and module in topology.modules_of(self.path)
+        return Head(
+            peer=node.peer_id,
+            run=node.run,
+            module=str(module),
+            role="trainer" if trains else "keeper",
+            path=str(self.path) if trains else None,
+            version=held.version,
+            certificate=held.certificate.digest if held.certificate else "",
+            state=held.state,
+        )
+
+    async def _store(self, record: Announcement | Head | ManifestPointer) -> None:
+        try:
+            await self._node.swarm.store(record, self.lifetime_seconds)
+        except (Unreachable, Rejected) as error:
+            self._node.events.write("not stored", key=record.key, why=str(error))

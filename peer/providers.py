@@ -1,0 +1,63 @@
+"""Who has which blob: provider records for what the manifest names.
+
+Contributions and module states need none of this: their holders are known from the round's roster
+and from the head records.
+"""
+
+from collections.abc import Iterable
+
+from dht.errors import Rejected, Unreachable
+from dht.keys import provider_key
+from dht.records import Provider
+from dht.swarm import Swarm
+from peer.blobs import BlobClient
+from peer.manifest import BlobRef
+from peer.store import BlobStore
+
+PROVIDER_LIFETIME_SECONDS = 300.0
+PROVIDER_RENEW_SECONDS = 120.0
+FETCH_SECONDS_BASE = 60.0
+FETCH_BYTES_PER_SECOND = 100_000.0  # the slowest source that is still waited for
+
+
+class Providers:
+    """Finds sources for blobs, and announces this peer as one."""
+
+    def __init__(self, swarm: Swarm, store: BlobStore, blobs: BlobClient) -> None:
+        self._swarm = swarm
+        self._store = store
+        self._blobs = blobs
+        self._announced: dict[str, float] = {}
+        self.hints: list[str] = []  # peers that probably have everything: who we joined through
+
+    async def obtain(self, ref: BlobRef) -> None:
+        """Have the blob in the store, from whoever has it, and announce it; `Unreachable` if nobody."""
+        if ref.digest not in self._store:
+            records = await self._swarm.read(provider_key(ref.digest))
+            sources = [record.peer for record in records if isinstance(record, Provider)]
+            await self._blobs.fetch(
+                ref.digest,
+                [*sources, *self.hints],
+                max_bytes=ref.num_bytes,
+                timeout_seconds=FETCH_SECONDS_BASE + ref.num_bytes / FETCH_BYTES_PER_SECOND,
+            )
+        await self.announce([ref.digest])
+
+    async def announce(self, digests: Iterable[str]) -> None:
+        """Say that we have these blobs, unless that was said lately."""
+        now = self._swarm.now()
+        for digest in digests:
+            if now - self._announced.get(digest, 0.0) < PROVIDER_RENEW_SECONDS:
+                continue
+            record = Provider(peer=self._swarm.peer_id, digest=digest)
+            try:
+                if await self._swarm.store(record, PROVIDER_LIFETIME_SECONDS):
+                    self._announced[digest] = now
+            except (Unreachable, Rejected):
+                continue  # said again at the next renewal
+
+    async def withdraw(self) -> None:
+        """Take back every announcement, on leaving."""
+        for digest in list(self._announced):
+            await self._swarm.withdraw(Provider(peer=self._swarm.peer_id, digest=digest))
+        self._announced.clear()

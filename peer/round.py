@@ -1,0 +1,346 @@
+"""A module's round seen by whoever may lead it: collect, ask, propose, certify.
+
+Attempt k of a slot is led by the k-th peer of the roster in an order that a hash gives, so everyone
+knows from the clock alone whose turn it is; a silent leader costs one attempt. The leader only
+orders: what the new version is follows from the contributions, and each member computes it itself.
+"""
+
+import asyncio
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
+
+from dht.errors import PeerFault, Unreachable
+from dht.keys import head_key
+from dht.records import Head
+from dipaco.topology import ModuleID
+from peer.certificate import contribution_order, quorum_votes, roster_of
+from peer.member import CERTIFY_PROTOCOL, COMMIT_PROTOCOL, HAVE_PROTOCOL, PROPOSE_PROTOCOL, Member
+from peer.messages import (
+    MAX_CONTRIBUTIONS,
+    MAX_MESSAGE_BYTES,
+    MAX_ROSTER,
+    Ballot,
+    Certificate,
+    CertifyRequest,
+    Commitment,
+    CommitRequest,
+    Done,
+    HaveReply,
+    HaveRequest,
+    Message,
+    Proposal,
+    ProposeReply,
+    ProposeRequest,
+    Vote,
+)
+from peer.messages import Member as Seat
+from peer.modules import Held
+from peer.node import Node
+
+ATTEMPTS_PER_SLOT = 3  # each a quarter of a slot; the last quarter is left for pulling the result
+COLLECT_SHARE = 0.3  # of an attempt: how long after the slot's end commitments are waited for
+HAVE_SHARE = 0.4  # of an attempt: how long members may take to pull what they miss
+MESSAGE_TIMEOUT_SECONDS = 10.0  # beyond what a request itself allows the other side
+
+R = TypeVar("R", bound=Message)
+
+
+def leader_order(roster: Sequence[Seat], module: ModuleID, slot: int) -> list[str]:
+    """Who leads attempt 0, 1, ... of `slot`: the roster by a hash that nobody chooses."""
+    return sorted(
+        (seat.peer for seat in roster),
+        key=lambda peer: hashlib.sha256(f"{module}|{slot}|{peer}".encode()).digest(),
+    )
+
+
+def agreed_contributions(
+    commitments: Iterable[Commitment], held: Sequence[Sequence[str]], quorum: int
+) -> tuple[Commitment, ...]:
+    """The commitments whose bytes at least `quorum` members hold, in adding-up order.
+
+    `held`: per member, the digests of the commitments that it holds.
+    """
+    holders = Counter(digest for digests in held for digest in set(digests))
+    agreed = [c for c in commitments if holders[c.digest] >= quorum]
+    return tuple(sorted(agreed, key=contribution_order)[:MAX_CONTRIBUTIONS])
+
+
+class Rounds:
+    """Runs the rounds of every module that this peer holds."""
+
+    def __init__(self, node: Node, member: Member) -> None:
+        self._node = node
+        self._member = member
+        self._heads: dict[ModuleID, tuple[float, list[Head]]] = {}
+        self.attempt_seconds = node.manifest.run_config.rounds.round_seconds / (
+            ATTEMPTS_PER_SLOT + 1
+        )
+
+    async def attend(self, module: ModuleID, slot: int) -> None:
+        """See one slot of one module through: lead when it is our turn, until it has a version."""
+        node = self._node
+        slot_end = node.manifest.slot_start(slot + 1)
+        await self._collect(module, slot, until=slot_end + COLLECT_SHARE * self.attempt_seconds)
+        for attempt in range(ATTEMPTS_PER_SLOT):
+            begin = slot_end + attempt * self.attempt_seconds
+            if await self._done(module, slot, until=begin if attempt else node.now()):
+                return
+            roster, rebuilt = await self._roster(module, slot, attempt)
+            order = leader_order(roster, module, slot)
+            if order[attempt % len(order)] == node.peer_id:
+                ballot = Ballot(slot=slot, attempt=attempt, leader=node.peer_id)
+                await self._lead(module, ballot, roster, rebuilt=rebuilt)
+
+    async def commit(self, commitments: Sequence[Commitment]) -> None:
+        """Send our commitments to every peer that holds one of their modules, one message each."""
+        by_peer: dict[str, list[Commitment]] = {}
+        for commitment in commitments:
+            module = ModuleID.parse(commitment.module)
+            certificate = self._node.log.held[module].certificate
+            seats = certificate.proposal.next_roster if certificate else ()
+            heads = await self.heads(module)
+            for peer in {seat.peer for seat in seats} | {head.peer for head in heads}:
+                by_peer.setdefault(peer, []).append(commitment)
+        by_peer.pop(self._node.peer_id, None)
+        requests = {peer: CommitRequest(commitments=tuple(c)) for peer, c in by_peer.items()}
+        await self._ask_all(requests, COMMIT_PROTOCOL, Done, MESSAGE_TIMEOUT_SECONDS)
+
+    async def heads(self, module: ModuleID, *, max_age_seconds: float = 2.0) -> list[Head]:
+        """The live head records of a module, read from the DHT at most `max_age_seconds` ago."""
+        now = self._node.now()
+        read_at, heads = self._heads.get(module, (0.0, []))
+        if now - read_at > max_age_seconds:
+            records = await self._node.swarm.read(head_key(self._node.run, str(module)))
+            heads = [record for record in records if isinstance(record, Head)]
+            self._heads[module] = (now, heads)
+        return heads
+
+    async def _done(self, module: ModuleID, slot: int, *, until: float) -> bool:
+        """Wait until the slot has its certificate here, or the time `until` has come."""
+
+        def is_done() -> bool:
+            held = self._node.log.held.get(module)
+            return held is None or (
+                held.certificate is not None and held.certificate.ballot.slot >= slot
+            )
+
+        left = max(0.0, until - self._node.now())
+        return await self._member.changes.until(is_done, left)
+
+    async def _collect(self, module: ModuleID, slot: int, *, until: float) -> None:
+        """Wait until every trainer that is expected has committed, or until `until`."""
+        while (left := until - self._node.now()) > 0:
+            roster, _ = await self._roster(module, slot, 0)
+            expected = {seat.peer for seat in roster if seat.path is not None}
+            if await self._member.changes.until(
+                lambda expected=expected: (
+                    bool(expected)  # type: ignore[misc]
+                    and expected <= {c.peer for c in self._member.contributions.known(module, slot)}
+                ),
+                min(left, 1.0),
+            ):
+                return
+
+    async def _roster(
+        self, module: ModuleID, slot: int, attempt: int
+    ) -> tuple[tuple[Seat, ...], bool]:
+        """The roster of an attempt, and whether it had to be made from the announcements.
+
+        A certified roster comes first even when rebuilding is allowed: only it cannot fork.
+        """
+        held = self._node.log.held[module]
+        certificate = held.certificate
+        if certificate is not None and (attempt == 0 or not self._member.may_rebuild(held, slot)):
+            return certificate.proposal.next_roster, False
+        return self._announced(held, await self.heads(module)), True
+
+    def _announced(self, held: Held, heads: Sequence[Head]) -> tuple[Seat, ...]:
+        """A roster of those who announce our version of the module, ourselves included."""
+        current = [head for head in heads if head.version == held.version]
+        seats = [Seat(peer=head.peer, path=head.path) for head in current]
+        if self._node.peer_id not in {seat.peer for seat in seats}:
+            seats.append(Seat(peer=self._node.peer_id, path=None))
+        return roster_of(seats)[:MAX_ROSTER]
+
+    async def _lead(
+        self, module: ModuleID, ballot: Ballot, roster: tuple[Seat, ...], *, rebuilt: bool
+    ) -> None:
+        """One attempt, from asking what members hold to handing out the certificate."""
+        held = self._node.log.held[module]
+        known = self._member.contributions.known(module, ballot.slot)
+        if not known:
+            return
+        replies = await self._ask_have(held, ballot, roster, known)
+        done = next((r.certificate for r in replies.values() if r.certificate is not None), None)
+        if done is not None:
+            await self._member.learn(done, sender=self._node.peer_id)
+            return
+        promises = {peer: reply for peer, reply in replies.items() if reply.promised}
+        quorum = len(roster) // 2 + 1
+        if len(promises) < quorum:
+            self._failed(module, ballot, f"{len(promises)} of {len(roster)} members answered")
+            return
+        proposal = _locked(promises.values(), roster) or await self._propose(
+            held, roster, promises, rebuilt=rebuilt
+        )
+        if proposal is None:
+            self._failed(module, ballot, "no contribution is held by a quorum")
+            return
+        certificate = await self._gather_votes(proposal, ballot)
+        if certificate is None:
+            self._failed(module, ballot, "no quorum of equal votes")
+            return
+        await self._member.learn(certificate, sender=self._node.peer_id)
+        await self._hand_out(certificate)
+
+    async def _ask_have(
+        self, held: Held, ballot: Ballot, roster: tuple[Seat, ...], known: Sequence[Commitment]
+    ) -> dict[str, HaveReply]:
+        wait = HAVE_SHARE * self.attempt_seconds
+        request = HaveRequest(
+            run=self._node.run,
+            module=str(held.module),
+            version=held.version + 1,
+            parent=held.parent,
+            ballot=ballot,
+            commitments=tuple(known[:MAX_CONTRIBUTIONS]),
+            wait_seconds=wait,
+        )
+        mine = asyncio.ensure_future(self._member.have(request, sender=self._node.peer_id))
+        others = {seat.peer: request for seat in roster if seat.peer != self._node.peer_id}
+        replies = await self._ask_all(others, HAVE_PROTOCOL, HaveReply, wait + self.attempt_seconds)
+        return {**replies, self._node.peer_id: await mine}
+
+    async def _propose(
+        self,
+        held: Held,
+        roster: tuple[Seat, ...],
+        promises: dict[str, HaveReply],
+        *,
+        rebuilt: bool,
+    ) -> Proposal | None:
+        """What a quorum can reduce right away, and who forms the next round's roster.
+
+        A member that did not answer loses its seat until it announces itself to a later leader: the
+        majority that certifies this is a majority of the *old* roster, so shrinking is safe.
+        """
+        known = {c.digest: c for reply in promises.values() for c in reply.commitments}
+        usable = [c for c in known.values() if c.base_state == held.state]
+        contributions = agreed_contributions(
+            usable, [reply.held for reply in promises.values()], len(roster) // 2 + 1
+        )
+        if not contributions:
+            return None
+        heads = {head.peer: head for head in await self.heads(held.module)}
+        seated = {seat.peer: seat for seat in roster}
+        candidates = set(promises) | (set(heads) - set(seated))
+        next_roster = [
+            Seat(peer=peer, path=heads[peer].path) if peer in heads else seated[peer]
+            for peer in sorted(candidates)
+        ]
+        return Proposal(
+            run=self._node.run,
+            module=str(held.module),
+            version=held.version + 1,
+            parent=held.parent,
+            contributions=contributions,
+            roster=roster,
+            rebuilt=rebuilt,
+            next_roster=roster_of(next_roster)[:MAX_ROSTER],
+        )
+
+    async def _gather_votes(self, proposal: Proposal, ballot: Ballot) -> Certificate | None:
+        """Ask everyone to vote; return as soon as a quorum agrees, without the slow ones."""
+        request = ProposeRequest(ballot=ballot, proposal=proposal)
+        own = self._member.vote(proposal, ballot, sender=self._node.peer_id)
+        asked: list[asyncio.Future[ProposeReply | None]] = [asyncio.ensure_future(own)]
+        asked += [
+            asyncio.ensure_future(
+                self._ask(
+                    seat.peer, PROPOSE_PROTOCOL, request, ProposeReply, 2 * self.attempt_seconds
+                )
+            )
+            for seat in proposal.roster
+            if seat.peer != self._node.peer_id
+        ]
+        votes: list[Vote] = []
+        try:
+            for answer in asyncio.as_completed(asked):
+                reply = await answer
+                if reply is None or reply.vote is None or not reply.vote.is_authentic:
+                    continue
+                if reply.vote.ballot == ballot:
+                    votes.append(reply.vote)
+                quorum = quorum_votes(proposal, votes)
+                if quorum is not None:
+                    return Certificate(
+                        proposal=proposal, ballot=ballot, result=quorum[0].result, votes=quorum
+                    )
+        finally:
+            for task in asked:
+                task.cancel()
+        return None
+
+    async def _hand_out(self, certificate: Certificate) -> None:
+        proposal = certificate.proposal
+        peers = {seat.peer for seat in (*proposal.roster, *proposal.next_roster)}
+        peers |= {commitment.peer for commitment in proposal.contributions}
+        request = CertifyRequest(certificate=certificate)
+        others = dict.fromkeys(peers - {self._node.peer_id}, request)
+        await self._ask_all(others, CERTIFY_PROTOCOL, Done, MESSAGE_TIMEOUT_SECONDS)
+
+    async def _ask_all(
+        self,
+        requests: Mapping[str, Message],
+        protocol: str,
+        reply_type: type[R],
+        timeout_seconds: float,
+    ) -> dict[str, R]:
+        """Ask all at once; who does not answer rightly is missing from the result."""
+        replies = await asyncio.gather(
+            *(
+                self._ask(peer, protocol, request, reply_type, timeout_seconds)
+                for peer, request in requests.items()
+            )
+        )
+        return {peer: r for peer, r in zip(requests, replies, strict=True) if r is not None}
+
+    async def _ask(
+        self,
+        peer: str,
+        protocol: str,
+        request: Message,
+        reply_type: type[R],
+        timeout_seconds: float,
+    ) -> R | None:
+        try:
+            raw = await self._node.transport.request(
+                peer,
+                protocol,
+                request.to_bytes(),
+                timeout_seconds=timeout_seconds,
+                max_response_bytes=MAX_MESSAGE_BYTES,
+            )
+            return reply_type.from_bytes(raw, sender=peer)
+        except (PeerFault, Unreachable) as error:
+            self._node.faults.count(error, peer)
+            return None
+
+    def _failed(self, module: ModuleID, ballot: Ballot, why: str) -> None:
+        self._node.events.write(
+            "attempt failed", module=str(module), slot=ballot.slot, attempt=ballot.attempt, why=why
+        )
+
+
+def _locked(replies: Iterable[HaveReply], roster: tuple[Seat, ...]) -> Proposal | None:
+    """What some member of this roster already voted for, latest ballot first: it must come again."""
+    accepted = [
+        (reply.accepted_ballot.order, reply.accepted)
+        for reply in replies
+        if reply.accepted_ballot is not None
+        and reply.accepted is not None
+        and reply.accepted.roster == roster
+    ]
+    return max(accepted, key=lambda pair: pair[0])[1] if accepted else None

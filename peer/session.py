@@ -1,0 +1,193 @@
+"""Opening a peer on this machine: state directory, p2pd, DHT, transport, the run's manifest.
+
+Everything is released in reverse order when the context ends, however it ends: no process and no
+socket file stays behind.
+"""
+
+import asyncio
+import fcntl
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from dht.daemon import Daemon, DaemonConfig
+from dht.errors import LocalFault, PeerFault, RunMismatch, Unreachable
+from dht.identity import Identity
+from peer.blobs import BlobClient
+from peer.config import PeerConfig
+from peer.events import EventLog
+from peer.faults import Faults
+from peer.hello import say_hello
+from peer.manifest import MAX_MANIFEST_BYTES, Manifest, check_protocol, parse_manifest
+from peer.modules import ModuleLog
+from peer.node import Node
+from peer.providers import Providers
+from peer.store import BlobStore
+
+if TYPE_CHECKING:
+    from dht.kademlia import KademliaSwarm
+    from peer.rpc import Libp2pTransport
+
+MANIFEST_TIMEOUT_SECONDS = 60.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Network:
+    """A peer's doors to the network, before it knows of any run."""
+
+    identity: Identity
+    daemon: Daemon
+    swarm: "KademliaSwarm"
+    transport: "Libp2pTransport"
+
+
+@asynccontextmanager
+async def open_network(config: PeerConfig) -> AsyncIterator[Network]:
+    """Start p2pd with this machine's identity and enter the DHT through `config.initial_peers`."""
+    from dht.kademlia import KademliaSwarm  # hivemind takes seconds to import
+    from peer.rpc import Libp2pTransport
+
+    async with AsyncExitStack() as stack:
+        stack.enter_context(_lock(config.state_dir))
+        identity_file = config.state_dir / "identity"
+        identity = Identity.load_or_create(identity_file)
+        daemon = await Daemon.start(
+            identity_file,
+            config=DaemonConfig(
+                host_maddrs=config.host_maddrs, announce_maddrs=config.announce_maddrs
+            ),
+        )
+        stack.push_async_callback(daemon.close)
+        swarm = await KademliaSwarm.open(daemon, identity, initial_peers=config.initial_peers)
+        stack.push_async_callback(swarm.close)
+        transport = Libp2pTransport(swarm.p2p)
+        stack.push_async_callback(transport.close)
+        yield Network(identity=identity, daemon=daemon, swarm=swarm, transport=transport)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FoundRun:
+    """The run that an address belongs to, and who told us."""
+
+    run: str
+    told_by: tuple[str, ...]
+
+
+async def find_run(network: Network, initial_peers: tuple[str, ...]) -> FoundRun:
+    """Ask every given address which run it is in.
+
+    Raises `Unreachable` if none answers, `RunMismatch` if they differ or speak another protocol.
+    """
+    names = [maddr.rsplit("/p2p/", 1)[-1] for maddr in initial_peers]
+    replies = await asyncio.gather(
+        *(say_hello(network.transport, name) for name in names), return_exceptions=True
+    )
+    answers = {}
+    problems = []
+    for name, reply in zip(names, replies, strict=True):
+        if isinstance(reply, (PeerFault, Unreachable)):
+            problems.append(reply)
+        elif isinstance(reply, BaseException):
+            raise reply
+        else:
+            check_protocol(reply.protocol, "that peer")
+            answers[name] = reply.run
+    if not answers:
+        raise Unreachable(
+            f"no answer about its run: {problems[0] if problems else 'no address was given'}",
+            hint="use the address that `dipaco-bootstrap serve`, or a running peer, prints",
+        )
+    if len(set(answers.values())) > 1:
+        raise RunMismatch(
+            "these addresses belong to different runs",
+            hint="give addresses of one run only: " + ", ".join(sorted(set(answers.values()))),
+        )
+    return FoundRun(run=next(iter(answers.values())), told_by=tuple(answers))
+
+
+async def fetch_manifest(network: Network, found: FoundRun, run_dir: Path) -> Manifest:
+    """The run's manifest, from disk or from whoever told us of the run, verified."""
+    store = BlobStore(run_dir / "blobs")
+    if found.run not in store:
+        events = EventLog(run_dir / "events.jsonl", network.swarm.now)
+        client = BlobClient(store, network.transport, Faults(events))
+        try:
+            await client.fetch(
+                found.run,
+                found.told_by,
+                max_bytes=MAX_MANIFEST_BYTES,
+                timeout_seconds=MANIFEST_TIMEOUT_SECONDS,
+            )
+        finally:
+            events.close()
+    raw = store.read(found.run)
+    if raw is None:
+        raise Unreachable("the manifest was damaged on disk", hint="start again to fetch it anew")
+    return parse_manifest(raw, digest=found.run, sender=found.told_by[0])
+
+
+def run_directory(state_dir: Path, run: str) -> Path:
+    """Where the state of one run lies; made if it does not exist."""
+    directory = state_dir / "runs" / run[:16]
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+def make_node(network: Network, *, run: str, manifest: Manifest, run_dir: Path) -> Node:
+    """Everything a peer works with, for one run."""
+    events = EventLog(run_dir / "events.jsonl", network.swarm.now)
+    store = BlobStore(run_dir / "blobs")
+    faults = Faults(events)
+    return Node(
+        identity=network.identity,
+        run=run,
+        manifest=manifest,
+        swarm=network.swarm,
+        transport=network.transport,
+        store=store,
+        blobs=BlobClient(store, network.transport, faults),
+        log=ModuleLog(run_dir / "modules", manifest, store),
+        events=events,
+        faults=faults,
+        offload=asyncio.to_thread,
+        state_dir=run_dir,
+    )
+
+
+@asynccontextmanager
+async def open_node(config: PeerConfig) -> AsyncIterator[tuple[Node, Providers, Network]]:
+    """Join the network and the run that `config.initial_peers` belong to."""
+    async with open_network(config) as network:
+        found = await find_run(network, config.initial_peers)
+        run_dir = run_directory(config.state_dir, found.run)
+        manifest = await fetch_manifest(network, found, run_dir)
+        node = make_node(network, run=found.run, manifest=manifest, run_dir=run_dir)
+        providers = Providers(node.swarm, node.store, node.blobs)
+        providers.hints.extend(found.told_by)
+        try:
+            yield node, providers, network
+        finally:
+            node.events.close()
+
+
+def _lock(state_dir: Path) -> IO[bytes]:
+    """Hold the state directory for this process; the kernel lets go when it ends."""
+    try:
+        state_dir.mkdir(parents=True, exist_ok=True)
+        file = (state_dir / "lock").open("wb")
+    except OSError as error:
+        raise LocalFault(
+            f"cannot use the state directory `{state_dir}`: {error.strerror}",
+            hint="choose another one with `--state-dir DIR`",
+        ) from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise LocalFault(
+            f"another peer is running with the state directory `{state_dir}`",
+            hint="one directory is one identity; choose another one with `--state-dir DIR`",
+        ) from error
+    return file

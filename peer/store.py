@@ -1,0 +1,162 @@
+"""Blobs on disk: immutable, named by digest, checked again whenever they are read.
+
+A blob lies in `<digest>`, its index in `<digest>.index`; an unfinished download in `<digest>.part`,
+which survives a crash and is resumed. Nothing is ever visible under a digest that it does not have.
+"""
+
+import contextlib
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+from dipaco.checkpoint import write_atomically
+from dipaco.digest import CHUNK_BYTES, BlobIndex, index_of, index_of_file
+
+MAX_INDEX_BYTES = 8 * 2**20  # of one blob: 256 GiB of data
+
+
+class BlobStore:
+    """The blobs that one peer holds, in one directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._indexes: dict[str, BlobIndex] = {}
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def file(self, digest: str) -> Path:
+        """Where the blob lies, or would lie."""
+        return self._directory / digest
+
+    def __contains__(self, digest: str) -> bool:
+        return self.file(digest).exists() and self.index(digest) is not None
+
+    def digests(self) -> list[str]:
+        """The digests of all complete blobs, sorted."""
+        return sorted(f.name for f in self._directory.iterdir() if len(f.name) == 64)
+
+    def add(self, data: bytes) -> str:
+        """Keep `data`; returns its digest. Idempotent."""
+        index = index_of(data)
+        if index.digest not in self:
+            write_atomically(self._index_file(index.digest), index.to_bytes())
+            write_atomically(self.file(index.digest), data)
+            self._indexes[index.digest] = index
+        return index.digest
+
+    def add_file(self, file: Path) -> str:
+        """Keep a file's content without reading it into memory; the file must not change later."""
+        index = index_of_file(file)
+        if index.digest not in self:
+            write_atomically(self._index_file(index.digest), index.to_bytes())
+            temporary = self._directory / f".{index.digest}.{os.getpid()}"
+            temporary.unlink(missing_ok=True)
+            try:
+                temporary.hardlink_to(file)
+            except OSError:  # another file system
+                shutil.copyfile(file, temporary)
+            temporary.replace(self.file(index.digest))
+            self._indexes[index.digest] = index
+        return index.digest
+
+    def index(self, digest: str) -> BlobIndex | None:
+        """The index of a blob that is here (complete or in part), or None."""
+        if digest not in self._indexes:
+            try:
+                raw = self._index_file(digest).read_bytes()
+                index = BlobIndex.from_bytes(raw, max_bytes=2**45)
+            except (FileNotFoundError, ValueError):
+                return None
+            if index.digest != digest:
+                return None
+            self._indexes[digest] = index
+        return self._indexes[digest]
+
+    def read(self, digest: str) -> bytes | None:
+        """The whole blob, verified; None if it is absent. A blob that rotted on disk is deleted."""
+        index = self.index(digest)
+        try:
+            data = self.file(digest).read_bytes()
+        except FileNotFoundError:
+            return None
+        if index is None or index_of(data) != index:
+            self.remove(digest)
+            return None
+        return data
+
+    def read_chunk(self, digest: str, chunk: int) -> bytes | None:
+        """One verified chunk; None if the blob is absent, has no such chunk, or has rotted."""
+        index = self.index(digest)
+        if index is None or not 0 <= chunk < len(index.chunk_digests):
+            return None
+        try:
+            with self.file(digest).open("rb") as file:
+                file.seek(chunk * CHUNK_BYTES)
+                data = file.read(CHUNK_BYTES)
+        except FileNotFoundError:
+            return None
+        if hashlib.sha256(data).digest() != index.chunk_digests[chunk]:
+            self.remove(digest)
+            return None
+        return data
+
+    def remove(self, digest: str) -> None:
+        """Forget a blob, whole or in part."""
+        self._indexes.pop(digest, None)
+        for file in (self.file(digest), self._index_file(digest), self._part_file(digest)):
+            file.unlink(missing_ok=True)
+
+    def open_part(self, index: BlobIndex) -> "PartialBlob":
+        """Begin, or resume, a download."""
+        if self.index(index.digest) is None:
+            write_atomically(self._index_file(index.digest), index.to_bytes())
+            self._indexes[index.digest] = index
+        return PartialBlob(self._part_file(index.digest), self.file(index.digest), index)
+
+    def _index_file(self, digest: str) -> Path:
+        return self._directory / f"{digest}.index"
+
+    def _part_file(self, digest: str) -> Path:
+        return self._directory / f"{digest}.part"
+
+
+class PartialBlob:
+    """A download in progress; chunks arrive in any order, each verified before it is written."""
+
+    def __init__(self, part_file: Path, final_file: Path, index: BlobIndex) -> None:
+        self.index = index
+        self._part_file = part_file
+        self._final_file = final_file
+        self._fd = os.open(part_file, os.O_RDWR | os.O_CREAT, 0o644)
+        self.missing = self._find_missing()
+
+    def _find_missing(self) -> set[int]:
+        """Chunks that an earlier attempt did not leave intact."""
+        missing = set()
+        for chunk, digest in enumerate(self.index.chunk_digests):
+            data = os.pread(self._fd, CHUNK_BYTES, chunk * CHUNK_BYTES)
+            if hashlib.sha256(data).digest() != digest:
+                missing.add(chunk)
+        return missing
+
+    def write(self, chunk: int, data: bytes) -> bool:
+        """Keep a chunk if it is the right one; False if its digest differs."""
+        if hashlib.sha256(data).digest() != self.index.chunk_digests[chunk]:
+            return False
+        os.pwrite(self._fd, data, chunk * CHUNK_BYTES)
+        self.missing.discard(chunk)
+        return True
+
+    def finish(self) -> None:
+        """All chunks are here: make the blob visible under its digest."""
+        assert not self.missing, "a blob is complete only when no chunk is missing"
+        os.ftruncate(self._fd, self.index.size)
+        os.fsync(self._fd)
+        self._part_file.rename(self._final_file)
+
+    def close(self) -> None:
+        """Release the file; the part stays for a later attempt. Idempotent."""
+        if self._fd >= 0:
+            with contextlib.suppress(OSError):
+                os.close(self._fd)
+            self._fd = -1

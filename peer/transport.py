@@ -1,0 +1,178 @@
+"""The door to other peers: one request, a stream of frames back. Two implementations keep it:
+`peer.rpc` over libp2p, and the in-memory twin `peer.memory`.
+
+Errors a caller meets: `Unreachable` (the dial failed, the stream was cut, a deadline passed),
+`BadMessage` (the other side broke the framing or a size limit) and `RemoteError` (it answered with
+an error). Every wait has a deadline and every buffer a size, on both sides.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+from dht.errors import BadMessage, PeerFault, SwarmError, Unreachable
+
+log = logging.getLogger(__name__)
+
+MAX_ERROR_BYTES = 256  # of text in an error frame
+MAX_STREAMS_PER_PEER = 16  # that one peer may have open with us at a time; more are refused
+MAX_STREAMS = 256  # that all peers together may have open with us
+MAX_OUTGOING_STREAMS_PER_PEER = 8  # of ours; more wait. Half, since closing ones still count there
+IDLE_SECONDS = 30.0  # for the other side to send its request, take a frame, or acknowledge
+HANDLER_SECONDS = 120.0  # for a handler to come up with its next frame
+REFUSAL = b"too many streams at a time"
+
+Handler = Callable[[str, bytes], AsyncIterator[bytes | memoryview]]
+"""Answers (peer ID of the asker, request) with frames. What it raises becomes an error frame."""
+
+
+class RemoteError(PeerFault):
+    """The other side answered with an error; `why` is its text, at most 256 bytes."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Traffic:
+    """Bytes of frames since the start, headers included, both as client and as server."""
+
+    sent_bytes: int = 0
+    received_bytes: int = 0
+
+
+class Transport(Protocol):
+    """One peer's access to all other peers."""
+
+    @property
+    def peer_id(self) -> str:
+        """Who the others see."""
+
+    @property
+    def traffic(self) -> Traffic:
+        """What went through this transport so far."""
+
+    def stream(
+        self,
+        peer_id: str,
+        protocol: str,
+        payload: bytes,
+        *,
+        timeout_seconds: float,
+        max_frame_bytes: int,
+    ) -> AsyncGenerator[bytes, None]:
+        """Ask `peer_id`, and yield its frames until it has said that there are no more.
+
+        `timeout_seconds` is for each frame (the first includes dialing). Leave early only under
+        `contextlib.aclosing`, so that the stream is closed at once.
+        """
+
+    async def request(
+        self,
+        peer_id: str,
+        protocol: str,
+        payload: bytes,
+        *,
+        timeout_seconds: float,
+        max_response_bytes: int,
+    ) -> bytes:
+        """Ask `peer_id` for exactly one frame; `timeout_seconds` is for the whole exchange."""
+
+    async def serve(self, protocol: str, handler: Handler, *, max_request_bytes: int) -> None:
+        """Answer every request of `protocol` of at most that size with `handler`, until closed."""
+
+    async def connect(self, maddr: str, *, timeout_seconds: float = 10.0) -> str:
+        """Dial an address `/ip4/…/tcp/…/p2p/ID`; returns the peer ID. Raises `Unreachable`."""
+
+    async def close(self) -> None:
+        """Cut every stream and stop serving. Does nothing the second time."""
+
+
+@asynccontextmanager
+async def deadline(peer_id: str, seconds: float) -> AsyncIterator[None]:
+    """Raise `Unreachable` if the body, which waits for `peer_id`, takes longer than `seconds`."""
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError as e:
+        raise Unreachable(f"peer {peer_id} did not answer within {seconds:g} s") from e
+
+
+async def only_frame(peer_id: str, frames: AsyncGenerator[bytes, None], seconds: float) -> bytes:
+    """The one frame of `frames`, which are `peer_id`'s; `BadMessage` if there are none or more."""
+    async with deadline(peer_id, seconds), aclosing(frames):
+        async for frame in frames:
+            async for _ in frames:
+                raise BadMessage(peer_id, "answered with several frames, where one was due")
+            return frame
+        raise BadMessage(peer_id, "answered with no frame, where one was due")
+
+
+async def answers(
+    handler: Handler, peer_id: str, payload: bytes
+) -> AsyncGenerator[bytes | memoryview, None]:
+    """The frames of `handler`, each within `HANDLER_SECONDS`; closes it, whatever happens."""
+    frames = handler(peer_id, payload)
+    try:
+        while True:
+            async with asyncio.timeout(HANDLER_SECONDS):
+                frame = await anext(frames, None)
+            if frame is None:
+                return
+            yield frame
+    finally:
+        if isinstance(frames, AsyncGenerator):
+            await frames.aclose()
+
+
+def error_text(error: Exception) -> bytes:
+    """What the asker is told of an error in a handler. A bug of ours stays with us, in the log."""
+    if isinstance(error, SwarmError | ValueError | TimeoutError):
+        return str(error).encode(errors="replace")[:MAX_ERROR_BYTES]
+    log.error("a request handler failed", exc_info=error)
+    return b"internal error"
+
+
+class IncomingLimit:
+    """Counts the streams that others have open with us."""
+
+    def __init__(self) -> None:
+        self._num_streams: dict[str, int] = {}
+
+    def enter(self, peer_id: str) -> bool:
+        """Whether `peer_id` may open one more; if so it must `leave` later."""
+        num_streams = self._num_streams.get(peer_id, 0)
+        total = sum(self._num_streams.values())
+        if num_streams >= MAX_STREAMS_PER_PEER or total >= MAX_STREAMS:
+            return False
+        self._num_streams[peer_id] = num_streams + 1
+        return True
+
+    def leave(self, peer_id: str) -> None:
+        """One stream of `peer_id` is over."""
+        self._num_streams[peer_id] -= 1
+        if not self._num_streams[peer_id]:
+            del self._num_streams[peer_id]
+
+
+class OutgoingLimit:
+    """Makes our own streams to one peer wait for one another, so that it never refuses one."""
+
+    def __init__(self) -> None:
+        self._slots: dict[str, asyncio.Semaphore] = {}
+        self._num_users: dict[str, int] = {}
+
+    @asynccontextmanager
+    async def slot(self, peer_id: str) -> AsyncIterator[None]:
+        """Wait until we may have one more stream with `peer_id`, and have it during the body."""
+        slots = self._slots.setdefault(peer_id, asyncio.Semaphore(MAX_OUTGOING_STREAMS_PER_PEER))
+        self._num_users[peer_id] = self._num_users.get(peer_id, 0) + 1
+        try:
+            async with slots:
+                yield
+        finally:
+            self._num_users[peer_id] -= 1
+            if not self._num_users[peer_id]:
+                del self._num_users[peer_id], self._slots[peer_id]

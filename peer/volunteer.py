@@ -1,0 +1,353 @@
+"""A volunteer: a keeper that also trains a path, slot after slot of the common clock."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dht.errors import SwarmError, Unreachable
+from dipaco.checkpoint import ModuleState
+from dipaco.config import RunConfig
+from dipaco.errors import DipacoError
+from dipaco.shards import Shard
+from dipaco.topology import ModuleID, PathID
+from peer.assignment import Snapshot, assign_paths, choose_path
+from peer.keeper import Keeper
+from peer.messages import Certificate, Commitment, sign
+from peer.path_work import PathWork
+
+BURST_SECONDS = 0.5  # of inner steps between two looks at the clock and at new versions
+SETTLE_SECONDS = 1.0  # between two looks at who else is there, before the run starts
+
+WorkFactory = Callable[[PathID, Shard, int, Path], PathWork]
+"""Makes the work of (path, shard, replica, directory) on this machine's device."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pace:
+    """How training is cut into bursts; tests under a virtual clock cut it by steps."""
+
+    burst_seconds: float = BURST_SECONDS
+    burst_steps: int = 1_000_000
+
+
+class Volunteer:
+    """Trains paths until the run is over or `stop` is set."""
+
+    def __init__(self, keeper: Keeper, make_work: WorkFactory, *, pace: Pace | None = None) -> None:
+        self.keeper = keeper
+        self.stop = asyncio.Event()
+        self._node = keeper.node
+        self._make_work = make_work
+        self._pace = pace or Pace()
+        self._work: PathWork | None = None
+        self._first_step_time: float | None = None
+        self._train_seconds = 0.0
+        self._tokens = 0
+        self._evaluated_round = -1
+
+    @property
+    def _config(self) -> RunConfig:
+        return self._node.manifest.run_config
+
+    async def run(self) -> None:
+        """Take a path and train it, changing it when the swarm needs another more."""
+        await self._settle()
+        while not self.stop.is_set() and not self._is_finished():
+            await self._train_slot(max(0, self._node.slot))
+            await self._maybe_move()
+        if self._work is not None:
+            await self._node.offload(self._work.save)
+            if self._is_finished():
+                self._node.events.write("finished", round=self._work.round)
+
+    async def _settle(self) -> None:
+        """Take a path; until the run starts, make room for others that took the same."""
+        node = self._node
+        snapshot = await self.keeper.look_around()
+        await self._take_any(snapshot_order(node.peer_id, snapshot, node.manifest.topology.paths))
+        while node.slot < 0 and not self.stop.is_set():
+            left = node.manifest.start_time - node.now()
+            await self._pause(min(SETTLE_SECONDS, max(0.0, left)))
+            await self.keeper.look_around()
+            await self._maybe_move()
+
+    async def _take_any(self, paths: Sequence[PathID]) -> None:
+        """Take the first of `paths` whose shard and modules can be had."""
+        for path in paths:
+            try:
+                await self._take(path)
+            except SwarmError as error:
+                self._node.events.write("path not to be had", path=str(path), why=str(error))
+            else:
+                return
+        raise Unreachable(
+            "no path's shard and modules could be fetched",
+            hint="the peers that hold them may be gone; try again later or another address",
+        )
+
+    async def _take(self, path: PathID) -> None:
+        """Fetch what a path needs, announce it, and put its modules under a trainer."""
+        node, keeper = self._node, self.keeper
+        modules = node.manifest.topology.modules_of(path)
+        ref = node.manifest.shard(path).blob
+        await keeper.presence.change_path(path)
+        await keeper.providers.obtain(ref)
+        keeper.own(modules, path)
+        if not await keeper.hold(modules):
+            raise Unreachable(f"a module of path {path} has no holder that answers")
+        shard = await node.offload(lambda: self._read_shard(path, ref.digest))
+        replica = self._replica(path)
+        directory = node.state_dir / "paths"
+        work = await node.offload(lambda: self._make_work(path, shard, replica, directory))
+        for module in modules:
+            held = node.log.held[module]
+            state = await self._state(module)
+            work.begin(module, held.version, held.state, state)
+            await keeper.presence.publish_head(module)
+        if self._work is not None:
+            await node.offload(self._work.save)
+        self._work = work
+        self._evaluated_round = work.round
+        node.events.write(
+            "path",
+            path=str(path),
+            round=work.round,
+            replica=replica,
+            resumed=work.resumed,
+            shard_sequences=len(shard.train),
+        )
+
+    def _read_shard(self, path: PathID, digest: str) -> Shard:
+        raw = self._node.store.read(digest)
+        if raw is None:
+            raise Unreachable(f"the shard of path {path} was damaged on disk")
+        model = self._config.model
+        return Shard.from_bytes(
+            raw, path=path, sequence_tokens=model.sequence_tokens, vocab_size=model.vocab_size
+        )
+
+    def _replica(self, path: PathID) -> int:
+        """Our place among the peers on a path, so that each trains on other batches."""
+        others = [p for p, theirs in self.keeper.snapshot.training.items() if theirs == path]
+        return sorted({*others, self._node.peer_id}).index(self._node.peer_id)
+
+    async def _train_slot(self, slot: int) -> None:
+        """Inner steps until the slot is over, then one contribution per module."""
+        node = self._node
+        end = node.manifest.slot_start(slot + 1)
+        rounds = self._config.rounds
+        steps = 0
+        while not self.stop.is_set() and node.now() < end:
+            await self._apply_versions()
+            if self._is_finished():
+                return
+            if rounds.blocking and steps >= rounds.inner_steps:
+                break
+            room = rounds.inner_steps - steps if rounds.blocking else self._pace.burst_steps
+            steps += await self._burst(min(room, self._pace.burst_steps), steps, end)
+        if self.stop.is_set() or steps == 0:
+            return
+        await self._contribute(slot)
+        if rounds.blocking:
+            await self._await_versions(slot)
+
+    async def _burst(self, max_steps: int, first_step: int, end: float) -> int:
+        work, node = self._the_work(), self._node
+        seconds = max(0.0, min(self._pace.burst_seconds, end - node.now()))
+        if self._first_step_time is None:
+            self._first_step_time = node.now()
+            node.events.write("first step", path=str(work.trainer.path))
+        before = work.train_seconds
+        steps = await node.offload(
+            lambda: work.train(seconds=seconds, max_steps=max_steps, first_step=first_step)
+        )
+        self._train_seconds += work.train_seconds - before
+        self._tokens += steps * work.trainer.tokens_per_step
+        return steps
+
+    async def _contribute(self, slot: int) -> None:
+        """Take the outer gradients, and commit to them before anyone sees them."""
+        node, work = self._node, self._the_work()
+        offers = await node.offload(lambda: work.offers(slot))
+        commitments = []
+        for offer in offers:
+            blob = await node.offload(lambda raw=offer.raw: node.store.add(raw))  # type: ignore[misc]
+            commitment = Commitment(
+                peer=node.peer_id,
+                run=node.run,
+                module=str(offer.module),
+                slot=slot,
+                base_version=offer.base_version,
+                base_state=offer.base_state,
+                path=str(work.trainer.path),
+                tokens=offer.tokens,
+                blob=blob,
+                blob_bytes=len(offer.raw),
+            )
+            commitments.append(sign(commitment, node.identity))
+        for commitment in commitments:
+            self.keeper.member.contributions.add_own(commitment)
+        node.events.write(
+            "contributed",
+            slot=slot,
+            path=str(work.trainer.path),
+            steps=work.num_steps,
+            tokens=self._tokens,
+            loss=work.last_loss,
+            inner_share=round(self._inner_share(), 4),
+            sent_bytes=node.transport.traffic.sent_bytes,
+            received_bytes=node.transport.traffic.received_bytes,
+        )
+        self.keeper.start(self.keeper.rounds.commit(commitments), "commit")
+        await node.offload(work.save)
+
+    async def _await_versions(self, slot: int) -> None:
+        """Exact runs: wait until every module of the path has its next version, or time is up."""
+        node, work = self._node, self._the_work()
+        modules = work.trainer.modules
+        before = {module: work.version(module) for module in modules}
+        deadline = node.manifest.slot_start(slot + 2)
+        await self.keeper.versions.until(
+            lambda: (
+                self.stop.is_set()
+                or all(node.log.held[module].version > before[module] for module in modules)
+            ),
+            max(0.0, deadline - node.now()),
+        )
+        await self._apply_versions()
+        if not self._is_finished():
+            await self._pause(max(0.0, node.manifest.slot_start(slot + 1) - node.now()))
+
+    async def _apply_versions(self) -> None:
+        """Put every new version under the path; after a whole new round, evaluate and announce."""
+        node, work = self._node, self._the_work()
+        for module in work.trainer.modules:
+            held, version = node.log.held[module], work.version(module)
+            if held.version > version:
+                counted = _counted_slot(held.chain[version:], node.peer_id)
+                state = await self._state(module)
+                await node.offload(
+                    lambda m=module, h=held, s=state, c=counted: work.rebase(  # type: ignore[misc]
+                        m, h.version, h.state, s, counted=c
+                    )
+                )
+        if work.round > self._evaluated_round:
+            self._evaluated_round = work.round
+            await self._evaluate()
+
+    async def _evaluate(self) -> None:
+        node, work, progress = self._node, self._the_work(), self.keeper.presence.progress
+        evaluation = await node.offload(work.evaluate)
+        progress.round = work.round
+        progress.step = work.num_steps
+        progress.tokens = self._tokens
+        progress.path_tokens = self._path_tokens()
+        progress.commits = self._commits()
+        progress.inner_share = self._inner_share()
+        progress.loss = work.last_loss
+        progress.valid_nll = evaluation.nll_sum
+        progress.valid_tokens = evaluation.num_tokens
+        node.events.write(
+            "round",
+            round=work.round,
+            path=str(work.trainer.path),
+            loss=work.last_loss,
+            perplexity=evaluation.perplexity,
+            steps=work.num_steps,
+            tokens=self._tokens,
+            inner_share=round(self._inner_share(), 4),
+            tokens_per_second=round(self._tokens / max(self._train_seconds, 1e-9)),
+            sent_bytes=node.transport.traffic.sent_bytes,
+            received_bytes=node.transport.traffic.received_bytes,
+        )
+        self.keeper.start(self.keeper.presence.announce(), "announcement")
+
+    async def _maybe_move(self) -> None:
+        """Change to the path that the common assignment gives us, if it is another one."""
+        node, work = self._node, self._work
+        if work is None or self.stop.is_set() or self._is_finished():
+            return
+        wanted = assign_paths(self.keeper.snapshot, node.manifest.topology.paths)
+        path = wanted.get(node.peer_id, work.trainer.path)
+        if path != work.trainer.path:
+            former = work.trainer.path
+            try:
+                await self._take(path)
+                node.events.write("moved", path=str(path), former=str(former))
+            except SwarmError as error:
+                node.events.write("path not to be had", path=str(path), why=str(error))
+                self.keeper.own(work.trainer.modules, former)
+                await self.keeper.presence.change_path(former)
+
+    async def _state(self, module: ModuleID) -> ModuleState:
+        node = self._node
+        try:
+            return await node.offload(lambda: node.log.load_state(module))
+        except DipacoError as error:
+            raise Unreachable(str(error)) from error
+
+    def _is_finished(self) -> bool:
+        return self._work is not None and self._work.round >= self._config.rounds.num_rounds
+
+    def _the_work(self) -> PathWork:
+        assert self._work is not None, "a path is taken before anything is done on it"
+        return self._work
+
+    def _inner_share(self) -> float:
+        """Share of the wall time since the first inner step that was spent in inner steps."""
+        if self._first_step_time is None:
+            return 0.0
+        elapsed = self._node.now() - self._first_step_time
+        return min(1.0, self._train_seconds / elapsed) if elapsed > 0 else 0.0
+
+    def _certificates(self) -> list[Certificate]:
+        """The history of the path's module with the fewest other paths."""
+        work = self._the_work()
+        topology = self._node.manifest.topology
+        module = min(work.trainer.modules, key=topology.num_paths_through)
+        return self._node.log.held[module].chain
+
+    def _path_tokens(self) -> int:
+        path = str(self._the_work().trainer.path)
+        return sum(
+            commitment.tokens
+            for certificate in self._certificates()
+            for commitment in certificate.proposal.contributions
+            if commitment.path == path
+        )
+
+    def _commits(self) -> int:
+        return sum(
+            any(c.peer == self._node.peer_id for c in certificate.proposal.contributions)
+            for certificate in self._certificates()
+        )
+
+    async def _pause(self, seconds: float) -> None:
+        """Sleep, but wake up at once when asked to stop."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self.stop.wait()
+        except TimeoutError:
+            pass
+
+
+def snapshot_order(peer: str, snapshot: Snapshot, paths: Sequence[PathID]) -> list[PathID]:
+    """All paths, the one that `peer` should take first."""
+    left = list(paths)
+    order = []
+    while left:
+        order.append(choose_path(peer, snapshot, left))
+        left.remove(order[-1])
+    return order
+
+
+def _counted_slot(certificates: Sequence[Certificate], peer: str) -> int | None:
+    """The slot of the last contribution of `peer` that these certificates contain."""
+    slots = [
+        commitment.slot
+        for certificate in certificates
+        for commitment in certificate.proposal.contributions
+        if commitment.peer == peer
+    ]
+    return slots[-1] if slots else None

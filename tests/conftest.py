@@ -1,0 +1,25 @@
+"""Fixtures for every test."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import psutil
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture(autouse=True)
+def no_p2pd_survives() -> Iterator[None]:
+    """Fail a test that leaves a p2pd behind, and end it so that the next test starts clean."""
+    yield
+    survivors = [
+        child
+        for child in psutil.Process().children(recursive=True)
+        if child.status() != psutil.STATUS_ZOMBIE and child.name() == "p2pd"
+    ]
+    for survivor in survivors:
+        survivor.kill()
+    assert not survivors, f"the test left p2pd processes behind: {survivors}"

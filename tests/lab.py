@@ -1,0 +1,315 @@
+"""A whole swarm in one process: the real peer code on the in-memory twins, under a virtual clock."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from dht.identity import Identity
+from dht.memory import MemoryDHT, MemorySwarm
+from dipaco.checkpoint import ModuleState, encode_state
+from dipaco.config import (
+    CorpusConfig,
+    DenseStartConfig,
+    InnerConfig,
+    ModelConfig,
+    OuterConfig,
+    RoundsConfig,
+    RoutingConfig,
+    RunConfig,
+    TopologyConfig,
+)
+from dipaco.digest import blob_digest
+from dipaco.inner import PathTrainer
+from dipaco.model import PathNet, initialize, read_module
+from dipaco.shards import Shard
+from dipaco.topology import ModuleID, PathID, Topology
+from peer.blobs import BlobClient
+from peer.events import EventLog
+from peer.faults import Faults
+from peer.keeper import Keeper
+from peer.manifest import BlobRef, Manifest, ShardRef
+from peer.memory import MemoryNetwork
+from peer.messages import PROTOCOL_VERSION, sign
+from peer.modules import ModuleLog
+from peer.node import Node
+from peer.path_work import PathWork
+from peer.providers import Providers
+from peer.store import BlobStore
+from peer.volunteer import Pace, Volunteer
+
+T = TypeVar("T")
+STEP_SECONDS = 0.2  # of virtual time per call that a real peer would run in a thread
+
+
+def little_config(**rounds: Any) -> RunConfig:
+    """A 2x2 run small enough for dozens of peers in one test."""
+    return RunConfig(
+        name="little",
+        seed=1,
+        model=ModelConfig(
+            vocab_size=260,
+            width=16,
+            num_blocks=2,
+            num_heads=2,
+            num_kv_heads=1,
+            ffn_width=32,
+            sequence_tokens=16,
+        ),
+        topology=TopologyConfig(levels=(2, 2)),
+        corpus=CorpusConfig(source="python"),
+        dense_start=DenseStartConfig(
+            steps=0, learning_rate=0.001, warmup_steps=0, batch_sequences=1
+        ),
+        routing=RoutingConfig(prefix_tokens=4),
+        inner=InnerConfig(batch_sequences=2, learning_rate=0.003, warmup_steps=2),
+        outer=OuterConfig(wire_format=rounds.pop("wire_format", "float32")),
+        rounds=RoundsConfig(
+            **{
+                "num_rounds": 4,
+                "round_seconds": 20.0,
+                "inner_steps": 3,
+                "blocking": True,
+                "eval_sequences": 2,
+                **rounds,
+            }
+        ),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run's blobs and manifest, made of random tokens instead of text."""
+
+    manifest: Manifest
+    digest: str
+    blobs: list[bytes]
+    shards: dict[PathID, Shard]
+    starts: dict[ModuleID, ModuleState]
+
+
+def make_run(config: RunConfig, *, operator: Identity, start_time: float) -> Run:
+    topology = Topology.of(config)
+    generator = np.random.default_rng(config.seed)
+    shards = {}
+    for number, path in enumerate(topology.paths):
+        rows = [
+            generator.integers(2, config.model.vocab_size, (n, config.model.sequence_tokens))
+            for n in (12 + number, 4)
+        ]
+        train, valid = (part.astype(np.uint16) for part in rows)
+        shards[path] = Shard(path=path, train=train, valid=valid)
+    net = PathNet(config.model)
+    initialize(net, config.seed)
+    starts = {m: ModuleState.initial(read_module(net, topology, m)) for m in topology.modules}
+    by_level = {module.level: encode_state(state) for module, state in starts.items()}
+    raw_shards = {path: shard.to_bytes() for path, shard in shards.items()}
+    tokenizer, router = b"a tokenizer", b"a router"
+    manifest = sign(
+        Manifest(
+            peer=operator.peer_id,
+            protocol=PROTOCOL_VERSION,
+            name=config.name,
+            version=1,
+            start_time=start_time,
+            fingerprint=config.fingerprint(),
+            config=config.to_dict(),
+            tokenizer=_ref(tokenizer),
+            router=_ref(router),
+            shards=tuple(
+                ShardRef(path=str(path), blob=_ref(raw), tokens=shards[path].tokens)
+                for path, raw in raw_shards.items()
+            ),
+            starts=tuple(_ref(by_level[level]) for level in sorted(by_level)),
+        ),
+        operator,
+    )
+    raw = manifest.to_bytes()
+    blobs = [raw, tokenizer, router, *raw_shards.values(), *by_level.values()]
+    return Run(
+        manifest=manifest, digest=blob_digest(raw), blobs=blobs, shards=shards, starts=starts
+    )
+
+
+def _ref(raw: bytes) -> BlobRef:
+    return BlobRef(digest=blob_digest(raw), num_bytes=len(raw))
+
+
+def identity(number: int) -> Identity:
+    return Identity(number.to_bytes(32, "big"))
+
+
+@dataclass(kw_only=True)
+class LabPeer:
+    """One running peer of a lab, with everything it has logged."""
+
+    name: str
+    keeper: Keeper
+    volunteer: Volunteer | None
+    events: list[dict[str, Any]]
+    task: asyncio.Task[None] | None = None
+    stack: AsyncExitStack = field(default_factory=AsyncExitStack)
+
+    @property
+    def peer_id(self) -> str:
+        return self.keeper.node.peer_id
+
+    def seen(self, event: str) -> list[dict[str, Any]]:
+        return [entry for entry in self.events if entry["event"] == event]
+
+    def versions(self) -> dict[str, int]:
+        return {str(m): held.version for m, held in self.keeper.node.log.held.items()}
+
+    def states(self) -> dict[str, str]:
+        return {str(m): held.state for m, held in self.keeper.node.log.held.items()}
+
+
+class Lab:
+    """Starts, stops and kills peers; every peer runs the code that the real one runs."""
+
+    def __init__(self, directory: Path, config: RunConfig, *, start_in: float = 10.0, seed: int = 0):
+        self.directory = directory
+        self.dht = MemoryDHT(latency_seconds=0.01)
+        self.network = MemoryNetwork(seed=seed)
+        self.random = random.Random(seed)
+        self.peers: dict[str, LabPeer] = {}
+        now = MemorySwarm(self.dht, identity(1)).now()
+        self.run = make_run(config, operator=identity(1), start_time=now + start_in)
+
+    async def bootstrap(self) -> LabPeer:
+        """The first peer: has every blob, trains nothing, keeps everything."""
+        peer = await self._start("bootstrap", 1, keep_all=True, trains=False)
+        for raw in self.run.blobs:
+            peer.keeper.node.store.add(raw)
+        await peer.stack.enter_async_context(peer.keeper.running())
+        return peer
+
+    async def join(self, name: str, *, through: str = "bootstrap", number: int | None = None) -> LabPeer:
+        """A volunteer; its state directory survives `kill`, so joining again is a restart."""
+        number = number if number is not None else 2 + len(self.peers)
+        peer = await self._start(name, number, keep_all=False, trains=True)
+        node = peer.keeper.node
+        peer.keeper.providers.hints.append(self.peers[through].peer_id)
+        if node.run not in node.store:
+            node.store.add(self.run.manifest.to_bytes())
+        await peer.stack.enter_async_context(peer.keeper.running())
+        assert peer.volunteer is not None
+        peer.task = asyncio.create_task(peer.volunteer.run())
+        return peer
+
+    async def leave(self, name: str) -> None:
+        """What Ctrl-C does."""
+        peer = self.peers[name]
+        if peer.volunteer is not None and peer.task is not None:
+            peer.volunteer.stop.set()
+            await peer.task
+        await peer.stack.aclose()
+        self._forget(name)
+
+    async def kill(self, name: str) -> None:
+        """What SIGKILL does: nothing is said, nothing is saved."""
+        peer = self.peers[name]
+        self.network.crash(peer.peer_id)
+        await peer.keeper.node.swarm.close()
+        if peer.task is not None:
+            peer.task.cancel()
+            await asyncio.gather(peer.task, return_exceptions=True)
+        for task in list(peer.keeper._tasks):
+            task.cancel()
+        await asyncio.gather(*peer.keeper._tasks, return_exceptions=True)
+        peer.keeper._is_running = False
+        self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        peer = self.peers.pop(name)
+        self.network.transports.pop(peer.peer_id, None)
+
+    async def until(self, condition: Callable[[], bool], *, within: float, what: str) -> None:
+        """Wait (in virtual seconds) for something; fails naming it."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + within
+        while not condition():
+            for peer in self.peers.values():
+                if peer.task is not None and peer.task.done():
+                    peer.task.result()
+            assert loop.time() < deadline, f"not within {within} s: {what}"
+            await asyncio.sleep(0.25)
+
+    async def _start(self, name: str, number: int, *, keep_all: bool, trains: bool) -> LabPeer:
+        state_dir = self.directory / name
+        key = identity(number)
+        swarm = MemorySwarm(self.dht, key)
+        transport = self.network.transport(key.peer_id)
+        events = EventLog(state_dir / "events.jsonl", swarm.now)
+        logged: list[dict[str, Any]] = []
+        events.listen(logged.append)
+        store = BlobStore(state_dir / "blobs")
+        faults = Faults(events)
+        node = Node(
+            identity=key,
+            run=self.run.digest,
+            manifest=self.run.manifest,
+            swarm=swarm,
+            transport=transport,
+            store=store,
+            blobs=BlobClient(store, transport, faults),
+            log=ModuleLog(state_dir / "modules", self.run.manifest, store),
+            events=events,
+            faults=faults,
+            offload=offload_inline,
+            state_dir=state_dir,
+        )
+        keeper = Keeper(node, Providers(swarm, store, node.blobs), keep_all=keep_all)
+        volunteer = None
+        if trains:
+            pace = Pace(burst_steps=1)
+            volunteer = Volunteer(keeper, self._make_work, pace=pace)
+        peer = LabPeer(name=name, keeper=keeper, volunteer=volunteer, events=logged)
+        self.peers[name] = peer
+        peer.stack.callback(events.close)
+        peer.stack.push_async_callback(swarm.close)
+        peer.stack.push_async_callback(transport.close)
+        return peer
+
+    def _make_work(self, path: PathID, shard: Shard, replica: int, directory: Path) -> PathWork:
+        manifest = self.run.manifest
+        trainer = PathTrainer(
+            manifest.run_config, manifest.topology, path, shard, replica=replica
+        )
+        return PathWork(trainer, directory)
+
+
+async def offload_inline(function: Callable[[], T]) -> T:
+    """Run it here, and charge virtual time for it."""
+    result = function()
+    await asyncio.sleep(STEP_SECONDS)
+    return result
+
+
+@asynccontextmanager
+async def lab(directory: Path, config: RunConfig, **options: Any) -> AsyncIterator[Lab]:
+    """A lab that ends in good order."""
+    place = Lab(directory, config, **options)
+    try:
+        yield place
+    finally:
+        for name in list(place.peers):
+            await place.leave(name)
+
+
+def certified_states(peers: Sequence[LabPeer]) -> dict[tuple[str, int], set[str]]:
+    """All states that any peer ever applied, by module and version: one each, if P1 holds."""
+    states: dict[tuple[str, int], set[str]] = {}
+    for peer in peers:
+        for entry in [*peer.seen("version"), *peer.seen("caught up")]:
+            states.setdefault((entry["module"], entry["version"]), set()).add(entry["state"])
+    return states
+
+

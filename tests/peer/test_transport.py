@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import pytest
+
+from dht.errors import Unreachable
+from peer.memory import Line, MemoryNetwork
+from peer.transport import MAX_STREAMS_PER_PEER, IncomingLimit, RemoteError
+from tests.peer.transport_contract import CHUNK, ECHO, Handlers, ask, check_transport, collect
+from tests.virtual_clock import DeadlockError, run_virtual
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+COUNT, HANG = "/test/count/1", "/test/hang/1"
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def test_keeps_the_promises_of_a_transport() -> None:
+    async def main() -> None:
+        network = MemoryNetwork()
+        await check_transport(network.transport("a"), network.transport("b"))
+
+    run_virtual(main())
+
+
+def test_time_passes_as_latency_and_bandwidth_say() -> None:
+    async def main() -> None:
+        line = Line(latency_seconds=0.05, bandwidth_bytes_per_second=2**20)
+        network = MemoryNetwork(line=line)
+        a, b = network.transport("a"), network.transport("b")
+        await Handlers().serve(b)
+        await ask(a, "b", ECHO)
+        assert now() == pytest.approx(0.2, abs=1e-3), "two ways, each through two lines"
+        started = now()
+        await collect(a, "b", COUNT, b"1")
+        assert now() - started == pytest.approx(0.3 + 1.0, abs=1e-3), "a frame, and the end"
+
+    run_virtual(main())
+
+
+def test_transfers_share_a_line() -> None:
+    async def main() -> None:
+        network = MemoryNetwork()
+        network.lines["server"] = Line(bandwidth_bytes_per_second=len(CHUNK))
+        await Handlers().serve(network.transport("server"))
+        clients = [network.transport(name) for name in "abc"]
+        await asyncio.gather(*(collect(client, "server", COUNT, b"1") for client in clients))
+        assert now() == pytest.approx(3.0, abs=1e-3)
+
+    run_virtual(main())
+
+
+def test_a_partition_swallows_until_it_heals() -> None:
+    async def main() -> None:
+        network = MemoryNetwork()
+        a, b = network.transport("a"), network.transport("b")
+        await Handlers().serve(b)
+        network.partition(["a"], ["b", "c"])
+        with pytest.raises(Unreachable, match="within 5 s"):
+            await ask(a, "b", ECHO)
+        assert now() == 5.0
+        with pytest.raises(Unreachable):
+            await a.connect("/memory/p2p/b")
+        assert network.faults["partition"] == 2
+        asyncio.get_running_loop().call_later(2, network.heal)
+        assert await ask(a, "b", ECHO, b"late") == b"a late"
+        assert await a.connect("/memory/p2p/b") == "b"
+
+    run_virtual(main())
+
+
+def test_a_crash_cuts_streams_at_once_and_refuses_new_ones() -> None:
+    async def main() -> None:
+        network = MemoryNetwork()
+        a, b, c = (network.transport(name) for name in "abc")
+        handlers = Handlers()
+        await handlers.serve(b)
+        asyncio.get_running_loop().call_later(1, network.crash, "b")
+        with pytest.raises(Unreachable, match="cut"):
+            await collect(a, "b", HANG, b"")
+        assert now() == 1.0
+        assert handlers.is_left.is_set()
+        with pytest.raises(Unreachable, match="not running"):
+            await ask(c, "b", ECHO)
+        with pytest.raises(Unreachable, match="not running"):
+            await ask(b, "a", ECHO)
+        assert network.faults["crash"] == 1
+        restarted = network.transport("b")
+        await handlers.serve(restarted)
+        assert await ask(c, "b", ECHO, b"again") == b"c again"
+
+    run_virtual(main())
+
+
+def test_a_crashed_client_is_noticed_by_its_server() -> None:
+    async def main() -> None:
+        network = MemoryNetwork()
+        a, b = network.transport("a"), network.transport("b")
+        handlers = Handlers()
+        await handlers.serve(b)
+        asyncio.get_running_loop().call_later(1, network.crash, "a")
+        with pytest.raises(Unreachable):
+            await collect(a, "b", HANG, b"")
+        await handlers.is_left.wait()
+        assert handlers.num_open == 0
+
+    run_virtual(main())
+
+
+def test_loss_cuts_streams_the_same_way_for_one_seed() -> None:
+    async def main(seed: int) -> list[bool]:
+        network = MemoryNetwork(seed=seed, line=Line(loss=0.2))
+        a, b = network.transport("a"), network.transport("b")
+        await Handlers().serve(b)
+        results = []
+        for _ in range(30):
+            try:
+                await ask(a, "b", ECHO)
+                results.append(True)
+            except Unreachable:
+                results.append(False)
+        assert network.faults["loss"] == results.count(False) > 0
+        return results
+
+    assert run_virtual(main(1)) == run_virtual(main(1)) != run_virtual(main(2))
+
+
+def test_a_greedy_peer_is_refused_and_others_are_not() -> None:
+    limit = IncomingLimit()
+    assert [limit.enter("greedy") for _ in range(MAX_STREAMS_PER_PEER + 1)].count(False) == 1
+    assert limit.enter("modest")
+    limit.leave("greedy")
+    assert limit.enter("greedy")
+
+
+def test_a_closed_transport_answers_nobody() -> None:
+    async def main() -> None:
+        network = MemoryNetwork()
+        a, b = network.transport("a"), network.transport("b")
+        await Handlers().serve(b)
+        await b.close()
+        await b.close()
+        with pytest.raises(Unreachable):
+            await ask(a, "b", ECHO)
+
+    run_virtual(main())
+
+
+def test_hundreds_of_peers_share_one_process() -> None:
+    async def main() -> float:
+        line = Line(latency_seconds=0.05, bandwidth_bytes_per_second=1e6)
+        network = MemoryNetwork(line=line)
+        transports = [network.transport(str(i)) for i in range(200)]
+        for transport in transports:
+            await Handlers().serve(transport)
+
+        async def chatter(i: int) -> None:
+            for k in range(1, 6):
+                await ask(transports[i], str((i + k) % 200), ECHO, bytes(500))
+                await asyncio.sleep(10)
+
+        await asyncio.gather(*map(chatter, range(200)))
+        return now()
+
+    assert run_virtual(main()) == run_virtual(main()) > 50
+
+
+def test_an_endless_answer_is_cut_where_one_frame_was_due() -> None:
+    async def endless(_asker: str, _payload: bytes) -> AsyncIterator[bytes]:
+        while True:
+            yield b"more"
+
+    async def main() -> None:
+        network = MemoryNetwork()
+        a, b = network.transport("a"), network.transport("b")
+        await b.serve("/endless", endless, max_request_bytes=10)
+        with pytest.raises(Exception, match="several"):
+            await ask(a, "b", "/endless")
+        assert b.traffic.sent_bytes < 100
+        with pytest.raises(RemoteError, match="11 bytes"):
+            await ask(a, "b", "/endless", bytes(11))
+
+    run_virtual(main())
+
+
+def test_the_virtual_clock_names_a_deadlock() -> None:
+    async def main() -> None:
+        await asyncio.sleep(3600)
+        await asyncio.Event().wait()
+
+    with pytest.raises(DeadlockError, match=r"3600\.000 s"):
+        run_virtual(main())
