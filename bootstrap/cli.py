@@ -39,7 +39,7 @@ def prepare(
     directory: Path,
     threads: int | None,
     device: str,
-    verbose: int,  # noqa: ARG001
+    verbose: int,
 ) -> None:
     """Turn the corpus that CONFIG names into a run in DIRECTORY.
 
@@ -75,9 +75,7 @@ def prepare(
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
 @click.option("-v", "--verbose", count=True, help="More detail; -vv adds tracebacks.")
 @one_line_errors
-def serve(
-    directory: Path, start_in: float, quiet: bool, verbose: int, **options: Any
-) -> None:
+def serve(directory: Path, start_in: float, quiet: bool, verbose: int, **options: Any) -> None:
     """Be the first address and the first seeder of the run in DIRECTORY.
 
     Prints the line to hand to volunteers. Ctrl-C leaves in good order; the run goes on without

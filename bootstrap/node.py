@@ -15,13 +15,11 @@ from dipaco.errors import ConfigError
 from dipaco.start import Start
 from peer.config import PeerConfig
 from peer.display import Display
-from peer.join import reachable_addresses, stop_on_signals
+from peer.join import reachable_addresses, stop_on_signals, write_address_file
 from peer.keeper import Keeper
 from peer.providers import Providers
 from peer.session import make_node, open_network, run_directory
 from peer.store import BlobStore
-
-ADDRESS_FILE = "address"
 
 
 async def serve(directory: Path, config: PeerConfig, display: Display, *, start_in: float) -> None:
@@ -48,7 +46,7 @@ async def serve(directory: Path, config: PeerConfig, display: Display, *, start_
         node.events.listen(display.show)
         async with keeper.running():
             addresses = await reachable_addresses(network)
-            (directory / ADDRESS_FILE).write_text("\n".join(addresses) + "\n")
+            write_address_file(directory, addresses)
             wait = manifest.start_time - node.now()
             if wait > 0:
                 display.say("run", f"slot 0 begins in {wait:.0f} s")

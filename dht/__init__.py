@@ -2,9 +2,11 @@
 
 - `identity`: the Ed25519 key that is both a peer's libp2p ID and the signature on its records;
 - `records` and `keys`: what peers say about themselves, to the byte, and where it lies;
-- `validation`: what every node checks before it stores or believes a record;
+- `validation` and `storage`: what every node checks before it stores or believes a record, and
+  how much it keeps;
 - `swarm`: the interface the rest of the program uses, with two implementations:
   `kademlia` (hivemind's DHT over libp2p, whose process `daemon` starts) and its twin `memory`;
+- `addresses`: multiaddrs of peers, checked;
 - `errors`: the one tree of errors.
 
 The DHT holds rumors: a lie in it may hide a peer, and never changes training.

@@ -50,7 +50,10 @@ class DaemonConfig:
 
 
 class Daemon:
-    """A running p2pd. Made by `Daemon.start`; must be closed."""
+    """A running p2pd. Made by `Daemon.start`; must be closed.
+
+    It serves one `KademliaSwarm`, and ends by itself when that is closed.
+    """
 
     def __init__(self, process: asyncio.subprocess.Process, socket_dir: Path, peer_id: str) -> None:
         self.peer_id = peer_id
@@ -102,18 +105,21 @@ class Daemon:
 
     async def close(self) -> None:
         """Stop p2pd, and remove its socket. Does nothing the second time."""
-        if self.alive:
-            with suppress(ProcessLookupError):
-                self._process.terminate()
+        self._signal(signal.SIGTERM)
         try:
             async with asyncio.timeout(SHUTDOWN_SECONDS):
                 await self._process.wait()
         except TimeoutError:
-            with suppress(ProcessLookupError):
-                self._process.kill()
+            self._signal(signal.SIGKILL)
             await self._process.wait()
         await self._output.close()
         shutil.rmtree(self._socket_dir, ignore_errors=True)
+
+    def _signal(self, number: signal.Signals) -> None:
+        """Not by the methods of `_process`: they reap a child that has just ended, unnoticed."""
+        if self.alive:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     async def _wait_until_ready(self) -> None:
         try:

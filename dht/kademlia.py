@@ -208,7 +208,7 @@ class KademliaSwarm:
         await self.store(record.model_copy(update={"withdrawn": True}), WITHDRAWAL_SECONDS)
 
     async def close(self) -> None:
-        """See `Swarm`. Leaves the daemon running."""
+        """See `Swarm`. The daemon ends by itself then, but still wants to be closed."""
         if self._is_closed:
             return
         self._is_closed = True
@@ -305,8 +305,10 @@ async def ask_daemon(
 
 
 def _reason(message: str) -> str:
-    """The part of p2pd's error that tells a person something: the last line, and not too long."""
-    return message.strip().splitlines()[-1].strip(" *")[:200] if message.strip() else "refused"
+    """The one line of p2pd's error that tells a person most: about the latest thing it tried."""
+    lines = [line.strip(" *")[:200] for line in message.splitlines() if line.strip()]
+    fresh = [line for line in lines if "dial backoff" not in line]
+    return (fresh or lines or ["refused"])[-1]
 
 
 class _Validator(RecordValidatorBase):  # type: ignore[misc]

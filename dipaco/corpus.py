@@ -89,19 +89,29 @@ def _short_parts(line: str, max_bytes: int) -> list[str]:
 
 
 def _from_datasets(config: CorpusConfig) -> Iterator[Document]:
-    names = config.files or (config.name,)
-    for name in names:
-        for number, row in enumerate(_rows(config, name)):
-            text = row.get(config.text_column)
-            if not isinstance(text, str):
-                raise ConfigError(
-                    f"{name} has no text column {config.text_column!r}",
-                    hint=f"set corpus.text_column to one of: {', '.join(map(str, row))}",
-                )
-            for index, piece in enumerate(_pieces(text, config.max_document_bytes)):
-                # A row is a source of its own, but a text file is one row, so its pieces are.
-                part = index if config.source == "text" else number
-                yield Document(text=piece, source=f"{name}#{part}", kind=name)
+    """Documents of all files in turn, so that any number of them is a fair sample."""
+    waiting = [_documents_of(config, name) for name in config.files or (config.name,)]
+    while waiting:
+        document = next(waiting[0], None)
+        if document is None:
+            del waiting[0]
+        else:
+            yield document
+            waiting.append(waiting.pop(0))
+
+
+def _documents_of(config: CorpusConfig, name: str) -> Iterator[Document]:
+    for number, row in enumerate(_rows(config, name)):
+        text = row.get(config.text_column)
+        if not isinstance(text, str):
+            raise ConfigError(
+                f"{name} has no text column {config.text_column!r}",
+                hint=f"set corpus.text_column to one of: {', '.join(map(str, row))}",
+            )
+        for index, piece in enumerate(_pieces(text, config.max_document_bytes)):
+            # A row is a source of its own, but a text file is one row, so its pieces are.
+            part = index if config.source == "text" else number
+            yield Document(text=piece, source=f"{name}#{part}", kind=name)
 
 
 def _rows(config: CorpusConfig, name: str) -> Iterator[dict[str, Any]]:

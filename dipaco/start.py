@@ -173,13 +173,29 @@ class _Preparation:
         self._device = device
         self._documents = cache(self._read_documents)
 
+    @property
+    def _dense_steps(self) -> int:
+        return self._config.dense_start.steps
+
+    @property
+    def _dense_config(self) -> RunConfig:
+        """The run that the dense start is: one path, with its own learning rate and batch."""
+        dense = self._config.dense_start
+        inner = replace(
+            self._config.inner,
+            learning_rate=dense.learning_rate,
+            warmup_steps=dense.warmup_steps,
+            batch_sequences=dense.batch_sequences,
+        )
+        return replace(single_path(self._config, dense.steps), inner=inner)
+
     def run(self) -> dict[PathID, int]:
         """All stages; returns the training tokens of each shard."""
         model, topology = self._config.model, self._config.topology
         key = self._stage("tokenizer", "", [self._config.corpus, model.vocab_size], self._tokenizer)
         prefix = self._config.routing.prefix_tokens
         key = self._stage("sequences", key, [model.sequence_tokens, prefix], self._sequences)
-        dense = [self._config.seed, model, topology, self._config.dense_start, self._config.inner]
+        dense = [self._config.seed, model, topology, self._dense_config.inner, self._dense_steps]
         key = self._stage("dense start", key, dense, self._dense_start)
         key = self._stage("router", key, [self._config.routing], self._router)
         self._stage("shards", key, [], self._shards)
@@ -271,16 +287,7 @@ class _Preparation:
         return files
 
     def _train_dense_start(self, rows: dict[str, Rows]) -> PathNet:
-        dense = self._config.dense_start
-        config = replace(
-            single_path(self._config, dense.steps),
-            inner=replace(
-                self._config.inner,
-                learning_rate=dense.learning_rate,
-                warmup_steps=dense.warmup_steps,
-                batch_sequences=dense.batch_sequences,
-            ),
-        )
+        config = self._dense_config
         topology = Topology.of(config)
         path = topology.paths[0]
         net = PathNet(config.model)
@@ -289,9 +296,9 @@ class _Preparation:
         trainer = PathTrainer(config, topology, path, shard, device=self._device)
         for module in trainer.modules:
             trainer.write_module(module, read_module(net, topology, module))
-        for step in range(dense.steps):
+        for step in range(self._dense_steps):
             trainer.train_step(step)
-            self._progress("dense start", step + 1, dense.steps)
+            self._progress("dense start", step + 1, self._dense_steps)
         for module in trainer.modules:
             write_module(net, topology, module, trainer.read_module(module))
         return net

@@ -3,8 +3,8 @@
 A certificate is believed when a strict majority of *its own* roster signed the same result in the
 same ballot, and when that roster is the one its parent named. Version 0 has no certificate: it is
 the start state in the signed manifest. A rebuilt roster (after two slots without a commit, or at
-version 1) cannot be checked against the parent; it is accepted when the certificate says so, and two
-certificates that arise from it resolve by `preferred`.
+version 1) cannot be checked against the parent; it is accepted when the certificate says so, and
+two certificates that arise from it resolve by `preferred`.
 """
 
 from collections.abc import Sequence

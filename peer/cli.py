@@ -61,7 +61,7 @@ def join(address: tuple[str, ...], quiet: bool, verbose: int, **options: Any) ->
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @click.option("-v", "--verbose", count=True, help="-vv adds tracebacks.")
 @one_line_errors
-def status(address: tuple[str, ...], as_json: bool, verbose: int) -> None:  # noqa: ARG001
+def status(address: tuple[str, ...], as_json: bool, verbose: int) -> None:
     """Show the swarm that ADDRESS belongs to: peers, paths, rounds, versions, digests."""
     from rich.console import Console
 
@@ -84,7 +84,7 @@ def status(address: tuple[str, ...], as_json: bool, verbose: int) -> None:  # no
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("-v", "--verbose", count=True, help="-vv adds tracebacks.")
 @one_line_errors
-def check(address: tuple[str, ...], verbose: int, **options: Any) -> None:  # noqa: ARG001
+def check(address: tuple[str, ...], verbose: int, **options: Any) -> None:
     """Dry run: clock, addresses, disk, open files, device, each with its fix."""
     run_async(_print_checks(_config(address, **options)))
 

@@ -1,4 +1,4 @@
-"""A peer's own account of what it did: one JSON object a line, for people, tests and the checker."""
+"""A peer's own account of what it did: one JSON object a line, for people and for tests."""
 
 import json
 from collections.abc import Callable

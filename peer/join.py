@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -20,6 +21,7 @@ from peer.volunteer import Volunteer
 
 # Current and next version of a path, the contributions of a group, and as much for what is kept.
 STATES_ON_DISK = 8
+ADDRESS_FILE = "address"
 
 
 async def join(config: PeerConfig, display: Display) -> None:
@@ -31,13 +33,15 @@ async def join(config: PeerConfig, display: Display) -> None:
         run, topology = manifest.run_config, manifest.topology
         choice = choose_device(config, run, topology)
         check_disk(config, manifest)
+        addresses = await reachable_addresses(network)
         display.introduce(
             run=f"{manifest.name} ({node.run[:12]}), by {manifest.peer}",
             peer=node.peer_id,
-            addresses=await reachable_addresses(network),
+            addresses=addresses,
             device=choice.description,
             disk=f"{node.state_dir}, {_gigabytes(shutil.disk_usage(node.state_dir).free)} free",
         )
+        write_address_file(config.state_dir, addresses)
         node.events.listen(display.show)
         keeper = Keeper(node, providers)
         volunteer = Volunteer(keeper, work_factory(run, topology, choice))
@@ -54,6 +58,11 @@ async def reachable_addresses(network: Network) -> list[str]:
     """Where others reach this peer; the ones to hand out come last."""
     maddrs = await network.swarm.maddrs()
     return sorted(maddrs, key=lambda maddr: "/ip4/127." not in maddr)
+
+
+def write_address_file(state_dir: Path, addresses: list[str]) -> None:
+    """Leave this peer's addresses where scripts find them, one a line."""
+    (state_dir / ADDRESS_FILE).write_text("".join(f"{address}\n" for address in addresses))
 
 
 def check_disk(config: PeerConfig, manifest: Manifest) -> None:

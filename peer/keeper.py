@@ -30,6 +30,7 @@ from peer.round import Rounds
 log = logging.getLogger(__name__)
 
 DUTY_SECONDS_MAX = 30.0  # between two looks at who keeps what, when slots are long
+RETIRE_SLOTS = 2  # for which a module is still held that no longer falls to this peer
 UNREFERENCED_SECONDS = 600.0  # a blob that nothing refers to is deleted after this long
 
 
@@ -39,17 +40,18 @@ class Keeper:
     def __init__(self, node: Node, providers: Providers, *, keep_all: bool = False) -> None:
         self.node = node
         self.providers = providers
-        self.presence = Presence(node)
         self.snapshot = Snapshot(training={}, progress={})
         self.versions = Changes()  # notified whenever a held module has a new version
         self._keep_all = keep_all
         self._own: frozenset[ModuleID] = frozenset()
         self._own_shard: PathID | None = None
+        self._retiring: dict[ModuleID, int] = {}  # slots since a held module was last wanted
         self._attended: dict[ModuleID, int] = {}
         self._held_changed = Changes()
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_running = False
         self.member = Member(node, on_version=self._on_version, on_behind=self._on_behind)
+        self.presence = Presence(node, retiring=self.member.retiring)
         self.rounds = Rounds(node, self.member)
         self.catch_up = CatchUp(node, self.member, self.rounds, providers)
 
@@ -157,8 +159,10 @@ class Keeper:
         wanted = duties | self._own
         await self.hold(sorted(wanted - set(node.log.held)))
         for module in sorted(set(node.log.held) - wanted):
-            await self.presence.withdraw_head(module)
-            node.log.drop(module)
+            await self._retire(module)
+        for module in wanted & set(self._retiring):
+            self._retiring.pop(module)
+            self.member.retiring.discard(module)
         for module in sorted(wanted & set(node.log.held)):
             await self.catch_up.refresh(module)
         for path in node.manifest.topology.paths:
@@ -168,6 +172,17 @@ class Keeper:
         await self.providers.obtain(node.manifest.router)
         await self.providers.announce([node.run])
         await node.offload(self._sweep)
+
+    async def _retire(self, module: ModuleID) -> None:
+        """Give up a duty: first leave the next roster, and only later the present one."""
+        slots = self._retiring[module] = self._retiring.get(module, 0) + 1
+        if slots == 1:
+            self.member.retiring.add(module)
+            await self.presence.withdraw_head(module)
+        if slots > RETIRE_SLOTS:
+            self.node.log.drop(module)
+            del self._retiring[module]
+            self.member.retiring.discard(module)
 
     def _keeps(self, what: str, peers: list[str]) -> bool:
         num_keepers = self.node.manifest.run_config.rounds.num_keepers
@@ -181,7 +196,7 @@ class Keeper:
             await asyncio.sleep(self.presence.renew_seconds)
 
     async def _leave(self) -> None:
-        """Withdraw what we said, so that nobody waits for us; bounded, for the network may be gone."""
+        """Withdraw what we said, so that nobody waits for us; bounded: the network may be gone."""
         try:
             async with asyncio.timeout(5.0):
                 await self.presence.withdraw()

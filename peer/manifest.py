@@ -1,6 +1,6 @@
 """The signed description of a run: everything that the swarm must agree on, and nothing else.
 
-The operator's key signs it once; from then on any peer can hand it to a newcomer, because its digest
+The operator's key signs it once; then any peer can hand it to a newcomer, because its digest
 names the run and the signature inside proves who made it. A volunteer's own choices (device, disk,
 bandwidth) are never in it.
 """

@@ -66,6 +66,7 @@ class Member:
         self._acceptor = Acceptor(node.state_dir / "promises")
         self._results: dict[str, str] = {}  # proposal digest -> result we computed ourselves
         self._locks: dict[ModuleID, asyncio.Lock] = {}
+        self.retiring: set[ModuleID] = set()  # held still, but only until the next roster
         self.changes = Changes()
         self.contributions = Contributions(node, self.changes)
 
@@ -123,6 +124,7 @@ class Member:
         state = self._acceptor.state(request.module, request.version, request.parent)
         return HaveReply(
             promised=promised,
+            leaving=module in self.retiring,
             held=tuple(c.digest for c in self.contributions.held(known)),
             commitments=tuple(known),
             accepted=state.accepted,

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
     from peer.transport import Handler
 
+FRAMES_IN_FLIGHT = 4  # of one stream, sent and not yet taken: as TCP and its buffers would hold
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Line:
@@ -89,8 +91,11 @@ class MemoryNetwork:
         """What connects `peer_id` now."""
         return self.lines.get(peer_id, self.default_line)
 
-    async def carry(self, sender: str, receiver: str, num_bytes: int) -> None:
-        """Take as long as the transfer takes; raises `StreamLostError` if it is lost."""
+    async def carry(self, sender: str, receiver: str, num_bytes: int) -> float:
+        """Wait until the bytes are on their way; returns the seconds until they arrive.
+
+        Raises `StreamLostError` if they are lost.
+        """
         while frozenset((sender, receiver)) in self._cut:
             self.faults["partition"] += 1
             await self._healed.wait()
@@ -101,8 +106,8 @@ class MemoryNetwork:
         now = asyncio.get_running_loop().time()
         sent_time = self._occupy((sender, "up"), now, num_bytes, ends[0])
         received_time = self._occupy((receiver, "down"), now, num_bytes, ends[1])
-        latency_seconds = sum(end.latency_seconds for end in ends)
-        await asyncio.sleep(max(sent_time, received_time) - now + latency_seconds)
+        await asyncio.sleep(max(sent_time, received_time) - now)
+        return sum(end.latency_seconds for end in ends)
 
     def _occupy(self, key: tuple[str, str], now: float, num_bytes: int, line: Line) -> float:
         """When a line that carries its transfers one after another is done with this one."""
@@ -116,8 +121,15 @@ class _Exchange:
 
     def __init__(self) -> None:
         self.frames: asyncio.Queue[tuple[FrameKind | None, bytes]] = asyncio.Queue()
-        self.room = asyncio.Semaphore(1)  # a server works at most one frame ahead
+        self.room = asyncio.Semaphore(FRAMES_IN_FLIGHT)
         self.task: asyncio.Task[None] | None = None
+        self._arrival_time = 0.0
+
+    def deliver(self, kind: FrameKind, frame: bytes, latency_seconds: float) -> None:
+        """Let the client have a frame when it arrives, never before the one sent earlier."""
+        loop = asyncio.get_running_loop()
+        self._arrival_time = max(self._arrival_time, loop.time() + latency_seconds)
+        loop.call_at(self._arrival_time, self.frames.put_nowait, (kind, frame))
 
     def cut(self) -> None:
         """End it now: the client meets a cut stream after what has already arrived."""
@@ -212,7 +224,7 @@ class MemoryTransport:
         if peer_id == self.peer_id:
             raise ValueError("a peer does not ask itself")
         try:
-            await self._network.carry(self.peer_id, peer_id, num_bytes)
+            await asyncio.sleep(await self._network.carry(self.peer_id, peer_id, num_bytes))
         except StreamLostError as e:
             raise Unreachable(f"peer {peer_id}: the stream was cut") from e
         server = self._network.transports.get(peer_id)
@@ -288,6 +300,7 @@ class MemoryTransport:
         self, exchange: _Exchange, client_id: str, kind: FrameKind, frame: bytes
     ) -> None:
         await exchange.room.acquire()
-        await self._network.carry(self.peer_id, client_id, HEADER.size + len(frame))
-        self.traffic.sent_bytes += HEADER.size + len(frame)
-        exchange.frames.put_nowait((kind, frame))
+        num_bytes = HEADER.size + len(frame)
+        latency_seconds = await self._network.carry(self.peer_id, client_id, num_bytes)
+        self.traffic.sent_bytes += num_bytes
+        exchange.deliver(kind, frame, latency_seconds)

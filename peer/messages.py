@@ -196,6 +196,7 @@ class HaveReply(Message):
     """Member to leader: what it holds and knows, and what it already voted for, if anything."""
 
     promised: bool
+    leaving: bool = False  # wants no seat in the next roster
     held: Annotated[tuple[Digest, ...], Field(max_length=MAX_CONTRIBUTIONS)]  # commitment digests
     commitments: Annotated[tuple[Commitment, ...], Field(max_length=MAX_CONTRIBUTIONS)]
     accepted: Proposal | None = None

@@ -1,7 +1,7 @@
 """The modules that a peer holds, each a replicated log: a chain of certificates and one state.
 
 On disk a module is a directory of certificates, one file per version, and the blob that the newest
-one names. The certificate is written after its state and is what makes a version current: a crash at
+one names. The certificate is written after its state, and makes a version current: a crash at
 any line leaves the previous version in place, and so does a state that turns out truncated.
 """
 

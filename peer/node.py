@@ -1,4 +1,4 @@
-"""What every part of a peer works with: its identity, its run, its doors to the network, its disk."""
+"""What every part of a peer works with: identity, run, doors to the network, disk."""
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass

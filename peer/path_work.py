@@ -34,7 +34,7 @@ class _Base:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Pending:
-    """A contribution that was committed to, until the slot's certificate says whether it counted."""
+    """A contribution that was committed to, until a certificate says whether it counted."""
 
     slot: int
     parameters: Tensor  # when it was taken

@@ -4,6 +4,7 @@ Records are renewed well before they expire and withdrawn on leaving, so that a 
 from everyone's view within `lifetime_seconds`.
 """
 
+from collections.abc import Set
 from dataclasses import dataclass
 
 from dht.errors import Rejected, Unreachable
@@ -35,8 +36,9 @@ class Progress:
 class Presence:
     """Publishes and withdraws this peer's records, and reads those of the others."""
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, *, retiring: Set[ModuleID]) -> None:
         self._node = node
+        self._retiring = retiring  # modules held still, but no longer announced
         self.path: PathID | None = None
         self.progress = Progress()
         round_seconds = node.manifest.run_config.rounds.round_seconds
@@ -70,7 +72,7 @@ class Presence:
     async def publish_head(self, module: ModuleID) -> None:
         """Say which version of a module this peer holds."""
         record = self._head(module)
-        if record is not None:
+        if record is not None and module not in self._retiring:
             await self._store(record)
 
     async def change_path(self, path: PathID) -> None:

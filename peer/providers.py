@@ -31,7 +31,7 @@ class Providers:
         self.hints: list[str] = []  # peers that probably have everything: who we joined through
 
     async def obtain(self, ref: BlobRef) -> None:
-        """Have the blob in the store, from whoever has it, and announce it; `Unreachable` if nobody."""
+        """Have the blob in the store, and announce it; `Unreachable` if nobody has it."""
         if ref.digest not in self._store:
             records = await self._swarm.read(provider_key(ref.digest))
             sources = [record.peer for record in records if isinstance(record, Provider)]

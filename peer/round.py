@@ -42,6 +42,8 @@ from peer.node import Node
 ATTEMPTS_PER_SLOT = 3  # each a quarter of a slot; the last quarter is left for pulling the result
 COLLECT_SHARE = 0.3  # of an attempt: how long after the slot's end commitments are waited for
 HAVE_SHARE = 0.4  # of an attempt: how long members may take to pull what they miss
+ANSWER_SHARE = 0.2  # of an attempt: how long they may take to answer beyond that
+FRESH_SECONDS = 1.0  # how old the heads may be from which a roster is made
 MESSAGE_TIMEOUT_SECONDS = 10.0  # beyond what a request itself allows the other side
 
 R = TypeVar("R", bound=Message)
@@ -74,9 +76,8 @@ class Rounds:
         self._node = node
         self._member = member
         self._heads: dict[ModuleID, tuple[float, list[Head]]] = {}
-        self.attempt_seconds = node.manifest.run_config.rounds.round_seconds / (
-            ATTEMPTS_PER_SLOT + 1
-        )
+        self._slot_seconds = node.manifest.run_config.rounds.round_seconds
+        self.attempt_seconds = self._slot_seconds / (ATTEMPTS_PER_SLOT + 1)
 
     async def attend(self, module: ModuleID, slot: int) -> None:
         """See one slot of one module through: lead when it is our turn, until it has a version."""
@@ -87,11 +88,12 @@ class Rounds:
             begin = slot_end + attempt * self.attempt_seconds
             if await self._done(module, slot, until=begin if attempt else node.now()):
                 return
-            roster, rebuilt = await self._roster(module, slot, attempt)
+            held = node.log.held[module]
+            roster, rebuilt = await self._roster(held, slot, attempt)
             order = leader_order(roster, module, slot)
             if order[attempt % len(order)] == node.peer_id:
                 ballot = Ballot(slot=slot, attempt=attempt, leader=node.peer_id)
-                await self._lead(module, ballot, roster, rebuilt=rebuilt)
+                await self._lead(held, ballot, roster, rebuilt=rebuilt)
 
     async def commit(self, commitments: Sequence[Commitment]) -> None:
         """Send our commitments to every peer that holds one of their modules, one message each."""
@@ -100,15 +102,15 @@ class Rounds:
             module = ModuleID.parse(commitment.module)
             certificate = self._node.log.held[module].certificate
             seats = certificate.proposal.next_roster if certificate else ()
-            heads = await self.heads(module)
+            heads = await self.heads(module, max_age_seconds=self._slot_seconds)
             for peer in {seat.peer for seat in seats} | {head.peer for head in heads}:
                 by_peer.setdefault(peer, []).append(commitment)
         by_peer.pop(self._node.peer_id, None)
         requests = {peer: CommitRequest(commitments=tuple(c)) for peer, c in by_peer.items()}
         await self._ask_all(requests, COMMIT_PROTOCOL, Done, MESSAGE_TIMEOUT_SECONDS)
 
-    async def heads(self, module: ModuleID, *, max_age_seconds: float = 2.0) -> list[Head]:
-        """The live head records of a module, read from the DHT at most `max_age_seconds` ago."""
+    async def heads(self, module: ModuleID, *, max_age_seconds: float) -> list[Head]:
+        """The head records of a module, read from the DHT at most `max_age_seconds` ago."""
         now = self._node.now()
         read_at, heads = self._heads.get(module, (0.0, []))
         if now - read_at > max_age_seconds:
@@ -131,30 +133,29 @@ class Rounds:
 
     async def _collect(self, module: ModuleID, slot: int, *, until: float) -> None:
         """Wait until every trainer that is expected has committed, or until `until`."""
-        while (left := until - self._node.now()) > 0:
-            roster, _ = await self._roster(module, slot, 0)
+        log = self._node.log
+        while module in log.held and (left := until - self._node.now()) > 0:
+            roster, _ = await self._roster(log.held[module], slot, 0)
             expected = {seat.peer for seat in roster if seat.path is not None}
             if await self._member.changes.until(
                 lambda expected=expected: (
                     bool(expected)  # type: ignore[misc]
                     and expected <= {c.peer for c in self._member.contributions.known(module, slot)}
                 ),
-                min(left, 1.0),
+                min(left, FRESH_SECONDS),
             ):
                 return
 
-    async def _roster(
-        self, module: ModuleID, slot: int, attempt: int
-    ) -> tuple[tuple[Seat, ...], bool]:
+    async def _roster(self, held: Held, slot: int, attempt: int) -> tuple[tuple[Seat, ...], bool]:
         """The roster of an attempt, and whether it had to be made from the announcements.
 
         A certified roster comes first even when rebuilding is allowed: only it cannot fork.
         """
-        held = self._node.log.held[module]
         certificate = held.certificate
         if certificate is not None and (attempt == 0 or not self._member.may_rebuild(held, slot)):
             return certificate.proposal.next_roster, False
-        return self._announced(held, await self.heads(module)), True
+        heads = await self.heads(held.module, max_age_seconds=FRESH_SECONDS)
+        return self._announced(held, heads), True
 
     def _announced(self, held: Held, heads: Sequence[Head]) -> tuple[Seat, ...]:
         """A roster of those who announce our version of the module, ourselves included."""
@@ -165,11 +166,10 @@ class Rounds:
         return roster_of(seats)[:MAX_ROSTER]
 
     async def _lead(
-        self, module: ModuleID, ballot: Ballot, roster: tuple[Seat, ...], *, rebuilt: bool
+        self, held: Held, ballot: Ballot, roster: tuple[Seat, ...], *, rebuilt: bool
     ) -> None:
         """One attempt, from asking what members hold to handing out the certificate."""
-        held = self._node.log.held[module]
-        known = self._member.contributions.known(module, ballot.slot)
+        known = self._member.contributions.known(held.module, ballot.slot)
         if not known:
             return
         replies = await self._ask_have(held, ballot, roster, known)
@@ -180,25 +180,25 @@ class Rounds:
         promises = {peer: reply for peer, reply in replies.items() if reply.promised}
         quorum = len(roster) // 2 + 1
         if len(promises) < quorum:
-            self._failed(module, ballot, f"{len(promises)} of {len(roster)} members answered")
+            self._failed(held, ballot, f"{len(promises)} of {len(roster)} members promised")
             return
         proposal = _locked(promises.values(), roster) or await self._propose(
             held, roster, promises, rebuilt=rebuilt
         )
         if proposal is None:
-            self._failed(module, ballot, "no contribution is held by a quorum")
+            self._failed(held, ballot, "no contribution is held by a quorum")
             return
-        certificate = await self._gather_votes(proposal, ballot)
-        if certificate is None:
-            self._failed(module, ballot, "no quorum of equal votes")
-            return
-        await self._member.learn(certificate, sender=self._node.peer_id)
-        await self._hand_out(certificate)
+        certificate = await self._gather_votes(held, proposal, ballot)
+        if certificate is not None:
+            await self._member.learn(certificate, sender=self._node.peer_id)
+            await self._hand_out(certificate)
 
     async def _ask_have(
         self, held: Held, ballot: Ballot, roster: tuple[Seat, ...], known: Sequence[Commitment]
     ) -> dict[str, HaveReply]:
+        """Who of the roster promises the ballot, and holds what; without those that are slow."""
         wait = HAVE_SHARE * self.attempt_seconds
+        window = wait + ANSWER_SHARE * self.attempt_seconds
         request = HaveRequest(
             run=self._node.run,
             module=str(held.module),
@@ -210,7 +210,7 @@ class Rounds:
         )
         mine = asyncio.ensure_future(self._member.have(request, sender=self._node.peer_id))
         others = {seat.peer: request for seat in roster if seat.peer != self._node.peer_id}
-        replies = await self._ask_all(others, HAVE_PROTOCOL, HaveReply, wait + self.attempt_seconds)
+        replies = await self._ask_all(others, HAVE_PROTOCOL, HaveReply, window)
         return {**replies, self._node.peer_id: await mine}
 
     async def _propose(
@@ -233,9 +233,11 @@ class Rounds:
         )
         if not contributions:
             return None
-        heads = {head.peer: head for head in await self.heads(held.module)}
+        fresh = await self.heads(held.module, max_age_seconds=self._slot_seconds)
+        heads = {head.peer: head for head in fresh}
         seated = {seat.peer: seat for seat in roster}
-        candidates = set(promises) | (set(heads) - set(seated))
+        staying = {peer for peer, reply in promises.items() if not reply.leaving}
+        candidates = (staying or set(promises)) | (set(heads) - set(seated))
         next_roster = [
             Seat(peer=peer, path=heads[peer].path) if peer in heads else seated[peer]
             for peer in sorted(candidates)
@@ -251,27 +253,28 @@ class Rounds:
             next_roster=roster_of(next_roster)[:MAX_ROSTER],
         )
 
-    async def _gather_votes(self, proposal: Proposal, ballot: Ballot) -> Certificate | None:
+    async def _gather_votes(
+        self, held: Held, proposal: Proposal, ballot: Ballot
+    ) -> Certificate | None:
         """Ask everyone to vote; return as soon as a quorum agrees, without the slow ones."""
         request = ProposeRequest(ballot=ballot, proposal=proposal)
         own = self._member.vote(proposal, ballot, sender=self._node.peer_id)
         asked: list[asyncio.Future[ProposeReply | None]] = [asyncio.ensure_future(own)]
         asked += [
             asyncio.ensure_future(
-                self._ask(
-                    seat.peer, PROPOSE_PROTOCOL, request, ProposeReply, 2 * self.attempt_seconds
-                )
+                self._ask(seat.peer, PROPOSE_PROTOCOL, request, ProposeReply, self._slot_seconds)
             )
             for seat in proposal.roster
             if seat.peer != self._node.peer_id
         ]
         votes: list[Vote] = []
+        refusals: list[str] = []
         try:
             for answer in asyncio.as_completed(asked):
                 reply = await answer
-                if reply is None or reply.vote is None or not reply.vote.is_authentic:
-                    continue
-                if reply.vote.ballot == ballot:
+                if reply is None or reply.vote is None:
+                    refusals.append(reply.reason if reply is not None else "no answer")
+                elif reply.vote.is_authentic and reply.vote.ballot == ballot:
                     votes.append(reply.vote)
                 quorum = quorum_votes(proposal, votes)
                 if quorum is not None:
@@ -281,6 +284,7 @@ class Rounds:
         finally:
             for task in asked:
                 task.cancel()
+        self._failed(held, ballot, f"{len(votes)} votes; otherwise: {', '.join(refusals)}")
         return None
 
     async def _hand_out(self, certificate: Certificate) -> None:
@@ -328,14 +332,18 @@ class Rounds:
             self._node.faults.count(error, peer)
             return None
 
-    def _failed(self, module: ModuleID, ballot: Ballot, why: str) -> None:
+    def _failed(self, held: Held, ballot: Ballot, why: str) -> None:
         self._node.events.write(
-            "attempt failed", module=str(module), slot=ballot.slot, attempt=ballot.attempt, why=why
+            "attempt failed",
+            module=str(held.module),
+            slot=ballot.slot,
+            attempt=ballot.attempt,
+            why=why,
         )
 
 
 def _locked(replies: Iterable[HaveReply], roster: tuple[Seat, ...]) -> Proposal | None:
-    """What some member of this roster already voted for, latest ballot first: it must come again."""
+    """What some member of this roster already voted for, in the latest ballot: it comes again."""
     accepted = [
         (reply.accepted_ballot.order, reply.accepted)
         for reply in replies

@@ -17,7 +17,7 @@ from hivemind.proto import p2pd_pb2
 
 from dht.errors import BadMessage, Unreachable
 from dht.identity import peer_id_bytes
-from dht.kademlia import ask_daemon, dial
+from dht.kademlia import CONTROL_BUFFER_BYTES, ask_daemon, dial
 from peer.framing import ACK, HEADER, FrameKind, FramingError, frame_header, read_frame, write_frame
 from peer.transport import (
     IDLE_SECONDS,
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from peer.transport import Handler
 
 CLOSE_SECONDS = 3.0  # to tell p2pd that we no longer serve
+MAX_DISCARDED_BYTES = 16 * 2**20  # of a refused request, so that its sender gets to read why
 _CUT = (OSError, EOFError)  # what a broken stream raises
 
 
@@ -218,9 +219,18 @@ class Libp2pTransport:
             raise
         except Exception as e:  # the task boundary: a handler's error is an answer
             await self._send(writer, FrameKind.ERROR, error_text(e))
+        await self._wait_for_ack(reader)
+
+    async def _wait_for_ack(self, reader: asyncio.StreamReader) -> None:
+        """See `peer.framing`: to close earlier loses frames, even while a refused request comes."""
+        num_bytes = 0
         with suppress(TimeoutError, *_CUT):
             async with asyncio.timeout(IDLE_SECONDS):
-                await reader.read(len(ACK))  # see `peer.framing`: closing earlier loses frames
+                while num_bytes <= MAX_DISCARDED_BYTES:
+                    part = await reader.read(CONTROL_BUFFER_BYTES)
+                    if not part or part.endswith(ACK):
+                        return
+                    num_bytes += len(part)
 
     async def _read_request(self, reader: asyncio.StreamReader, max_request_bytes: int) -> bytes:
         try:

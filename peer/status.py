@@ -75,11 +75,10 @@ class SwarmStatus:
 
 async def read_status(swarm: Swarm, run: str, manifest: Manifest) -> SwarmStatus:
     """Read all announcements and heads of a run."""
-    peers = []
+    peers: list[PeerLine] = []
     for path in manifest.topology.paths:
-        for record in await swarm.read(announcement_key(run, str(path))):
-            if isinstance(record, Announcement):
-                peers.append(_peer_line(record))
+        records = await swarm.read(announcement_key(run, str(path)))
+        peers += [_peer_line(record) for record in records if isinstance(record, Announcement)]
     modules = []
     for module in manifest.topology.modules:
         records = await swarm.read(head_key(run, str(module)))

@@ -8,9 +8,9 @@ import contextlib
 import hashlib
 import os
 import shutil
+import threading
 from pathlib import Path
 
-from dipaco.checkpoint import write_atomically
 from dipaco.digest import CHUNK_BYTES, BlobIndex, index_of, index_of_file
 
 MAX_INDEX_BYTES = 8 * 2**20  # of one blob: 256 GiB of data
@@ -39,8 +39,8 @@ class BlobStore:
         """Keep `data`; returns its digest. Idempotent."""
         index = index_of(data)
         if index.digest not in self:
-            write_atomically(self._index_file(index.digest), index.to_bytes())
-            write_atomically(self.file(index.digest), data)
+            self._write(self._index_file(index.digest), index.to_bytes())
+            self._write(self.file(index.digest), data)
             self._indexes[index.digest] = index
         return index.digest
 
@@ -48,7 +48,7 @@ class BlobStore:
         """Keep a file's content without reading it into memory; the file must not change later."""
         index = index_of_file(file)
         if index.digest not in self:
-            write_atomically(self._index_file(index.digest), index.to_bytes())
+            self._write(self._index_file(index.digest), index.to_bytes())
             temporary = self._directory / f".{index.digest}.{os.getpid()}"
             temporary.unlink(missing_ok=True)
             try:
@@ -109,9 +109,17 @@ class BlobStore:
     def open_part(self, index: BlobIndex) -> "PartialBlob":
         """Begin, or resume, a download."""
         if self.index(index.digest) is None:
-            write_atomically(self._index_file(index.digest), index.to_bytes())
+            self._write(self._index_file(index.digest), index.to_bytes())
             self._indexes[index.digest] = index
         return PartialBlob(self._part_file(index.digest), self.file(index.digest), index)
+
+    def _write(self, file: Path, data: bytes) -> None:
+        """Appear whole or not at all. Not flushed to the disk: what a power cut garbles here is
+        found by its digest, and fetched again.
+        """
+        temporary = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}")
+        temporary.write_bytes(data)
+        temporary.replace(file)
 
     def _index_file(self, digest: str) -> Path:
         return self._directory / f"{digest}.index"
@@ -151,7 +159,6 @@ class PartialBlob:
         """All chunks are here: make the blob visible under its digest."""
         assert not self.missing, "a blob is complete only when no chunk is missing"
         os.ftruncate(self._fd, self.index.size)
-        os.fsync(self._fd)
         self._part_file.rename(self._final_file)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""A whole swarm in one process: the real peer code on the in-memory twins, under a virtual clock."""
+"""A whole swarm in one process: the real peer code on the twins, under a virtual clock."""
 
 from __future__ import annotations
 
@@ -174,12 +174,15 @@ class LabPeer:
 class Lab:
     """Starts, stops and kills peers; every peer runs the code that the real one runs."""
 
-    def __init__(self, directory: Path, config: RunConfig, *, start_in: float = 10.0, seed: int = 0):
+    def __init__(
+        self, directory: Path, config: RunConfig, *, start_in: float = 10.0, seed: int = 0
+    ) -> None:
         self.directory = directory
         self.dht = MemoryDHT(latency_seconds=0.01)
         self.network = MemoryNetwork(seed=seed)
         self.random = random.Random(seed)
         self.peers: dict[str, LabPeer] = {}
+        self.numbers: dict[str, int] = {}
         now = MemorySwarm(self.dht, identity(1)).now()
         self.run = make_run(config, operator=identity(1), start_time=now + start_in)
 
@@ -191,9 +194,9 @@ class Lab:
         await peer.stack.enter_async_context(peer.keeper.running())
         return peer
 
-    async def join(self, name: str, *, through: str = "bootstrap", number: int | None = None) -> LabPeer:
+    async def join(self, name: str, *, through: str = "bootstrap") -> LabPeer:
         """A volunteer; its state directory survives `kill`, so joining again is a restart."""
-        number = number if number is not None else 2 + len(self.peers)
+        number = self.numbers.setdefault(name, 2 + len(self.numbers))
         peer = await self._start(name, number, keep_all=False, trains=True)
         node = peer.keeper.node
         peer.keeper.providers.hints.append(self.peers[through].peer_id)
@@ -225,6 +228,7 @@ class Lab:
             task.cancel()
         await asyncio.gather(*peer.keeper._tasks, return_exceptions=True)
         peer.keeper._is_running = False
+        peer.keeper.node.events.close()
         self._forget(name)
 
     def _forget(self, name: str) -> None:
@@ -280,9 +284,7 @@ class Lab:
 
     def _make_work(self, path: PathID, shard: Shard, replica: int, directory: Path) -> PathWork:
         manifest = self.run.manifest
-        trainer = PathTrainer(
-            manifest.run_config, manifest.topology, path, shard, replica=replica
-        )
+        trainer = PathTrainer(manifest.run_config, manifest.topology, path, shard, replica=replica)
         return PathWork(trainer, directory)
 
 
@@ -299,9 +301,12 @@ async def lab(directory: Path, config: RunConfig, **options: Any) -> AsyncIterat
     place = Lab(directory, config, **options)
     try:
         yield place
-    finally:
+    except BaseException:
         for name in list(place.peers):
-            await place.leave(name)
+            await place.kill(name)
+        raise
+    for name in list(place.peers):
+        await place.leave(name)
 
 
 def certified_states(peers: Sequence[LabPeer]) -> dict[tuple[str, int], set[str]]:
@@ -311,5 +316,3 @@ def certified_states(peers: Sequence[LabPeer]) -> dict[tuple[str, int], set[str]
         for entry in [*peer.seen("version"), *peer.seen("caught up")]:
             states.setdefault((entry["module"], entry["version"]), set()).add(entry["state"])
     return states
-
-

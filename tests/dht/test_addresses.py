@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from dht.addresses import split_maddr
@@ -42,3 +45,12 @@ def test_anything_else_gets_a_line_and_a_hint(maddr: str) -> None:
     with pytest.raises(LocalFault, match="is not the address of a peer") as caught:
         split_maddr(maddr)
     assert "/ip4/" in caught.value.hint
+
+
+def test_only_the_doors_import_hivemind() -> None:
+    modules = (
+        "dht.addresses, dht.daemon, dht.errors, dht.identity, dht.keys, dht.memory, dht.records, "
+        "dht.storage, dht.swarm, dht.validation, peer.framing, peer.memory, peer.transport"
+    )
+    code = f"import sys, {modules}; sys.exit('hivemind' in sys.modules or 'torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -33,6 +33,7 @@ class Handlers:
         self.num_open = 0
         self.max_open = 0
         self.is_left = asyncio.Event()
+        self.is_full = asyncio.Event()
         self.may_go_on = asyncio.Event()
 
     async def serve(self, transport: Transport) -> None:
@@ -61,6 +62,8 @@ class Handlers:
     async def hang(self, _asker: str, _payload: bytes) -> AsyncIterator[bytes]:
         self.num_open += 1
         self.max_open = max(self.max_open, self.num_open)
+        if self.num_open == MAX_OUTGOING_STREAMS_PER_PEER:
+            self.is_full.set()
         try:
             yield b"first"
             await self.may_go_on.wait()
@@ -149,8 +152,7 @@ async def check_limits(client: Transport, peer_id: str, handlers: Handlers) -> N
     num_streams = MAX_STREAMS_PER_PEER + 4
     tasks = [asyncio.create_task(collect(client, peer_id, HANG, b"")) for _ in range(num_streams)]
     async with asyncio.timeout(5):
-        while handlers.num_open < MAX_OUTGOING_STREAMS_PER_PEER:
-            await asyncio.sleep(0.01)
+        await handlers.is_full.wait()
     handlers.may_go_on.set()
     assert await asyncio.gather(*tasks) == [[b"first", b"second"]] * num_streams
     assert handlers.max_open <= MAX_STREAMS_PER_PEER

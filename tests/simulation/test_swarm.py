@@ -2,28 +2,170 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
-from tests.lab import certified_states, lab, little_config
+from tests.lab import Lab, LabPeer, certified_states, lab, little_config
 from tests.virtual_clock import run_virtual
 
-torch.set_num_threads(1)
+PATHS = {"0.0", "0.1", "1.0", "1.1"}
+ROUND = 20.0  # virtual seconds
 
 
-def test_four_peers_agree_on_every_version(tmp_path: Path) -> None:
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+async def four_peers(place: Lab) -> list[LabPeer]:
+    return [await place.bootstrap(), *[await place.join(f"peer{n}") for n in range(4)]]
+
+
+def finished(peers: list[LabPeer]) -> bool:
+    return all(peer.seen("finished") for peer in peers if peer.volunteer is not None)
+
+
+def oldest(peer: LabPeer) -> int:
+    return min(peer.versions().values(), default=0)
+
+
+def path_of(peer: LabPeer) -> str:
+    return str(peer.seen("path")[-1]["path"])
+
+
+def assert_agreement(peers: list[LabPeer]) -> None:
+    """P1: whoever applied a version applied the same bytes."""
+    assert all(len(states) == 1 for states in certified_states(peers).values())
+    assert not any(peer.seen("diverged") or peer.seen("error") for peer in peers)
+
+
+@pytest.mark.parametrize("wire_format", ["float32", "int8"])
+def test_faultless_swarm_agrees_and_counts_everyone(tmp_path: Path, wire_format: str) -> None:
     async def scenario() -> None:
-        async with lab(tmp_path, little_config()) as place:
-            everyone = [await place.bootstrap()]
-            everyone += [await place.join(f"peer{n}") for n in range(4)]
-            await place.until(
-                lambda: all(p.seen("finished") for p in everyone[1:]), within=200, what="the end"
-            )
-            assert {p.seen("path")[-1]["path"] for p in everyone[1:]} == {"0.0", "0.1", "1.0", "1.1"}
-            states = certified_states(everyone)
-            assert {version for _, version in states} == {1, 2, 3, 4}
-            assert all(len(digests) == 1 for digests in states.values())
-            assert not any(p.seen("error") for p in everyone)
+        config = little_config(num_rounds=3, wire_format=wire_format)
+        async with lab(tmp_path, config) as place:
+            everyone = await four_peers(place)
+            await place.until(lambda: finished(everyone), within=200, what="the end")
+            assert {path_of(peer) for peer in everyone[1:]} == PATHS
+            assert {version for _, version in certified_states(everyone)} == {1, 2, 3}
+            assert_agreement(everyone)
             for entry in everyone[0].seen("version"):
                 assert len(entry["contributors"]) == (4 if entry["module"] == "0.0" else 2)
+
+    run_virtual(scenario())
+
+
+def test_training_goes_on_while_rounds_are_agreed(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        config = little_config(num_rounds=3, blocking=False)
+        async with lab(tmp_path, config) as place:
+            everyone = await four_peers(place)
+            await place.until(lambda: finished(everyone), within=200, what="the end")
+            assert_agreement(everyone)
+            shares = [peer.seen("contributed")[-1]["tokens"] for peer in everyone[1:]]
+            # One step takes 0.2 s here, so three slots hold about 300; rounds cost a few.
+            assert min(shares) > 250 * 2 * 16
+
+    run_virtual(scenario())
+
+
+def test_a_killed_peer_costs_only_its_own_contribution(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with lab(tmp_path, little_config(num_rounds=6)) as place:
+            everyone = await four_peers(place)
+            await place.until(
+                lambda: all(oldest(peer) >= 2 for peer in everyone),
+                within=100,
+                what="two versions",
+            )
+            victim = everyone[2]
+            killed_at_slot = victim.keeper.node.slot
+            before = everyone[0].versions()
+            await place.kill(victim.name)
+            survivors = [peer for peer in everyone if peer is not victim]
+            await place.until(
+                lambda: all(v > before[m] for m, v in everyone[0].versions().items()),
+                within=3 * ROUND,
+                what="every module one version further after the kill",
+            )
+            for entry in everyone[0].seen("version"):
+                if entry["version"] == before[entry["module"]] + 1:
+                    assert entry["slot"] <= killed_at_slot + 1
+            assert_agreement(survivors)
+
+            back = await place.join(victim.name)
+            slot = back.keeper.node.slot
+            await place.until(
+                lambda: bool(back.seen("contributed")), within=2 * ROUND, what="training again"
+            )
+            assert back.seen("contributed")[0]["slot"] <= slot + 1
+            await place.until(
+                lambda: (
+                    back.peer_id in everyone[0].seen("version")[-1]["contributors"]
+                    or finished(survivors)
+                ),
+                within=4 * ROUND,
+                what="being counted again",
+            )
+            assert_agreement([*survivors, back])
+
+    run_virtual(scenario())
+
+
+def test_a_late_joiner_comes_in_through_a_volunteer_after_the_bootstrap_left(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        async with lab(tmp_path, little_config(num_rounds=8)) as place:
+            everyone = await four_peers(place)
+            await place.until(lambda: oldest(everyone[1]) >= 2, within=100, what="two versions")
+            await place.leave("bootstrap")
+            late = await place.join("late", through="peer0")
+            await place.until(
+                lambda: bool(late.seen("contributed")), within=3 * ROUND, what="its contribution"
+            )
+            await place.until(
+                lambda: any(late.peer_id in e["contributors"] for e in late.seen("version")),
+                within=4 * ROUND,
+                what="being counted",
+            )
+            assert_agreement([*everyone, late])
+
+    run_virtual(scenario())
+
+
+def test_fewer_peers_than_paths_take_turns(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with lab(tmp_path, little_config(num_rounds=12)) as place:
+            everyone = [
+                await place.bootstrap(),
+                await place.join("peer0"),
+                await place.join("peer1"),
+            ]
+            await place.until(
+                lambda: (
+                    PATHS == {e["path"] for peer in everyone[1:] for e in peer.seen("contributed")}
+                ),
+                within=12 * ROUND,
+                what="every path trained by someone",
+            )
+            assert_agreement(everyone)
+
+    run_virtual(scenario())
+
+
+def test_everyone_leaves_and_comes_back(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with lab(tmp_path, little_config(num_rounds=6)) as place:
+            everyone = await four_peers(place)
+            await place.until(lambda: oldest(everyone[1]) >= 2, within=100, what="two versions")
+            for peer in everyone:
+                await place.leave(peer.name)
+            again = await four_peers(place)
+            await place.until(
+                lambda: bool(again[0].seen("version")), within=5 * ROUND, what="a new version"
+            )
+            assert again[0].seen("version")[0]["version"] >= 3
+            assert_agreement(everyone + again)
 
     run_virtual(scenario())

@@ -1,0 +1,40 @@
+# `make demo` and `make test` set up everything they need; nothing is installed outside .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+
+.DEFAULT_GOAL := help
+
+help: ## Show this help.
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(READY)
+
+setup: $(READY) ## Make the virtual environment.
+
+demo: $(READY) ## Train a DiPaCo in a swarm on this machine: a kill, a late joiner, no server.
+	$(BIN)/python -m examples.demo
+
+test: $(READY) ## Run all tests.
+	$(BIN)/python -m pytest
+
+check: $(READY) ## Lint, format, types, import rules.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(READY) ## Run the benchmarks of docs/results.md.
+	$(BIN)/python -m benchmarks.inner_step
+	$(BIN)/python -m benchmarks.averaging --peers 2
+	$(BIN)/python -m benchmarks.averaging --peers 4
+
+clean: ## Remove the virtual environment and what the demo left.
+	rm -rf $(VENV) demo-run
+
+.PHONY: help setup demo test check bench clean

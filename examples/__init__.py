@@ -1,0 +1,1 @@
+"""Complete runs: configurations, and the demonstration that `make demo` gives."""

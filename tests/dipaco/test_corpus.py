@@ -1,0 +1,87 @@
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dipaco.config import CorpusConfig
+from dipaco.corpus import Document, is_validation, load_documents
+from dipaco.errors import ConfigError
+
+EMBEDDED = CorpusConfig(source="python", max_documents=150, max_document_bytes=2048)
+
+
+@pytest.fixture(scope="module")
+def embedded() -> list[Document]:
+    return list(load_documents(EMBEDDED))
+
+
+def test_embedded_text_is_of_several_kinds_and_bounded(embedded: list[Document]) -> None:
+    assert len(embedded) == 150
+    assert max(len(document.text.encode()) for document in embedded) <= 2048
+    num_bytes = Counter[str]()
+    for document in embedded:
+        num_bytes[document.kind] += len(document.text)
+    assert len(num_bytes) >= 5
+    assert max(num_bytes.values()) < 0.5 * num_bytes.total()
+
+
+def test_embedded_text_comes_in_one_order(embedded: list[Document]) -> None:
+    again = list(load_documents(replace(EMBEDDED, max_documents=60)))
+    assert again == embedded[:60]
+
+
+def test_no_text_is_on_both_sides(embedded: list[Document]) -> None:
+    sides: dict[bool, set[str]] = {True: set(), False: set()}
+    for document in embedded:
+        sides[is_validation(document.source, 0.3)].add(document.text)
+    assert sides[True]
+    assert not sides[True] & sides[False]
+    sources = {document.source for document in embedded if document.kind == "code"}
+    assert sources & {document.source for document in embedded if document.kind == "docstrings"}
+
+
+def test_code_and_its_docstrings_are_apart(embedded: list[Document]) -> None:
+    from dipaco.corpus import _split_python
+
+    code, docstrings = _split_python(Path(json.__file__))
+    assert "JSON (JavaScript Object Notation)" in docstrings
+    assert "JSON (JavaScript Object Notation)" not in code
+    assert "def dumps(" in code
+
+
+def test_local_files_load_the_same_way(tmp_path: Path) -> None:
+    texts = [f"document {i}\nhas lines\n" for i in range(5)]
+    lines = "".join(json.dumps({"body": text}) + "\n" for text in [*texts, texts[0]])
+    (tmp_path / "a.jsonl").write_text(lines)
+    config = CorpusConfig(source="json", files=(str(tmp_path / "a.jsonl"),), text_column="body")
+    assert [document.text for document in load_documents(config)] == texts  # the double is gone
+    with pytest.raises(ConfigError, match="no text column") as caught:
+        list(load_documents(replace(config, text_column="text")))
+    assert "body" in caught.value.hint
+
+
+def test_a_long_text_file_is_cut_at_lines(tmp_path: Path) -> None:
+    lines = [f"line {i} with ümläut\n" for i in range(200)]
+    (tmp_path / "a.txt").write_text("".join(lines) + "x" * 500)
+    config = CorpusConfig(source="text", files=(str(tmp_path / "a.txt"),), max_document_bytes=100)
+    documents = list(load_documents(config))
+    assert "".join(document.text for document in documents).startswith("".join(lines))
+    assert all(len(document.text.encode()) <= 100 for document in documents)
+    assert len({document.source for document in documents}) == len(documents)
+
+
+def test_parquet(tmp_path: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    parquet.write_table(pa.table({"text": ["one", "two"]}), tmp_path / "a.parquet")
+    config = CorpusConfig(source="parquet", files=(str(tmp_path / "a.parquet"),))
+    assert [document.text for document in load_documents(config)] == ["one", "two"]
+
+
+def test_a_missing_file_is_a_config_error(tmp_path: Path) -> None:
+    config = CorpusConfig(source="text", files=(str(tmp_path / "absent.txt"),))
+    with pytest.raises(ConfigError, match="cannot read the corpus"):
+        list(load_documents(config))

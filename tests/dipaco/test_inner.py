@@ -1,0 +1,165 @@
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dipaco.config import RunConfig
+from dipaco.inner import Batches, PathTrainer, choose_optimizer, learning_rate
+from dipaco.model import PathNet, initialize, read_module
+from dipaco.shards import PAD, Shard
+from dipaco.topology import ModuleID, PathID, Topology
+
+PATH = PathID((0, 1))
+
+
+def a_shard(tiny: RunConfig, num_rows: int = 10) -> Shard:
+    rows = np.random.default_rng(0).integers(2, 384, (num_rows, tiny.model.sequence_tokens))
+    return Shard(path=PATH, train=rows.astype(np.uint16), valid=rows[:5].astype(np.uint16))
+
+
+def a_trainer(tiny: RunConfig, shard: Shard | None = None, replica: int = 0) -> PathTrainer:
+    topology = Topology.of(tiny)
+    net = PathNet(tiny.model)
+    initialize(net, 0)
+    trainer = PathTrainer(tiny, topology, PATH, shard or a_shard(tiny), replica=replica)
+    for module in trainer.modules:
+        trainer.write_module(module, read_module(net, topology, module))
+    return trainer
+
+
+def test_learning_rate_warms_up_decays_and_warms_up_again(tiny: RunConfig) -> None:
+    inner = replace(tiny.inner, learning_rate=1.0, warmup_steps=3, final_learning_rate_fraction=0.1)
+
+    def rate(position: int, fresh: int) -> float:
+        return learning_rate(inner, position_steps=position, total_steps=100, fresh_steps=fresh)
+
+    assert [rate(0, fresh) for fresh in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rate(50, 50) == pytest.approx(0.55)
+    assert rate(50, 0) == pytest.approx(0.55 / 4)
+    assert rate(100, 100) == rate(1000, 1000) == pytest.approx(0.1)
+
+
+def test_batches_follow_from_their_address_and_cover_each_epoch() -> None:
+    rows = np.arange(10, dtype=np.uint16)[:, None].repeat(3, axis=1)
+
+    def batches(path: PathID = PATH, replica: int = 0, seed: int = 1) -> list[int]:
+        source = Batches(rows, batch_sequences=4, seed=seed, path=path, replica=replica)
+        return [int(row[0]) for step in range(10) for row in source.batch(step)]
+
+    seen = batches()
+    for epoch in range(4):
+        assert sorted(seen[10 * epoch : 10 * (epoch + 1)]) == list(range(10))
+    assert seen[:10] != seen[10:20]
+    assert seen == batches()
+    others = [batches(PathID((1, 0))), batches(replica=1), batches(seed=2)]
+    assert all(other != seen for other in others)
+    again = Batches(rows, batch_sequences=4, seed=1, path=PATH, replica=0)
+    assert [int(row[0]) for row in again.batch(7)] == seen[28:32]
+
+
+def test_a_batch_larger_than_the_shard_wraps_around() -> None:
+    rows = np.arange(3, dtype=np.uint16)[:, None]
+    batch = Batches(rows, batch_sequences=7, seed=0, path=PATH, replica=0).batch(5)
+    assert set(batch.flatten().tolist()) == {0, 1, 2}
+
+
+def test_training_is_deterministic_and_learns(tiny: RunConfig) -> None:
+    losses = [
+        [trainer.train_step(step).item() for step in range(12)]
+        for trainer in (a_trainer(tiny), a_trainer(tiny))
+    ]
+    assert losses[0] == losses[1]
+    assert losses[0][-1] < losses[0][0] < math.log(384) + 0.5
+    assert a_trainer(tiny, replica=1).train_step(0).item() != losses[0][0]
+
+
+def test_a_saved_optimizer_continues_bit_for_bit(tiny: RunConfig, tmp_path: Path) -> None:
+    first = a_trainer(tiny)
+    for step in range(3):
+        first.train_step(step)
+    first.save_optimizer(tmp_path / "optimizer")
+    second = a_trainer(tiny)
+    for module in first.modules:
+        second.write_module(module, first.read_module(module))
+    assert second.load_optimizer(tmp_path / "optimizer")
+    assert second.num_steps == 3
+    for step in range(3, 6):
+        assert torch.equal(first.train_step(step), second.train_step(step))
+    for module in first.modules:
+        assert torch.equal(first.read_module(module), second.read_module(module))
+
+
+def test_an_optimizer_that_does_not_fit_is_left_alone(tiny: RunConfig, tmp_path: Path) -> None:
+    file = tmp_path / "optimizer"
+    trainer = a_trainer(tiny)
+    assert not trainer.load_optimizer(file)
+    trainer.train_step(0)
+    trainer.save_optimizer(file)
+    raw = file.read_bytes()
+    for wrong in (
+        b"",
+        raw[:-1],
+        raw[:100],
+        b"\xff" * 50,
+        raw.replace(b"exp_avg_sq", b"exp_avg_xy"),
+    ):
+        file.write_bytes(wrong)
+        assert not trainer.load_optimizer(file)
+    file.write_bytes(raw)
+    assert not a_trainer(tiny, replica=1).load_optimizer(file)
+    assert trainer.load_optimizer(file)
+
+
+def test_eight_bit_optimizer_trains_and_is_chosen_only_when_memory_is_short(
+    tiny: RunConfig, tmp_path: Path
+) -> None:
+    trainer = PathTrainer(tiny, Topology.of(tiny), PATH, a_shard(tiny), optimizer="adamw8bit")
+    net = PathNet(tiny.model)
+    initialize(net, 0)
+    for module in trainer.modules:
+        trainer.write_module(module, read_module(net, trainer.topology, module))
+    losses = [trainer.train_step(step).item() for step in range(12)]
+    assert losses[-1] < losses[0]
+    trainer.save_optimizer(tmp_path / "optimizer")
+    assert trainer.load_optimizer(tmp_path / "optimizer")
+    assert choose_optimizer(10**9, None).name == "adamw"
+    assert choose_optimizer(10**9, 40 * 2**30).name == "adamw"
+    short = choose_optimizer(10**9, 16 * 2**30)
+    assert short.name == "adamw8bit"
+    assert "16.0 GiB free" in short.reason
+
+
+def test_the_prefix_and_padding_never_count_in_evaluation(tiny: RunConfig) -> None:
+    prefix = tiny.routing.prefix_tokens
+    shard = a_shard(tiny)
+    trainer = a_trainer(tiny, shard)
+    full = trainer.evaluate(2)
+    assert full.num_tokens == 2 * (tiny.model.sequence_tokens - prefix)
+    assert full.perplexity == pytest.approx(384, rel=0.1)
+    padded = shard.valid[:2].copy()
+    padded[:, -7:] = PAD
+    part = trainer.evaluate_rows(padded)
+    assert part.num_tokens == full.num_tokens - 14
+    scores = [trainer.evaluate_rows(shard.valid[i : i + 1]) for i in range(2)]
+    assert (scores[0] + scores[1]).nll_sum == pytest.approx(full.nll_sum)
+
+
+def test_training_counts_the_prefix_unless_told_otherwise(tiny: RunConfig) -> None:
+    masked = replace(tiny, inner=replace(tiny.inner, train_on_prefix=False))
+    shard = a_shard(tiny)
+    spoiled = shard.train.copy()
+    spoiled[:, : tiny.routing.prefix_tokens] = PAD  # padding does not count as a target
+    shard = replace(shard, train=spoiled)
+    whole = a_trainer(tiny, shard).train_step(0)
+    assert torch.isclose(whole, a_trainer(masked, shard).train_step(0), rtol=1e-6)
+    assert not torch.isclose(
+        a_trainer(tiny).train_step(0), a_trainer(masked).train_step(0), rtol=1e-6
+    )
+
+
+def test_modules_of_other_paths_are_refused(tiny: RunConfig) -> None:
+    with pytest.raises(ValueError, match="not on path"):
+        a_trainer(tiny).read_module(ModuleID(1, 1))

@@ -1,0 +1,148 @@
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dipaco.config import RunConfig
+from dipaco.errors import BadBytes, ConfigError
+from dipaco.routing import Router, features, fit_router
+from dipaco.shards import Shard
+from dipaco.start import Start, prepare_start
+from dipaco.topology import PathID
+
+
+class Recorder:
+    """Remembers which stages did work."""
+
+    def __init__(self) -> None:
+        self.worked: dict[str, int] = {}
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        assert 0 <= done <= total
+        self.worked[stage] = self.worked.get(stage, 0) + 1
+
+
+@pytest.fixture
+def copied(start: Start, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(start.directory, tmp_path / "copy"))
+
+
+def test_a_start_has_every_part_and_all_modules_of_a_level_are_equal(start: Start) -> None:
+    topology = start.topology
+    assert set(start.shard_tokens) == set(topology.paths)
+    for path in topology.paths:
+        shard = start.shard(path)
+        assert len(shard.valid) > 0
+        assert shard.tokens == start.shard_tokens[path] > 0
+    for module in topology.modules:
+        state = start.module_state(module)
+        assert not state.momentum.any()
+        assert state.parameters.any()
+    assert start.tokenizer().vocab_size <= start.config.model.vocab_size
+    for file in (start.tokenizer_file, start.router_file, start.state_file(1)):
+        assert len(start.index(file).digest) == 64
+
+
+def test_rows_lie_in_the_shard_that_the_router_names(start: Start) -> None:
+    router, net = start.router(), start.net()
+    for index, path in enumerate(start.topology.paths):
+        shard = start.shard(path)
+        for rows in (shard.train, shard.valid):
+            found = features(net, rows, prefix_tokens=start.config.routing.prefix_tokens)
+            assert (router.assign(found) == index).mean() > 0.99  # a batch rounds otherwise
+
+
+def test_no_sequence_is_on_both_sides(start: Start) -> None:
+    shards = [start.shard(path) for path in start.topology.paths]
+    train = {row.tobytes() for shard in shards for row in shard.train}
+    valid = {row.tobytes() for shard in shards for row in shard.valid}
+    assert not train & valid
+
+
+def test_finished_stages_are_not_done_again(start: Start, copied: Path) -> None:
+    recorder = Recorder()
+    again = prepare_start(start.config, copied, recorder)
+    assert set(recorder.worked.values()) == {1}
+    assert "corpus" not in recorder.worked
+    assert again.config == start.config
+
+
+@pytest.mark.parametrize(
+    ("change", "redone"),
+    [
+        (lambda c: replace(c, outer=replace(c.outer, momentum=0.5)), set()),
+        (
+            lambda c: replace(c, dense_start=replace(c.dense_start, steps=3)),
+            {"dense start", "router", "shards"},
+        ),
+    ],
+)
+def test_a_change_redoes_only_what_depends_on_it(
+    start: Start, copied: Path, change: Callable[[RunConfig], RunConfig], redone: set[str]
+) -> None:
+    recorder = Recorder()
+    config = change(start.config)
+    assert prepare_start(config, copied, recorder).config.fingerprint() == config.fingerprint()
+    assert {stage for stage, calls in recorder.worked.items() if calls > 1} == redone
+
+
+def test_an_interrupted_preparation_continues_to_the_same_bytes(start: Start, copied: Path) -> None:
+    for file in ("router.safetensors", "start.json"):
+        (copied / file).unlink()
+    again = prepare_start(start.config, copied)
+    for path in start.topology.paths:
+        assert again.shard_file(path).read_bytes() == start.shard_file(path).read_bytes()
+    assert again.router_file.read_bytes() == start.router_file.read_bytes()
+
+
+def test_an_unfinished_or_changed_preparation_is_refused(start: Start, copied: Path) -> None:
+    with pytest.raises(ConfigError, match="no finished preparation"):
+        Start.load(copied / "absent")
+    changed = replace(start.config, seed=99)
+    (copied / "run.toml").write_text(changed.to_toml())
+    with pytest.raises(ConfigError, match="was changed"):
+        Start.load(copied)
+
+
+def test_an_empty_shard_is_a_config_error(start: Start, copied: Path) -> None:
+    topology = replace(start.config.topology, levels=(40, 1))
+    with pytest.raises(ConfigError, match="has no") as caught:
+        prepare_start(replace(start.config, topology=topology), copied)
+    assert "corpus.max_documents" in caught.value.hint
+
+
+def test_shards_and_routers_refuse_other_bytes(start: Start) -> None:
+    path = PathID((0, 0))
+    raw = start.shard_file(path).read_bytes()
+    model = start.config.model
+
+    def read(raw: bytes, tokens: int = model.sequence_tokens, vocab: int = 384) -> Shard:
+        return Shard.from_bytes(raw, path=path, sequence_tokens=tokens, vocab_size=vocab)
+
+    assert np.array_equal(read(raw).train, start.shard(path).train)
+    for wrong in (b"", raw[:-1], raw[:60], start.router_file.read_bytes()):
+        with pytest.raises(BadBytes):
+            read(wrong)
+    with pytest.raises(BadBytes):
+        read(raw, tokens=63)
+    with pytest.raises(BadBytes):
+        read(raw, vocab=200)
+    router = start.router_file.read_bytes()
+    with pytest.raises(BadBytes):
+        Router.from_bytes(router, num_paths=5, width=model.width)
+    with pytest.raises(BadBytes):
+        Router.from_bytes(router[:-4] + b"\xff" * 4, num_paths=4, width=model.width)
+
+
+def test_k_means_finds_what_is_apart() -> None:
+    generator = torch.Generator().manual_seed(0)
+    centers = 5 * torch.randn(3, 8, generator=generator)
+    kinds = torch.arange(60) % 3
+    data = centers[kinds] + 0.1 * torch.randn(60, 8, generator=generator)
+    router = fit_router(data, 3, seed=0)
+    assigned = router.assign(data)
+    assert len({(int(kind), int(found)) for kind, found in zip(kinds, assigned, strict=True)}) == 3

@@ -1,0 +1,113 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dipaco.checkpoint import ModuleState
+from dipaco.config import OuterConfig
+from dipaco.outer import (
+    apply_contributions,
+    as_float32,
+    contribution_weights,
+    outer_step,
+    rescale_factor,
+)
+from dipaco.topology import PathID
+
+PATHS = [PathID((i,)) for i in range(4)]
+
+
+def vectors(num: int, size: int = 1000) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(num)
+    return [torch.randn(size, generator=generator) for _ in range(num)]
+
+
+def test_outer_step_is_torch_sgd_with_nesterov() -> None:
+    start, *gradients = vectors(6)
+    config = OuterConfig(learning_rate=0.7, momentum=0.9)
+    parameter = torch.nn.Parameter(start.clone())
+    sgd = torch.optim.SGD([parameter], lr=0.7, momentum=0.9, nesterov=True)
+    state = ModuleState.initial(start)
+    for gradient in gradients:
+        state = outer_step(state, gradient, config)
+        parameter.grad = gradient.clone()
+        sgd.step()
+        assert torch.allclose(state.parameters, parameter.detach(), rtol=1e-5, atol=1e-6)
+        buffer = sgd.state[parameter]["momentum_buffer"]
+        assert torch.allclose(state.momentum, buffer, rtol=1e-5, atol=1e-6)
+
+
+def test_every_operation_is_rounded_once() -> None:
+    """The closed form, one NumPy float32 operation at a time, gives the same bits."""
+    parameters, momentum, gradient = (v.numpy() for v in vectors(3))
+    lr, mu = (torch.tensor(value).numpy() for value in (0.7, 0.9))
+    expected_momentum = momentum * mu + gradient
+    expected = parameters - (expected_momentum * mu + gradient) * lr
+    state = ModuleState(
+        parameters=torch.from_numpy(parameters), momentum=torch.from_numpy(momentum)
+    )
+    after = outer_step(state, torch.from_numpy(gradient), OuterConfig())
+    assert (after.momentum.numpy() == expected_momentum).all()
+    assert (after.parameters.numpy() == expected).all()
+    assert (state.parameters.numpy() == parameters).all()
+
+
+def test_the_bits_do_not_depend_on_the_number_of_threads() -> None:
+    parameters, *gradients = vectors(5, size=300_001)
+    weighted = list(zip([0.1, 0.2, 0.3, 0.4], gradients, strict=True))
+    results = []
+    for num_threads in (1, 2):
+        torch.set_num_threads(num_threads)
+        state = ModuleState.initial(parameters)
+        results.append(apply_contributions(state, weighted, 4, OuterConfig()))
+    torch.set_num_threads(1)
+    assert torch.equal(results[0].parameters, results[1].parameters)
+
+
+def test_plain_averaging_is_a_special_case() -> None:
+    """lr = 1 and no momentum: the new parameters are the mean of the paths'."""
+    old, *new = vectors(5)
+    config = OuterConfig(learning_rate=1.0, momentum=0.0, rescale="none")
+    contributions = [(0.25, old - parameters) for parameters in new]
+    state = apply_contributions(ModuleState.initial(old), contributions, 4, config)
+    assert torch.allclose(state.parameters, torch.stack(new).mean(0), atol=1e-6)
+
+
+def test_rescaling_multiplies_the_average_by_the_root_of_the_number_of_paths() -> None:
+    (gradient,) = vectors(1)
+    config = OuterConfig(learning_rate=1.0, momentum=0.0)
+    zeros = ModuleState.initial(torch.zeros(1000))
+    state = apply_contributions(zeros, [(0.5, gradient), (0.5, gradient)], 9, config)
+    assert torch.allclose(state.parameters, -3 * gradient)
+    assert rescale_factor("sqrt", 1) == rescale_factor("none", 9) == 1.0
+
+
+def test_weights_follow_the_shards_and_peers_of_one_path_split_theirs() -> None:
+    shard_tokens = dict(zip(PATHS, [100, 300, 600, 5000], strict=True))
+    weights = contribution_weights(
+        [(PATHS[0], 7), (PATHS[1], 30), (PATHS[1], 10), (PATHS[2], 1)], shard_tokens
+    )
+    assert weights == pytest.approx([0.1, 0.225, 0.075, 0.6])
+    with pytest.raises(ValueError, match="no tokens"):
+        contribution_weights([(PATHS[0], 0)], shard_tokens)
+    with pytest.raises(ValueError, match="no shard"):
+        contribution_weights([(PathID((9,)), 1)], shard_tokens)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(PATHS), st.integers(1, 10**12)), min_size=1, max_size=16),
+    st.lists(st.integers(1, 10**12), min_size=4, max_size=4),
+)
+def test_weights_sum_to_one_and_are_float32(
+    trained: list[tuple[PathID, int]], shard_sizes: list[int]
+) -> None:
+    weights = contribution_weights(trained, dict(zip(PATHS, shard_sizes, strict=True)))
+    assert sum(weights) == pytest.approx(1.0, abs=1e-6)
+    assert all(weight == as_float32(weight) >= 0 for weight in weights)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    state = ModuleState.initial(torch.zeros(3))
+    for contributions in ([], [(1.0, torch.zeros(4))], [(1.0, torch.zeros(3, dtype=torch.int32))]):
+        with pytest.raises(ValueError, match=r"reduce|length|float32"):
+            apply_contributions(state, contributions, 1, OuterConfig())
