@@ -8,8 +8,8 @@
     └─ PeerFault(peer_id, why)  *another* peer broke the rules     -> count it, ask another peer
        ├─ BadRecord             a record in the DHT
        ├─ BadBlob               bytes that do not match their digest or schema
-       └─ BadMessage            a frame or message of the wire
-          └─ RemoteError        it answered with an error (`peer/transport.py`)
+       ├─ BadMessage            a frame or message of the wire
+       └─ RemoteError           it answered with an error (`peer/transport.py`)
 
 Bytes from another peer can only ever become a `PeerFault`.
 """

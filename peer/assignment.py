@@ -6,6 +6,7 @@ then. Ties are broken by a hash of peer and path, so that joiners at the same in
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -90,11 +91,11 @@ def shard_name(path: PathID) -> str:
 def _capacities(snapshot: Snapshot, paths: Sequence[PathID]) -> dict[PathID, int]:
     """How many of the announced peers each path should have."""
     each, extra = divmod(len(snapshot.training), len(paths))
-    occupied = set(snapshot.training.values())
+    counts = Counter(snapshot.training.values())
     bonus = HYSTERESIS * max(snapshot.progress.values(), default=0.0)
 
     def neglect(path: PathID) -> tuple[float, int]:
-        stay = bonus if path in occupied else 0.0
+        stay = bonus if counts[path] > each else 0.0  # the seat in question is taken already
         return (snapshot.progress.get(path, 0.0) - stay, _hash(str(path)))
 
     capacities = dict.fromkeys(paths, each)

@@ -53,7 +53,7 @@ class CatchUp:
         return True
 
     async def refresh(self, module: ModuleID) -> bool:
-        """Move to a newer certified version if some holder has one; True if this changed anything."""
+        """Move to a newer certified version if some holder has one; True if that was so."""
         async with self._locks.setdefault(module, asyncio.Lock()):
             heads = await self._rounds.heads(module, max_age_seconds=0.0)
             held = self._node.log.held.get(module)

@@ -162,7 +162,7 @@ class Vote(SignedMessage):
 
 
 class Certificate(Hashed):
-    """Proof that a quorum of the roster computed the same next state from the same contributions."""
+    """Proof that a quorum of the roster computed the same state from the same contributions."""
 
     proposal: Proposal
     ballot: Ballot

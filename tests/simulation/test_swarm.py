@@ -33,6 +33,10 @@ def path_of(peer: LabPeer) -> str:
     return str(peer.seen("path")[-1]["path"])
 
 
+def trained(peer: LabPeer) -> set[str]:
+    return {entry["path"] for entry in peer.seen("contributed")}
+
+
 def assert_agreement(peers: list[LabPeer]) -> None:
     """P1: whoever applied a version applied the same bytes."""
     assert all(len(states) == 1 for states in certified_states(peers).values())
@@ -143,9 +147,7 @@ def test_fewer_peers_than_paths_take_turns(tmp_path: Path) -> None:
                 await place.join("peer1"),
             ]
             await place.until(
-                lambda: (
-                    PATHS == {e["path"] for peer in everyone[1:] for e in peer.seen("contributed")}
-                ),
+                lambda: {path for p in everyone for path in trained(p)} == PATHS,
                 within=12 * ROUND,
                 what="every path trained by someone",
             )

@@ -1,0 +1,129 @@
+"""Blobs from several peers: shared work, bad sources named, nothing wrong accepted."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from dht.errors import Unreachable
+from dipaco.digest import CHUNK_BYTES, blob_digest
+from peer.blobs import BLOB_PROTOCOL, BlobClient, BlobRequest, BlobServer
+from peer.events import EventLog
+from peer.faults import Faults
+from peer.memory import Line, MemoryNetwork
+from peer.store import BlobStore
+from tests.virtual_clock import run_virtual
+
+BLOB = random.Random(0).randbytes(20 * CHUNK_BYTES + 7)
+DIGEST = blob_digest(BLOB)
+
+
+class Place:
+    """A network with one client and as many sources as are asked for."""
+
+    def __init__(self, directory: Path) -> None:
+        self.network = MemoryNetwork()
+        self.directory = directory
+        self.store = BlobStore(directory / "client")
+        self.events = EventLog(directory / "events", lambda: 0.0)
+        self.faults = Faults(self.events)
+        self.client = BlobClient(self.store, self.network.transport("client"), self.faults)
+
+    async def source(self, name: str, blob: bytes = BLOB) -> BlobStore:
+        store = BlobStore(self.directory / name)
+        store.add(blob)
+        await BlobServer(store).serve(self.network.transport(name))
+        return store
+
+    async def liar(self, name: str) -> None:
+        """Has the right index and wrong bytes."""
+        honest = BlobStore(self.directory / name)
+        honest.add(BLOB)
+
+        async def answer(peer_id: str, payload: bytes) -> AsyncIterator[bytes]:
+            request = BlobRequest.from_bytes(payload, sender=peer_id)
+            index = honest.index(request.digest)
+            assert index is not None
+            if request.num_chunks == 0:
+                yield index.to_bytes()
+            for _ in range(request.num_chunks):
+                yield b"\0" * CHUNK_BYTES
+
+        transport = self.network.transport(name)
+        await transport.serve(BLOB_PROTOCOL, answer, max_request_bytes=512)
+
+    async def fetch(self, *sources: str, seconds: float = 100.0) -> None:
+        await self.client.fetch(
+            DIGEST, sources, max_bytes=len(BLOB), timeout_seconds=seconds
+        )
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path)
+
+
+def run(place: Place, coroutine: object) -> None:
+    try:
+        run_virtual(coroutine)  # type: ignore[arg-type]
+    finally:
+        place.events.close()
+
+
+def test_sources_share_the_work(place: Place) -> None:
+    async def scenario() -> None:
+        place.network.default_line = Line(bandwidth_bytes_per_second=CHUNK_BYTES)
+        place.network.lines["client"] = Line()
+        for name in ("one", "two"):
+            await place.source(name)
+        start = asyncio.get_running_loop().time()
+        await place.fetch("one", "two")
+        assert place.store.read(DIGEST) == BLOB
+        # One source at a chunk a second would need 21 s.
+        assert asyncio.get_running_loop().time() - start < 16
+        assert not place.faults.total
+
+    run(place, scenario())
+
+
+def test_a_liar_is_found_out_counted_and_replaced(place: Place) -> None:
+    async def scenario() -> None:
+        await place.liar("liar")
+        await place.source("honest")
+        await place.fetch("liar", "honest")
+        assert place.store.read(DIGEST) == BLOB
+        assert place.faults.by_peer["liar"]["BadBlob"] == 1
+
+    run(place, scenario())
+
+
+def test_what_arrived_before_a_crash_is_not_fetched_again(place: Place) -> None:
+    async def scenario() -> None:
+        place.network.default_line = Line(bandwidth_bytes_per_second=CHUNK_BYTES)
+        await place.source("first")
+        with pytest.raises(Unreachable):
+            await place.fetch("first", seconds=10)
+        before = place.network.transports["client"].traffic.received_bytes
+        await asyncio.sleep(1)
+        place.network.crash("first")
+        await place.source("second")
+        await place.fetch("second")
+        assert place.store.read(DIGEST) == BLOB
+        second = place.network.transports["client"].traffic.received_bytes - before
+        # At most the run of chunks that the crash cut is asked for again.
+        assert second < len(BLOB) - 2 * CHUNK_BYTES
+
+    run(place, scenario())
+
+
+def test_a_blob_larger_than_allowed_is_refused_before_it_is_read(place: Place) -> None:
+    async def scenario() -> None:
+        await place.source("source")
+        with pytest.raises(Unreachable):
+            await place.client.fetch(DIGEST, ["source"], max_bytes=1000, timeout_seconds=10)
+        assert place.faults.by_peer["source"]["BadBlob"] == 1
+        assert place.network.transports["client"].traffic.received_bytes < 4096
+
+    run(place, scenario())

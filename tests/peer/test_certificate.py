@@ -1,0 +1,138 @@
+"""What makes a certificate one, and what does not."""
+
+import pytest
+
+from dht.errors import BadMessage
+from dht.identity import Identity
+from peer.certificate import check_certificate, check_link, check_proposal, preferred, quorum_votes
+from peer.messages import Ballot, Certificate, Commitment, Member, Proposal, Vote, sign
+
+PEERS = sorted((Identity(bytes([n]) * 32) for n in range(1, 6)), key=lambda i: i.peer_id)
+RUN, START, RESULT = "a" * 64, "b" * 64, "c" * 64
+
+
+def commitment(who: Identity, *, tokens: int = 100, path: str = "0.0", **changes: object) -> Commitment:
+    values = {
+        "peer": who.peer_id,
+        "run": RUN,
+        "module": "1.0",
+        "slot": 3,
+        "base_version": 0,
+        "base_state": START,
+        "path": path,
+        "tokens": tokens,
+        "blob": f"{tokens:064x}",
+        "blob_bytes": 10,
+    }
+    return sign(Commitment(**{**values, **changes}), who)
+
+
+def proposal(members: list[Identity], **changes: object) -> Proposal:
+    roster = tuple(Member(peer=i.peer_id, path="0.0") for i in members)
+    values = {
+        "run": RUN,
+        "module": "1.0",
+        "version": 1,
+        "parent": START,
+        "contributions": (commitment(members[0]),),
+        "roster": roster,
+        "rebuilt": True,
+        "next_roster": roster,
+    }
+    return Proposal(**{**values, **changes})
+
+
+def ballot(attempt: int = 0) -> Ballot:
+    return Ballot(slot=3, attempt=attempt, leader=PEERS[0].peer_id)
+
+
+def vote(who: Identity, what: Proposal, *, attempt: int = 0, result: str = RESULT) -> Vote:
+    return sign(
+        Vote(peer=who.peer_id, ballot=ballot(attempt), proposal=what.digest, result=result), who
+    )
+
+
+def certificate(what: Proposal, voters: list[Identity]) -> Certificate:
+    votes = tuple(vote(who, what) for who in voters)
+    return Certificate(proposal=what, ballot=ballot(), result=RESULT, votes=votes)
+
+
+@pytest.mark.parametrize(("size", "needed"), [(1, 1), (2, 2), (3, 2), (4, 3), (5, 3)])
+def test_a_quorum_is_a_strict_majority(size: int, needed: int) -> None:
+    what = proposal(PEERS[:size])
+    votes = [vote(who, what) for who in PEERS[:size]]
+    assert quorum_votes(what, votes[: needed - 1]) is None
+    assert len(quorum_votes(what, votes[:needed]) or ()) == needed
+
+
+def test_votes_that_differ_or_come_twice_or_from_outside_do_not_add_up() -> None:
+    what = proposal(PEERS[:3])
+    one = vote(PEERS[0], what)
+    assert quorum_votes(what, [one, one]) is None
+    assert quorum_votes(what, [one, vote(PEERS[4], what)]) is None
+    assert quorum_votes(what, [one, vote(PEERS[1], what, result="d" * 64)]) is None
+    # Equal results in different ballots could certify two histories (see `quorum_votes`).
+    assert quorum_votes(what, [one, vote(PEERS[1], what, attempt=1)]) is None
+
+
+def test_a_sound_certificate_passes_and_each_forgery_does_not() -> None:
+    what = proposal(PEERS[:3])
+    good = certificate(what, PEERS[:2])
+    check_certificate(good, sender="x")
+    check_link(good, None, start_state=START, sender="x")
+    forged_vote = good.votes[0].model_copy(update={"signature": "0" * 128})
+    forgeries = [
+        good.model_copy(update={"votes": good.votes[:1]}),
+        good.model_copy(update={"votes": (forged_vote, good.votes[1])}),
+        good.model_copy(update={"result": "d" * 64}),
+        certificate(proposal(PEERS[:3], contributions=(commitment(PEERS[0], run="d" * 64),)), PEERS[:2]),
+    ]
+    for forgery in forgeries:
+        with pytest.raises(BadMessage):
+            check_certificate(forgery, sender="x")
+
+
+def test_a_link_needs_the_right_parent_base_and_roster() -> None:
+    first = certificate(proposal(PEERS[:3]), PEERS[:2])
+    changes = {"version": 2, "parent": first.digest, "rebuilt": False}
+    contribution = commitment(PEERS[0], base_version=1, base_state=RESULT)
+    second = certificate(
+        proposal(PEERS[:3], contributions=(contribution,), **changes), PEERS[:2]
+    )
+    check_link(second, first, start_state=START, sender="x")
+    with pytest.raises(BadMessage, match="wrong parent"):
+        check_link(second, None, start_state=START, sender="x")
+    other_roster = certificate(
+        proposal(PEERS[:1], contributions=(contribution,), **changes), PEERS[:1]
+    )
+    with pytest.raises(BadMessage, match="wrong roster"):
+        check_link(other_roster, first, start_state=START, sender="x")
+    stale = commitment(PEERS[0], base_version=1, base_state=START)
+    with pytest.raises(BadMessage, match="wrong base"):
+        check_link(
+            certificate(proposal(PEERS[:3], contributions=(stale,), **changes), PEERS[:2]),
+            first,
+            start_state=START,
+            sender="x",
+        )
+
+
+def test_a_proposal_counts_each_peer_once_and_in_order() -> None:
+    one, two = commitment(PEERS[0], path="1.0"), commitment(PEERS[1], path="0.1")
+    check_proposal(proposal(PEERS[:2], contributions=(two, one)), sender="x")
+    for wrong in ((one, two), (one, one)):
+        with pytest.raises(BadMessage):
+            check_proposal(proposal(PEERS[:2], contributions=wrong), sender="x")
+    with pytest.raises(BadMessage, match="forged"):
+        unsigned = one.model_copy(update={"tokens": 10**9})
+        check_proposal(proposal(PEERS[:2], contributions=(unsigned,)), sender="x")
+
+
+def test_of_two_histories_everyone_prefers_the_same() -> None:
+    small = certificate(proposal(PEERS[:1]), PEERS[:1])
+    large = certificate(
+        proposal(PEERS[:1], contributions=(commitment(PEERS[0], tokens=101),)), PEERS[:1]
+    )
+    assert preferred(small, large) is preferred(large, small) is large
+    twin = certificate(proposal(PEERS[:2]), PEERS[:2])
+    assert preferred(small, twin) is preferred(twin, small)

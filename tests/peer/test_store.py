@@ -1,0 +1,57 @@
+"""Nothing is visible under a digest that it does not have; downloads resume."""
+
+from pathlib import Path
+
+import pytest
+
+from dipaco.digest import CHUNK_BYTES, blob_digest, index_of
+from peer.store import BlobStore
+
+BLOB = bytes(range(256)) * (2 * CHUNK_BYTES // 256) + b"tail"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> BlobStore:
+    return BlobStore(tmp_path)
+
+
+def test_a_blob_comes_back_whole_and_by_chunk(store: BlobStore) -> None:
+    digest = store.add(BLOB)
+    assert digest == blob_digest(BLOB)
+    assert store.read(digest) == BLOB
+    assert store.read_chunk(digest, 2) == b"tail"
+    assert store.read_chunk(digest, 3) is None
+
+
+def test_a_file_is_kept_without_a_copy_in_memory(store: BlobStore, tmp_path: Path) -> None:
+    file = tmp_path / "corpus"
+    file.write_bytes(BLOB)
+    assert store.read(store.add_file(file)) == BLOB
+
+
+@pytest.mark.parametrize("reader", ["read", "read_chunk"])
+def test_a_blob_that_rotted_on_disk_is_gone_rather_than_wrong(store: BlobStore, reader: str) -> None:
+    digest = store.add(BLOB)
+    rotten = bytearray(BLOB)
+    rotten[5] ^= 1
+    store.file(digest).write_bytes(rotten)
+    assert (store.read(digest) if reader == "read" else store.read_chunk(digest, 0)) is None
+    assert digest not in store
+
+
+def test_a_download_resumes_with_what_was_intact(store: BlobStore, tmp_path: Path) -> None:
+    index = index_of(BLOB)
+    part = store.open_part(index)
+    assert part.missing == {0, 1, 2}
+    assert part.write(0, BLOB[:CHUNK_BYTES])
+    assert not part.write(1, b"wrong")
+    part.close()
+    assert index.digest not in BlobStore(tmp_path)
+
+    resumed = BlobStore(tmp_path).open_part(index)
+    assert resumed.missing == {1, 2}
+    assert resumed.write(1, BLOB[CHUNK_BYTES : 2 * CHUNK_BYTES])
+    assert resumed.write(2, b"tail")
+    resumed.finish()
+    resumed.close()
+    assert BlobStore(tmp_path).read(index.digest) == BLOB
