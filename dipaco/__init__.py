@@ -21,6 +21,7 @@ The files in the order in which they stand on one another:
     routing      features, k-means, router
     start        corpus to start states: everything a run begins with, resumable
     reference    the whole algorithm in one readable loop: read this one first
+    progress     progress bars of the command lines
     cli          `dipaco train`
 
 `errors`, `digest`, `config`, `topology` and `cli` import no torch.

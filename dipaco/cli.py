@@ -15,8 +15,7 @@ from dipaco.errors import ConfigError, DipacoError
 
 if TYPE_CHECKING:
     import torch
-    from rich.console import Console
-    from rich.progress import Progress, TaskID
+    from rich.progress import Progress
 
     from dipaco.reference import Evaluations, ReferenceResult, RoundReport
     from dipaco.start import Start
@@ -94,13 +93,13 @@ def train(config: Path, directory: Path, device: str, threads: int, baseline: bo
 
     from dipaco.checkpoint import encode_state, write_atomically
     from dipaco.device import find_device
+    from dipaco.progress import StageBars, progress_bars
     from dipaco.start import prepare_start
 
     torch.set_num_threads(threads)
     torch_device = find_device(device)
-    console = Console(stderr=True)
-    with _progress(console) as progress:
-        start = prepare_start(run, directory, _Stages(progress).update, device=torch_device)
+    with progress_bars(Console(stderr=True)) as progress:
+        start = prepare_start(run, directory, StageBars(progress).update, device=torch_device)
         result, dense = _train(start, progress, torch_device, baseline)
     final_dir = directory / "final"
     final_dir.mkdir(exist_ok=True)
@@ -128,6 +127,7 @@ def _train(
         progress.console.print(
             f"round {report.round + 1}  perplexity {perplexity:.2f}  loss of path {losses}",
             highlight=False,
+            soft_wrap=True,
         )
 
     result = reference.train(
@@ -142,43 +142,9 @@ def _train(
     return result, dense
 
 
-class _Stages:
-    """Shows the stages of a preparation, each as a bar that appears when it begins."""
-
-    def __init__(self, progress: "Progress") -> None:
-        self._progress = progress
-        self._tasks: dict[str, TaskID] = {}
-
-    def update(self, stage: str, done: int, total: int) -> None:
-        """Show that `done` of `total` units of a stage are done."""
-        if stage not in self._tasks:
-            self._tasks[stage] = self._progress.add_task(stage, total=total)
-        self._progress.update(self._tasks[stage], completed=done, total=total)
-
-
-def _progress(console: "Console") -> "Progress":
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
-
-
 def _print_tables(start: "Start", result: "ReferenceResult", dense: "Evaluations | None") -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from dipaco.reference import total
 
@@ -192,7 +158,8 @@ def _print_tables(start: "Start", result: "ReferenceResult", dense: "Evaluations
     cells = [f"{total(evaluations).perplexity:.2f}" for evaluations in scored]
     table.add_row("all", f"{sum(start.shard_tokens.values()):,}", *cells)
     console.print(table)
-    modules = Table("module", "blocks", "digest", title="modules")
+    # Folded, not cut: a digest is data.
+    modules = Table("module", "blocks", Column("digest", overflow="fold"), title="modules")
     for module, digest in result.digests.items():
         blocks = start.topology.blocks_of(module)
         held = f"{blocks[0]}-{blocks[-1]}" if blocks else "embedding"

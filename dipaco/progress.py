@@ -8,16 +8,18 @@ from rich.progress import (
     TaskID,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
 )
 
 
 def progress_bars(console: Console) -> Progress:
-    """A set of bars with counts and elapsed time."""
+    """A set of bars with counts, elapsed time and time left."""
     return Progress(
         TextColumn("{task.description:<24}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        TimeRemainingColumn(),
         console=console,
     )
 

@@ -1,8 +1,9 @@
 """Which path a sequence takes: k-means on features of its first tokens (paper 2.4.1, 7.2.1).
 
 The feature of a sequence is the mean of the last block's hidden states of the frozen dense
-start over the prefix. Features are standardized, so that a few large dimensions do not decide
-alone; the nearest of k centers is the path.
+start over the prefix. Features are centered and scaled to length 1, so that their direction
+decides: without that, k-means spends centers on the few sequences with long features, and shards
+come out uneven. The nearest of k centers is the path.
 """
 
 # ruff: noqa: N803, N806, N815 - arrays carry their shape in their name: N sequences, D width, K centers
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dipaco.errors import BadBytes
@@ -32,31 +34,27 @@ _NUM_TRIALS = 4  # k-means from this many starts, the best kept
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Router:
-    """Mean and scale [D] of the features, and the centers [K, D] of the paths; all float32."""
+    """Mean [D] of the features, and the centers [K, D] of the paths; float32."""
 
     mean_D: Tensor
-    scale_D: Tensor
     centers_KD: Tensor
 
     def assign(self, features_ND: Tensor) -> "NDArray[np.int64]":
         """The path number of each sequence."""
-        standard_ND = (features_ND - self.mean_D) / self.scale_D
-        distances_NK = torch.cdist(standard_ND.double(), self.centers_KD.double())
+        directions_ND = F.normalize(features_ND - self.mean_D, dim=1)
+        distances_NK = torch.cdist(directions_ND.double(), self.centers_KD.double())
         numbers: NDArray[np.int64] = distances_NK.argmin(dim=1).numpy()
         return numbers
 
     def to_bytes(self) -> bytes:
         """The router as safetensors."""
-        return encode_tensors(
-            {"mean": self.mean_D, "scale": self.scale_D, "centers": self.centers_KD}
-        )
+        return encode_tensors({"mean": self.mean_D, "centers": self.centers_KD})
 
     @classmethod
     def from_bytes(cls, raw: bytes | memoryview, *, num_paths: int, width: int) -> "Router":
         """The inverse of `to_bytes`; BadBytes if it is not a router of these dimensions."""
         layout: Layout = {
             "mean": (torch.float32, (width,)),
-            "scale": (torch.float32, (width,)),
             "centers": (torch.float32, (num_paths, width)),
         }
         try:
@@ -92,12 +90,11 @@ def fit_router(features_ND: Tensor, num_paths: int, seed: int) -> Router:
     from sklearn.exceptions import ConvergenceWarning
 
     mean_D = features_ND.mean(dim=0)
-    scale_D = features_ND.std(dim=0, correction=0).clamp_min(1e-6)
-    standard_ND = ((features_ND - mean_D) / scale_D).numpy()
+    directions_ND = F.normalize(features_ND - mean_D, dim=1)
     kmeans = KMeans(num_paths, n_init=_NUM_TRIALS, random_state=seed)
     with warnings.catch_warnings():
         # Fewer distinct sequences than paths: shows as an empty shard, which has its own error.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        kmeans.fit(standard_ND)
+        kmeans.fit(directions_ND.numpy())
     centers_KD = torch.from_numpy(kmeans.cluster_centers_.astype(np.float32))
-    return Router(mean_D=mean_D, scale_D=scale_D, centers_KD=centers_KD)
+    return Router(mean_D=mean_D, centers_KD=centers_KD)

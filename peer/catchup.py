@@ -14,11 +14,11 @@ from dipaco.checkpoint import decode_state, state_bytes
 from dipaco.errors import BadState
 from dipaco.topology import ModuleID
 from peer.certificate import check_chain, preferred
+from peer.heads import Heads
 from peer.member import CHAIN_PROTOCOL, Member
 from peer.messages import MAX_MESSAGE_BYTES, Certificate, ChainReply, ChainRequest
 from peer.node import Node
 from peer.providers import Providers
-from peer.round import Rounds
 
 MAX_HOLDERS_TRIED = 4
 CHAIN_TIMEOUT_SECONDS = 15.0
@@ -29,10 +29,10 @@ STATE_BYTES_PER_SECOND = 100_000.0  # the slowest source that is still waited fo
 class CatchUp:
     """Brings held modules up to what the swarm has certified."""
 
-    def __init__(self, node: Node, member: Member, rounds: Rounds, providers: Providers) -> None:
+    def __init__(self, node: Node, member: Member, heads: Heads, providers: Providers) -> None:
         self._node = node
         self._member = member
-        self._rounds = rounds
+        self._heads = heads
         self._providers = providers
         self._locks: dict[ModuleID, asyncio.Lock] = {}
 
@@ -55,7 +55,7 @@ class CatchUp:
     async def refresh(self, module: ModuleID) -> bool:
         """Move to a newer certified version if some holder has one; True if that was so."""
         async with self._locks.setdefault(module, asyncio.Lock()):
-            heads = await self._rounds.heads(module, max_age_seconds=0.0)
+            heads = await self._heads.read(module, max_age_seconds=0.0)
             held = self._node.log.held.get(module)
             version = held.version if held is not None else 0
             ours = held.certificate.digest if held is not None and held.certificate else ""

@@ -18,6 +18,7 @@ from peer.assignment import Snapshot, keeps, module_name, shard_name
 from peer.blobs import BlobServer
 from peer.catchup import CatchUp
 from peer.changes import Changes
+from peer.heads import Heads
 from peer.hello import serve_hello
 from peer.member import Member
 from peer.messages import Certificate
@@ -50,10 +51,14 @@ class Keeper:
         self._held_changed = Changes()
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_running = False
-        self.member = Member(node, on_version=self._on_version, on_behind=self._on_behind)
+        round_seconds = node.manifest.run_config.rounds.round_seconds
+        self.heads = Heads(node.swarm, node.run, memory_seconds=round_seconds)
+        self.member = Member(
+            node, self.heads, on_version=self._on_version, on_behind=self._on_behind
+        )
         self.presence = Presence(node, retiring=self.member.retiring)
-        self.rounds = Rounds(node, self.member)
-        self.catch_up = CatchUp(node, self.member, self.rounds, providers)
+        self.rounds = Rounds(node, self.member, self.heads)
+        self.catch_up = CatchUp(node, self.member, self.heads, providers)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:

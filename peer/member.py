@@ -19,8 +19,10 @@ from peer.acceptor import Acceptor
 from peer.certificate import check_certificate, check_link, check_proposal
 from peer.changes import Changes
 from peer.contributions import Contributions
+from peer.heads import Heads
 from peer.messages import (
     MAX_MESSAGE_BYTES,
+    MAX_ROSTER,
     Ballot,
     Certificate,
     CertifyRequest,
@@ -47,6 +49,7 @@ CERTIFY_PROTOCOL = "/dipaco/certify/1"
 CHAIN_PROTOCOL = "/dipaco/chain/1"
 
 SLOTS_BEFORE_REBUILD = 2  # slots without a commit after which a roster may be rebuilt
+FRESH_SECONDS = 1.0  # how old the heads may be by which a rebuilt roster is judged
 OBTAIN_TIMEOUT_SECONDS = 60.0
 
 
@@ -56,11 +59,13 @@ class Member:
     def __init__(
         self,
         node: Node,
+        heads: Heads,
         *,
         on_version: Callable[[ModuleID, Certificate], None],
         on_behind: Callable[[ModuleID], None],
     ) -> None:
         self._node = node
+        self._heads = heads
         self._on_version = on_version
         self._on_behind = on_behind
         self._acceptor = Acceptor(node.state_dir / "promises")
@@ -141,7 +146,7 @@ class Member:
             self._on_behind(module)
             return ProposeReply(reason="this member is at another version")
         check_proposal(proposal, sender=sender)
-        if not self._roster_is_right(proposal, held, ballot.slot):
+        if not await self._roster_is_right(proposal, held, ballot.slot):
             return ProposeReply(reason="not the roster this member knows")
         if node.peer_id not in {member.peer for member in proposal.roster}:
             return ProposeReply(reason="not a member")
@@ -250,9 +255,15 @@ class Member:
             encode_state(apply_contributions(state, weighted(), len(set(paths)), outer))
         )
 
-    def _roster_is_right(self, proposal: Proposal, held: Held, slot: int) -> bool:
+    async def _roster_is_right(self, proposal: Proposal, held: Held, slot: int) -> bool:
+        """A rebuilt roster must have everyone in it whom we see, so that two leaders with partial
+        views cannot each find a majority of their own.
+        """
         if proposal.rebuilt:
-            return self.may_rebuild(held, slot)
+            await self._heads.read(held.module, max_age_seconds=FRESH_SECONDS)
+            seen = {head.peer for head in self._heads.holders(held.module, held.version)}
+            seated = {seat.peer for seat in proposal.roster}
+            return self.may_rebuild(held, slot) and (seen <= seated or len(seated) == MAX_ROSTER)
         certificate = held.certificate
         return certificate is not None and proposal.roster == certificate.proposal.next_roster
 

@@ -12,11 +12,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from dht.errors import PeerFault, Unreachable
-from dht.keys import head_key
-from dht.records import Head
 from dipaco.topology import ModuleID
 from peer.certificate import contribution_order, quorum_votes, roster_of
-from peer.member import CERTIFY_PROTOCOL, COMMIT_PROTOCOL, HAVE_PROTOCOL, PROPOSE_PROTOCOL, Member
+from peer.heads import Heads
+from peer.member import (
+    CERTIFY_PROTOCOL,
+    COMMIT_PROTOCOL,
+    FRESH_SECONDS,
+    HAVE_PROTOCOL,
+    PROPOSE_PROTOCOL,
+    Member,
+)
 from peer.messages import (
     MAX_CONTRIBUTIONS,
     MAX_MESSAGE_BYTES,
@@ -43,7 +49,6 @@ ATTEMPTS_PER_SLOT = 3  # each a quarter of a slot; the last quarter is left for 
 COLLECT_SHARE = 0.3  # of an attempt: how long after the slot's end commitments are waited for
 HAVE_SHARE = 0.4  # of an attempt: how long members may take to pull what they miss
 ANSWER_SHARE = 0.2  # of an attempt: how long they may take to answer beyond that
-FRESH_SECONDS = 1.0  # how old the heads may be from which a roster is made
 MESSAGE_TIMEOUT_SECONDS = 10.0  # beyond what a request itself allows the other side
 
 R = TypeVar("R", bound=Message)
@@ -72,10 +77,10 @@ def agreed_contributions(
 class Rounds:
     """Runs the rounds of every module that this peer holds."""
 
-    def __init__(self, node: Node, member: Member) -> None:
+    def __init__(self, node: Node, member: Member, heads: Heads) -> None:
         self._node = node
         self._member = member
-        self._heads: dict[ModuleID, tuple[float, list[Head]]] = {}
+        self._heads = heads
         self._slot_seconds = node.manifest.run_config.rounds.round_seconds
         self.attempt_seconds = self._slot_seconds / (ATTEMPTS_PER_SLOT + 1)
 
@@ -91,7 +96,7 @@ class Rounds:
             held = node.log.held[module]
             roster, rebuilt = await self._roster(held, slot, attempt)
             order = leader_order(roster, module, slot)
-            if order[attempt % len(order)] == node.peer_id:
+            if order and order[attempt % len(order)] == node.peer_id:
                 ballot = Ballot(slot=slot, attempt=attempt, leader=node.peer_id)
                 await self._lead(held, ballot, roster, rebuilt=rebuilt)
 
@@ -102,22 +107,12 @@ class Rounds:
             module = ModuleID.parse(commitment.module)
             certificate = self._node.log.held[module].certificate
             seats = certificate.proposal.next_roster if certificate else ()
-            heads = await self.heads(module, max_age_seconds=self._slot_seconds)
+            heads = await self._heads.read(module, max_age_seconds=self._slot_seconds)
             for peer in {seat.peer for seat in seats} | {head.peer for head in heads}:
                 by_peer.setdefault(peer, []).append(commitment)
         by_peer.pop(self._node.peer_id, None)
         requests = {peer: CommitRequest(commitments=tuple(c)) for peer, c in by_peer.items()}
         await self._ask_all(requests, COMMIT_PROTOCOL, Done, MESSAGE_TIMEOUT_SECONDS)
-
-    async def heads(self, module: ModuleID, *, max_age_seconds: float) -> list[Head]:
-        """The head records of a module, read from the DHT at most `max_age_seconds` ago."""
-        now = self._node.now()
-        read_at, heads = self._heads.get(module, (0.0, []))
-        if now - read_at > max_age_seconds:
-            records = await self._node.swarm.read(head_key(self._node.run, str(module)))
-            heads = [record for record in records if isinstance(record, Head)]
-            self._heads[module] = (now, heads)
-        return heads
 
     async def _done(self, module: ModuleID, slot: int, *, until: float) -> bool:
         """Wait until the slot has its certificate here, or the time `until` has come."""
@@ -154,16 +149,18 @@ class Rounds:
         certificate = held.certificate
         if certificate is not None and (attempt == 0 or not self._member.may_rebuild(held, slot)):
             return certificate.proposal.next_roster, False
-        heads = await self.heads(held.module, max_age_seconds=FRESH_SECONDS)
-        return self._announced(held, heads), True
+        await self._heads.read(held.module, max_age_seconds=FRESH_SECONDS)
+        return self._announced(held), True
 
-    def _announced(self, held: Held, heads: Sequence[Head]) -> tuple[Seat, ...]:
-        """A roster of those who announce our version of the module, ourselves included."""
-        current = [head for head in heads if head.version == held.version]
-        seats = [Seat(peer=head.peer, path=head.path) for head in current]
-        if self._node.peer_id not in {seat.peer for seat in seats}:
-            seats.append(Seat(peer=self._node.peer_id, path=None))
-        return roster_of(seats)[:MAX_ROSTER]
+    def _announced(self, held: Held) -> tuple[Seat, ...]:
+        """A roster of those who announce our version; empty while that would be ourselves alone
+        and we cannot be sure of it yet.
+        """
+        heads = self._heads.holders(held.module, held.version)
+        roster = roster_of([Seat(peer=head.peer, path=head.path) for head in heads])[:MAX_ROSTER]
+        if {seat.peer for seat in roster} <= {self._node.peer_id}:
+            return roster if self._heads.is_alone(held.module) else ()
+        return roster
 
     async def _lead(
         self, held: Held, ballot: Ballot, roster: tuple[Seat, ...], *, rebuilt: bool
@@ -233,7 +230,7 @@ class Rounds:
         )
         if not contributions:
             return None
-        fresh = await self.heads(held.module, max_age_seconds=self._slot_seconds)
+        fresh = await self._heads.read(held.module, max_age_seconds=self._slot_seconds)
         heads = {head.peer: head for head in fresh}
         seated = {seat.peer: seat for seat in roster}
         staying = {peer for peer, reply in promises.items() if not reply.leaving}

@@ -85,3 +85,11 @@ def test_a_missing_file_is_a_config_error(tmp_path: Path) -> None:
     config = CorpusConfig(source="text", files=(str(tmp_path / "absent.txt"),))
     with pytest.raises(ConfigError, match="cannot read the corpus"):
         list(load_documents(config))
+
+
+def test_a_sample_of_the_corpus_has_its_share_of_validation_sources() -> None:
+    """Sampling and splitting both go by hash; they must not be the same hash."""
+    sample = load_documents(CorpusConfig(source="python", max_documents=400))
+    sources = {document.source for document in sample}
+    share = sum(is_validation(source, 0.3) for source in sources) / len(sources)
+    assert 0.2 < share < 0.4

@@ -1,0 +1,226 @@
+"""Real processes, real libp2p: the oracle's digests, kills, restarts, newcomers, good manners."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from bootstrap.prepare import prepare_run
+from dipaco.config import RunConfig
+from dipaco.reference import train
+
+pytestmark = [pytest.mark.swarm, pytest.mark.timeout(240)]
+
+BIN = Path(sys.executable).parent
+TINY = Path(__file__).parents[2] / "examples" / "tiny.toml"
+LOOPBACK = ["--host-maddr", "/ip4/127.0.0.1/tcp/0"]
+START_IN_SECONDS = 25  # for five processes to start on two busy cores
+PATHS = {"0.0", "0.1", "1.0", "1.1"}
+
+
+@dataclass
+class Process:
+    """A `dipaco-peer` or `dipaco-bootstrap` process and what it has logged."""
+
+    state_dir: Path
+    popen: subprocess.Popen[bytes]
+    events: list[dict[str, Any]] = field(default_factory=list)
+
+    def seen(self, event: str) -> list[dict[str, Any]]:
+        self.events.clear()
+        for file in sorted(self.state_dir.glob("runs/*/events.jsonl")):
+            lines = file.read_text().splitlines(keepends=True)
+            self.events += [json.loads(line) for line in lines if line.endswith("\n")]
+        return [entry for entry in self.events if entry["event"] == event]
+
+    @property
+    def address(self) -> str:
+        return (self.state_dir / "address").read_text().split()[-1]
+
+    @property
+    def log(self) -> str:
+        return self.state_dir.with_suffix(".log").read_text()
+
+    def leave(self) -> int:
+        self.popen.send_signal(signal.SIGINT)
+        return self.popen.wait(timeout=30)
+
+
+class Place:
+    """A prepared run and the processes that take part in it."""
+
+    def __init__(self, directory: Path, config: RunConfig) -> None:
+        self.directory = directory
+        self.start = prepare_run(config, directory / "run", lambda stage, done, total: None)
+        self.processes: list[Process] = []
+
+    def serve(self) -> Process:
+        arguments = ["serve", str(self.directory / "run"), "--start-in", str(START_IN_SECONDS)]
+        process = self._launch("dipaco-bootstrap", arguments, self.directory / "run")
+        self.until(lambda: (self.directory / "run" / "address").exists(), within=60)
+        return process
+
+    def join(self, name: str, *addresses: str) -> Process:
+        state_dir = self.directory / name
+        state_dir.mkdir(exist_ok=True)
+        options = ["--state-dir", str(state_dir), "--threads", "1"]
+        return self._launch("dipaco-peer", ["join", *addresses, *options], state_dir)
+
+    def until(self, condition: Callable[[], Any], *, within: float) -> None:
+        """Wait for an event of the processes; fails with their logs."""
+        deadline = time.monotonic() + within
+        while not condition():
+            if time.monotonic() > deadline:
+                pytest.fail("\n".join(p.log for p in self.processes if p.popen.poll() is None))
+            time.sleep(0.1)
+
+    def _launch(self, command: str, arguments: list[str], state_dir: Path) -> Process:
+        with state_dir.with_suffix(".log").open("ab") as log:
+            popen = subprocess.Popen(
+                [str(BIN / command), *arguments, *LOOPBACK, "-vv"], stdout=log, stderr=log
+            )
+        self.processes.append(Process(state_dir, popen))
+        return self.processes[-1]
+
+    def close(self) -> None:
+        for process in self.processes:
+            if process.popen.poll() is None:
+                process.popen.kill()
+                process.popen.wait()
+
+
+def applied(processes: list[Process]) -> dict[tuple[str, int], set[str]]:
+    """Every state that any process applied, by module and version."""
+    states: dict[tuple[str, int], set[str]] = {}
+    for process in processes:
+        for entry in [*process.seen("version"), *process.seen("caught up")]:
+            states.setdefault((entry["module"], entry["version"]), set()).add(entry["state"])
+    return states
+
+
+@pytest.fixture
+def place_of(tmp_path: Path) -> Iterator[Callable[[RunConfig], Place]]:
+    torch.set_num_threads(1)
+    places: list[Place] = []
+
+    def make(config: RunConfig) -> Place:
+        places.append(Place(tmp_path, config))
+        return places[-1]
+
+    yield make
+    for place in places:
+        place.close()
+
+
+def tiny(*, wire_format: str, **rounds: Any) -> RunConfig:
+    config = RunConfig.from_toml(TINY.read_text())
+    return replace(
+        config,
+        outer=replace(config.outer, wire_format=wire_format),
+        rounds=replace(config.rounds, **rounds),
+    )
+
+
+def test_a_faultless_swarm_ends_with_the_oracles_digests(
+    place_of: Callable[[RunConfig], Place],
+) -> None:
+    config = tiny(
+        wire_format="float32", num_rounds=3, round_seconds=6.0, inner_steps=4, blocking=True
+    )
+    place = place_of(config)
+    bootstrap = place.serve()
+    peers = [place.join(f"peer{n}", bootstrap.address) for n in range(4)]
+    place.until(lambda: all(p.seen("finished") for p in peers), within=START_IN_SECONDS + 90)
+
+    assert {p.seen("path")[-1]["path"] for p in peers} == PATHS
+    states = applied([bootstrap, *peers])
+    assert all(len(digests) == 1 for digests in states.values())
+    oracle = train(place.start, num_rounds=3)
+    swarm = {module: digests for (module, version), digests in states.items() if version == 3}
+    assert swarm == {str(module): {digest} for module, digest in oracle.digests.items()}
+
+
+def test_a_swarm_survives_kills_and_its_bootstrap_node(
+    place_of: Callable[[RunConfig], Place],
+) -> None:
+    config = tiny(wire_format="int8", num_rounds=1000, round_seconds=6.0, inner_steps=20)
+    place = place_of(config)
+    bootstrap = place.serve()
+    peers = [place.join(f"peer{n}", bootstrap.address) for n in range(3)]
+    place.until(
+        lambda: all(p.seen("version") and p.seen("contributed") for p in peers),
+        within=START_IN_SECONDS + 60,
+    )
+
+    victim = peers[0]
+    p2pds = psutil.Process(victim.popen.pid).children()
+    assert p2pds, "a peer has a p2pd"
+    victim.popen.kill()
+    victim.popen.wait()
+    psutil.wait_procs(p2pds, timeout=5)
+    assert not any(p2pd.is_running() for p2pd in p2pds), "p2pd dies with its peer"
+    after_kill = {m: v for m, v in newest([bootstrap, *peers[1:]]).items()}
+    place.until(
+        lambda: all(v > after_kill[m] for m, v in newest(peers[1:]).items() if m in after_kill),
+        within=4 * 6 + 10,
+    )
+
+    contributed = len(victim.seen("contributed"))
+    again = place.join("peer0", bootstrap.address)
+    place.until(lambda: len(again.seen("contributed")) > contributed, within=45)
+
+    assert bootstrap.leave() == 0
+    newcomer = place.join("late", peers[1].address)
+    place.until(lambda: newcomer.seen("contributed"), within=45)
+    place.until(lambda: len(newcomer.seen("version")) > 3, within=45)
+
+    everyone = [peers[1], peers[2], again, newcomer]
+    assert [process.leave() for process in everyone] == [0, 0, 0, 0]
+    assert all(len(digests) == 1 for digests in applied([bootstrap, *everyone]).values())
+    assert not any(process.seen("diverged") for process in everyone)
+
+
+def newest(processes: list[Process]) -> dict[str, int]:
+    versions: dict[str, int] = {}
+    for module, version in applied(processes):
+        versions[module] = max(version, versions.get(module, 0))
+    return versions
+
+
+def test_ctrl_c_leaves_nothing_behind(place_of: Callable[[RunConfig], Place]) -> None:
+    place = place_of(tiny(wire_format="float32", num_rounds=1000, round_seconds=30.0))
+    before = sockets()
+    bootstrap = place.serve()
+    peer = place.join("peer", bootstrap.address)
+    place.until(lambda: peer.seen("path"), within=60)
+    children = psutil.Process(peer.popen.pid).children(recursive=True)
+    # What a terminal does: Ctrl-C goes to the whole foreground process group.
+    assert all(os.getpgid(child.pid) != os.getpgid(peer.popen.pid) for child in children)
+    assert peer.leave() == 0
+    assert "left the swarm" in peer.log
+    assert bootstrap.leave() == 0
+    gone, alive = psutil.wait_procs(children, timeout=5)
+    assert gone
+    assert not alive
+    assert sockets() <= before
+
+
+def sockets() -> set[str]:
+    """What peers put into the temporary directory."""
+    directory = Path(tempfile.gettempdir())
+    return {f.name for f in directory.iterdir() if f.name.startswith(("hivemind-", "dipaco-"))}
+
+
