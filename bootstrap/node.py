@@ -39,7 +39,7 @@ async def serve(directory: Path, config: PeerConfig, display: Display, *, start_
             network, run=run, manifest=manifest, run_dir=run_directory(config.state_dir, run)
         )
         display.say("run", f"{manifest.name} ({run[:12]})")
-        await asyncio.to_thread(lambda: _load_blobs(node.store, start, raw))
+        await asyncio.to_thread(lambda: load_blobs(node.store, start, raw))
         keeper = Keeper(node, Providers(node.swarm, node.store, node.blobs), keep_all=True)
         stopped = asyncio.Event()
         stop_on_signals(stopped.set, display)
@@ -57,7 +57,7 @@ async def serve(directory: Path, config: PeerConfig, display: Display, *, start_
     display.say("network", "left the swarm")
 
 
-def _load_blobs(store: BlobStore, start: Start, manifest: bytes) -> None:
+def load_blobs(store: BlobStore, start: Start, manifest: bytes) -> None:
     """Make everything that the manifest names available to others."""
     store.add(manifest)
     files = [start.tokenizer_file, start.router_file]

@@ -115,9 +115,12 @@ def _documents_of(config: CorpusConfig, name: str) -> Iterator[Document]:
 
 
 def _rows(config: CorpusConfig, name: str) -> Iterator[dict[str, Any]]:
+    from datasets import config as datasets_config
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
+    # Otherwise the library tells its hub each time somebody reads a local file.
+    datasets_config.HF_UPDATE_DOWNLOAD_COUNTS = False
     options: dict[str, Any] = {"split": config.split, "streaming": True}
     if config.source == "hub":
         arguments = (name, config.config or None)

@@ -63,7 +63,7 @@ class Router:
             raise BadBytes(f"not the router of this run: {error}") from error
         if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
             raise BadBytes("not the router of this run: a value is not finite")
-        return cls(mean_D=tensors["mean"], scale_D=tensors["scale"], centers_KD=tensors["centers"])
+        return cls(mean_D=tensors["mean"], centers_KD=tensors["centers"])
 
 
 @torch.no_grad()

@@ -118,5 +118,7 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 def _tensor_of(raw: bytes | memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    if not len(raw):
+        return torch.empty(shape, dtype=dtype)  # no bytes have no stride to view them by
     copied = torch.from_numpy(np.frombuffer(raw, dtype=np.uint8).copy())
     return copied.view(dtype).reshape(shape)

@@ -1,1 +1,1 @@
-"""TODO"""
+"""One volunteer: everything that a peer does besides speaking to the DHT."""

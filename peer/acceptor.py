@@ -7,6 +7,7 @@ learned value. A restarted member reads this file and so never votes twice in on
 
 from pathlib import Path
 
+from dht.errors import BadMessage
 from dipaco.checkpoint import write_atomically
 from peer.messages import Ballot, Message, ModuleName, Proposal, Version
 
@@ -68,9 +69,9 @@ class Acceptor:
     def _read(self, module: str) -> Promise | None:
         try:
             raw = self._file(module).read_bytes()
-        except FileNotFoundError:
-            return None
-        promise = Promise.from_bytes(raw, sender="disk", max_bytes=MAX_PROMISE_BYTES)
+            promise = Promise.from_bytes(raw, sender="disk", max_bytes=MAX_PROMISE_BYTES)
+        except (FileNotFoundError, BadMessage):
+            return None  # it is flushed before a vote is sent, so only a failing disk garbles it
         self._promises[module] = promise
         return promise
 

@@ -6,7 +6,6 @@ wrong byte costs the peer that sent it, and at most one chunk of traffic.
 """
 
 import asyncio
-from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from typing import Annotated
 
@@ -80,17 +79,19 @@ class BlobClient:
             return
         task = self._running.get(digest)
         if task is None:
-            task = asyncio.ensure_future(self._fetch(digest, list(sources), max_bytes=max_bytes))
-            self._running[digest] = task
-            task.add_done_callback(lambda _: self._running.pop(digest, None))
+            fetching = self._fetch(digest, list(sources), max_bytes, timeout_seconds)
+            task = self._running[digest] = asyncio.ensure_future(fetching)
+            task.add_done_callback(lambda done: self._ended(digest, done))
         try:
             async with asyncio.timeout(timeout_seconds):
                 await asyncio.shield(task)
         except TimeoutError:
-            task.cancel()
-            raise Unreachable(
-                f"blob {digest[:12]} did not arrive in {timeout_seconds:.0f} s"
-            ) from None
+            raise _too_late(digest, timeout_seconds) from None
+
+    def _ended(self, digest: str, task: asyncio.Task[None]) -> None:
+        self._running.pop(digest, None)
+        if not task.cancelled():
+            task.exception()  # whoever still waits gets it; nobody may be left
 
     async def close(self) -> None:
         """Give up whatever is running."""
@@ -98,7 +99,16 @@ class BlobClient:
             task.cancel()
         await asyncio.gather(*self._running.values(), return_exceptions=True)
 
-    async def _fetch(self, digest: str, sources: list[str], *, max_bytes: int) -> None:
+    async def _fetch(
+        self, digest: str, sources: list[str], max_bytes: int, timeout_seconds: float
+    ) -> None:
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                await self._fetch_from(digest, sources, max_bytes=max_bytes)
+        except TimeoutError:
+            raise _too_late(digest, timeout_seconds) from None
+
+    async def _fetch_from(self, digest: str, sources: list[str], *, max_bytes: int) -> None:
         sources = [peer for peer in dict.fromkeys(sources) if peer != self._transport.peer_id]
         index = await self._fetch_index(digest, sources, max_bytes=max_bytes)
         part = self._store.open_part(index)
@@ -130,34 +140,35 @@ class BlobClient:
 
     async def _fetch_chunks(self, part: PartialBlob, sources: list[str]) -> None:
         """Share the missing chunks among the sources, fast ones taking more."""
-        todo = _runs(sorted(part.missing))
-        spare = sources[MAX_SOURCES:]
-        async with asyncio.TaskGroup() as group:
-            for peer in sources[:MAX_SOURCES]:
-                group.create_task(self._work(part, todo, peer, spare))
+        usable = list(sources)
+        while part.missing and usable:
+            todo = _runs(sorted(part.missing))
+            async with asyncio.TaskGroup() as group:
+                for peer in usable[:MAX_SOURCES]:
+                    group.create_task(self._work(part, todo, peer, usable))
         if part.missing:
             raise Unreachable(
                 f"{len(part.missing)} chunks of {part.index.digest[:12]} found nowhere"
             )
 
     async def _work(
-        self, part: PartialBlob, todo: list[range], peer: str, spare: list[str]
+        self, part: PartialBlob, todo: list[range], peer: str, usable: list[str]
     ) -> None:
-        """Take runs of chunks from `todo` until none is left; replace a source that fails."""
-        failures: Counter[str] = Counter()
+        """Take runs of chunks from `todo` until none is left or the source has proven unusable.
+
+        What it failed to bring is asked for again, of those that are left, when all are done.
+        """
+        num_faults = 0
         while todo:
             run = todo.pop(0)
             try:
                 await self._fetch_run(part, run, peer)
             except (PeerFault, Unreachable) as error:
                 self._faults.count(error, peer)
-                failures[peer] += 1
-                left = [chunk for chunk in run if chunk in part.missing]
-                todo.extend(_runs(left))
-                if isinstance(error, BadBlob) or failures[peer] >= MAX_FAULTS_PER_SOURCE:
-                    if not spare:
-                        return
-                    peer = spare.pop(0)
+                num_faults += 1
+                if isinstance(error, BadBlob) or num_faults >= MAX_FAULTS_PER_SOURCE:
+                    usable.remove(peer)
+                    return
 
     async def _fetch_run(self, part: PartialBlob, run: range, peer: str) -> None:
         request = BlobRequest(digest=part.index.digest, first_chunk=run.start, num_chunks=len(run))
@@ -175,6 +186,10 @@ class BlobClient:
             chunk += 1
         if chunk != run.stop:
             raise BadBlob(peer, f"stopped early in {part.index.digest[:12]}")
+
+
+def _too_late(digest: str, seconds: float) -> Unreachable:
+    return Unreachable(f"blob {digest[:12]} did not arrive in {seconds:.0f} s")
 
 
 def _checked_index(raw: bytes, digest: str, peer: str, max_bytes: int) -> BlobIndex:

@@ -88,6 +88,8 @@ class CatchUp:
         elif chain and theirs:
             theirs = theirs[1:]
         theirs = [certificate for certificate in theirs if certificate.version > len(chain)]
+        if theirs and held is not None and theirs[-1].version < held.version:
+            return False  # versions only grow (promise P2)
         if not theirs or not self._is_better(module, chain, theirs):
             return False
         start = node.manifest.start_state(module).digest

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dht.errors import BadMessage
 from peer.messages import Certificate, Commitment, Member, Proposal, Vote
 
+SLOTS_BEFORE_REBUILD = 2  # slots without a commit after which a roster may be rebuilt
+
 
 def quorum_votes(proposal: Proposal, votes: Sequence[Vote]) -> tuple[Vote, ...] | None:
     """The votes of a quorum for one ballot and one result, or None while there is none.
@@ -82,8 +84,20 @@ def check_link(
         raise BadMessage(sender, f"certificate {proposal.module} v{proposal.version}: wrong parent")
     if any(commitment.base_state != state for commitment in proposal.contributions):
         raise BadMessage(sender, f"certificate {proposal.module} v{proposal.version}: wrong base")
-    if not proposal.rebuilt and (parent is None or proposal.roster != parent.proposal.next_roster):
+    if not is_roster_due(proposal, parent, certificate.ballot.slot):
         raise BadMessage(sender, f"certificate {proposal.module} v{proposal.version}: wrong roster")
+
+
+def is_roster_due(proposal: Proposal, parent: Certificate | None, slot: int) -> bool:
+    """Whether the proposal's roster is the one that its parent named, or may be a rebuilt one."""
+    if proposal.rebuilt:
+        return may_rebuild(parent, slot)
+    return parent is not None and proposal.roster == parent.proposal.next_roster
+
+
+def may_rebuild(parent: Certificate | None, slot: int) -> bool:
+    """Whether a roster made from the announcements is acceptable in `slot`."""
+    return parent is None or slot - parent.ballot.slot > SLOTS_BEFORE_REBUILD
 
 
 def check_chain(

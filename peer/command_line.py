@@ -90,7 +90,7 @@ def network_options(command: Callable[..., T]) -> Callable[..., T]:
         click.option(
             "--state-dir",
             type=click.Path(file_okay=False, path_type=Path),
-            help="Identity, blobs and checkpoints.  [default: the user's state directory]",
+            help="Identity, blobs and checkpoints; for `serve`, DIRECTORY itself by default.",
         ),
     ):
         command = option(command)

@@ -32,18 +32,20 @@ log = logging.getLogger(__name__)
 
 DUTY_SECONDS_MAX = 30.0  # between two looks at who keeps what, when slots are long
 RETIRE_SLOTS = 2  # for which a module is still held that no longer falls to this peer
-UNREFERENCED_SECONDS = 600.0  # a blob that nothing refers to is deleted after this long
+UNREFERENCED_SECONDS = 600.0  # at least, before a blob that nothing refers to is deleted
 
 
 class Keeper:
     """Runs one peer's part in the rounds of every module that it holds."""
 
     def __init__(self, node: Node, providers: Providers, *, keep_all: bool = False) -> None:
+        round_seconds = node.manifest.run_config.rounds.round_seconds
         self.node = node
         self.providers = providers
         self.snapshot = Snapshot(training={}, progress={})
         self.versions = Changes()  # notified whenever a held module has a new version
         self._keep_all = keep_all
+        self._unreferenced_seconds = max(UNREFERENCED_SECONDS, 3 * round_seconds)
         self._own: frozenset[ModuleID] = frozenset()
         self._own_shard: PathID | None = None
         self._retiring: dict[ModuleID, int] = {}  # slots since a held module was last wanted
@@ -51,7 +53,6 @@ class Keeper:
         self._held_changed = Changes()
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_running = False
-        round_seconds = node.manifest.run_config.rounds.round_seconds
         self.heads = Heads(node.swarm, node.run, memory_seconds=round_seconds)
         self.member = Member(
             node, self.heads, on_version=self._on_version, on_behind=self._on_behind
@@ -222,5 +223,8 @@ class Keeper:
             kept.update(certificate.result for certificate in held.chain[-STATES_KEPT:])
         for digest in node.store.digests():
             file = node.store.file(digest)
-            if digest not in kept and time.time() - file.stat().st_mtime > UNREFERENCED_SECONDS:
+            if (
+                digest not in kept
+                and time.time() - file.stat().st_mtime > self._unreferenced_seconds
+            ):
                 node.store.remove(digest)

@@ -128,5 +128,5 @@ def check_protocol(theirs: int, who: str) -> None:
     older = "this program is" if theirs > PROTOCOL_VERSION else f"{who} is"
     raise RunMismatch(
         f"{who} speaks protocol {theirs}, this program protocol {PROTOCOL_VERSION}",
-        hint=f"{older} the older one; upgrade with `pip install --upgrade dipaco`",
+        hint=f"{older} the older one: update it to the release that the run was made with",
     )

@@ -9,14 +9,20 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 from torch import Tensor
 
-from dht.errors import BadMessage
+from dht.errors import BadMessage, PeerFault
 from dipaco.checkpoint import encode_state
 from dipaco.compression import decode
 from dipaco.errors import BadState
 from dipaco.outer import apply_contributions, contribution_weights
 from dipaco.topology import ModuleID, PathID
 from peer.acceptor import Acceptor
-from peer.certificate import check_certificate, check_link, check_proposal
+from peer.certificate import (
+    check_certificate,
+    check_link,
+    check_proposal,
+    is_roster_due,
+    may_rebuild,
+)
 from peer.changes import Changes
 from peer.contributions import Contributions
 from peer.heads import Heads
@@ -28,6 +34,7 @@ from peer.messages import (
     CertifyRequest,
     ChainReply,
     ChainRequest,
+    Commitment,
     CommitRequest,
     Done,
     HaveReply,
@@ -48,7 +55,6 @@ PROPOSE_PROTOCOL = "/dipaco/propose/1"
 CERTIFY_PROTOCOL = "/dipaco/certify/1"
 CHAIN_PROTOCOL = "/dipaco/chain/1"
 
-SLOTS_BEFORE_REBUILD = 2  # slots without a commit after which a roster may be rebuilt
 FRESH_SECONDS = 1.0  # how old the heads may be by which a rebuilt roster is judged
 OBTAIN_TIMEOUT_SECONDS = 60.0
 
@@ -86,7 +92,7 @@ class Member:
         }
         for protocol, handler in handlers.items():
             await self._node.transport.serve(
-                protocol, _answering(handler), max_request_bytes=MAX_MESSAGE_BYTES
+                protocol, self._answering(handler), max_request_bytes=MAX_MESSAGE_BYTES
             )
 
     async def close(self) -> None:
@@ -97,11 +103,6 @@ class Member:
         """Tell whoever waits that the module was brought forward from outside the round."""
         self._on_version(module, certificate)
         self.changes.notify()
-
-    def may_rebuild(self, held: Held, slot: int) -> bool:
-        """Whether a roster made from the announcements is acceptable for this slot."""
-        certificate = held.certificate
-        return certificate is None or slot - certificate.ballot.slot > SLOTS_BEFORE_REBUILD
 
     async def have(self, request: HaveRequest, *, sender: str) -> HaveReply:
         """Promise the ballot if we can, then wait until the commitments' bytes are here."""
@@ -116,12 +117,12 @@ class Member:
         if held.version != request.version - 1 or held.parent != request.parent:
             self._on_behind(module)
             return HaveReply(promised=False, held=(), commitments=())
+        if not self._may_lead(request.ballot, held):
+            raise BadMessage(sender, "a ballot of a slot that is not now, or without a seat")
         promised = self._acceptor.promise(
             request.module, request.version, request.parent, request.ballot
         )
-        for commitment in request.commitments:
-            self.contributions.add(commitment, sender=sender)
-        wanted = request.commitments
+        wanted = [c for c in request.commitments if self._add(c, sender)]
         await self.changes.until(
             lambda: len(self.contributions.held(wanted)) == len(wanted), request.wait_seconds
         )
@@ -182,6 +183,24 @@ class Member:
             self._on_behind(module)
             return False
         return self._apply(module, certificate)
+
+    def _add(self, commitment: Commitment, sender: str) -> bool:
+        """Take in a commitment; a bad one is counted against whoever it speaks against."""
+        try:
+            self.contributions.add(commitment, sender=sender)
+        except BadMessage as error:
+            self._node.faults.count(error, error.peer_id)
+            return False
+        return True
+
+    def _may_lead(self, ballot: Ballot, held: Held) -> bool:
+        """Whether a promise to this ballot could not be used to block the module for good."""
+        if abs(ballot.slot - self._node.slot) > 1:
+            return False
+        seats = held.certificate.proposal.next_roster if held.certificate is not None else ()
+        return may_rebuild(held.certificate, ballot.slot) or any(
+            seat.peer == ballot.leader for seat in seats
+        )
 
     def _apply(self, module: ModuleID, certificate: Certificate) -> bool:
         node = self._node
@@ -263,9 +282,9 @@ class Member:
             await self._heads.read(held.module, max_age_seconds=FRESH_SECONDS)
             seen = {head.peer for head in self._heads.holders(held.module, held.version)}
             seated = {seat.peer for seat in proposal.roster}
-            return self.may_rebuild(held, slot) and (seen <= seated or len(seated) == MAX_ROSTER)
-        certificate = held.certificate
-        return certificate is not None and proposal.roster == certificate.proposal.next_roster
+            if not seen <= seated and len(seated) < MAX_ROSTER:
+                return False
+        return is_roster_due(proposal, held.certificate, slot)
 
     def _held(self, name: str, run: str, sender: str) -> tuple[ModuleID, Held]:
         module = ModuleID.parse(name)
@@ -278,11 +297,26 @@ class Member:
 
     # The handlers: parse, answer.
 
+    def _answering(
+        self, handler: Callable[[str, bytes], Awaitable[Message]]
+    ) -> Callable[[str, bytes], AsyncIterator[bytes]]:
+        """Make a transport handler of one; what its asker did wrong is counted."""
+
+        async def answer(peer_id: str, payload: bytes) -> AsyncIterator[bytes]:
+            try:
+                message = await handler(peer_id, payload)
+            except PeerFault as error:
+                self._node.faults.count(error, error.peer_id)
+                raise
+            yield message.to_bytes()
+
+        return answer
+
     async def _on_commit(self, peer_id: str, payload: bytes) -> Message:
         request = CommitRequest.from_bytes(payload, sender=peer_id)
         for commitment in request.commitments:
             if ModuleID.parse(commitment.module) in self._node.log.held:
-                self.contributions.add(commitment, sender=peer_id)
+                self._add(commitment, peer_id)
         return Done()
 
     async def _on_have(self, peer_id: str, payload: bytes) -> Message:
@@ -321,14 +355,3 @@ def _chain_reply(certificates: list[Certificate]) -> ChainReply:
 def _check_leader(ballot: Ballot, peer_id: str) -> None:
     if ballot.leader != peer_id:
         raise BadMessage(peer_id, "a ballot in another peer's name")
-
-
-def _answering(
-    handler: Callable[[str, bytes], Awaitable[Message]],
-) -> Callable[[str, bytes], AsyncIterator[bytes]]:
-    """Turn a request-to-message function into a transport handler of one frame."""
-
-    async def answer(peer_id: str, payload: bytes) -> AsyncIterator[bytes]:
-        yield (await handler(peer_id, payload)).to_bytes()
-
-    return answer

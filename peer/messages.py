@@ -17,17 +17,18 @@ from dht.identity import Identity, verify
 
 PROTOCOL_VERSION = 1
 
-# A certificate of 16 contributions and a roster of 32 is about 20 kB of JSON.
+# A certificate of 16 contributions and a roster of 32 is about 28 kB of JSON.
 MAX_MESSAGE_BYTES = 256 * 1024
 MAX_ROSTER = 64
 MAX_CONTRIBUTIONS = 64
+MAX_WAIT_SECONDS = 60.0  # that a leader may ask a member to take before it answers
 MAX_TOKENS = 2**53  # beyond this a JSON number is no longer exact everywhere
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Signature = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
 PeerName = Annotated[str, Field(pattern=r"^[1-9A-HJ-NP-Za-km-z]{40,64}$")]
-ModuleName = Annotated[str, Field(pattern=r"^\d{1,4}\.\d{1,6}$")]
-PathName = Annotated[str, Field(pattern=r"^\d{1,6}(\.\d{1,6}){0,15}$")]
+ModuleName = Annotated[str, Field(pattern=r"^[0-9]{1,4}\.[0-9]{1,6}$")]
+PathName = Annotated[str, Field(pattern=r"^[0-9]{1,6}(\.[0-9]{1,6}){0,15}$")]
 Version = Annotated[int, Field(ge=0, le=2**31)]
 Slot = Annotated[int, Field(ge=0, le=2**31)]
 Tokens = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
@@ -189,7 +190,7 @@ class HaveRequest(Message):
     parent: Digest
     ballot: Ballot
     commitments: Annotated[tuple[Commitment, ...], Field(max_length=MAX_CONTRIBUTIONS)]
-    wait_seconds: Annotated[float, Field(ge=0, le=600)]
+    wait_seconds: Annotated[float, Field(ge=0, le=MAX_WAIT_SECONDS)]
 
 
 class HaveReply(Message):

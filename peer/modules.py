@@ -8,6 +8,7 @@ any line leaves the previous version in place, and so does a state that turns ou
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dht.errors import BadMessage
 from dipaco.checkpoint import ModuleState, decode_state, write_atomically
 from dipaco.errors import BadState
 from dipaco.model import num_parameters
@@ -124,7 +125,10 @@ class ModuleLog:
     def _read_chain(self, module: ModuleID) -> list[Certificate]:
         chain: list[Certificate] = []
         for file in sorted((self._directory / str(module)).glob("*.json")):
-            certificate = Certificate.from_bytes(file.read_bytes(), sender="disk")
+            try:
+                certificate = Certificate.from_bytes(file.read_bytes(), sender="disk")
+            except BadMessage:
+                break  # damaged: the version before it is the current one
             if certificate.version != len(chain) + 1:
                 break
             chain.append(certificate)

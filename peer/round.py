@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from dht.errors import PeerFault, Unreachable
 from dipaco.topology import ModuleID
-from peer.certificate import contribution_order, quorum_votes, roster_of
+from peer.certificate import contribution_order, may_rebuild, quorum_votes, roster_of
 from peer.heads import Heads
 from peer.member import (
     CERTIFY_PROTOCOL,
@@ -27,6 +27,7 @@ from peer.messages import (
     MAX_CONTRIBUTIONS,
     MAX_MESSAGE_BYTES,
     MAX_ROSTER,
+    MAX_WAIT_SECONDS,
     Ballot,
     Certificate,
     CertifyRequest,
@@ -82,7 +83,7 @@ class Rounds:
         self._member = member
         self._heads = heads
         self._slot_seconds = node.manifest.run_config.rounds.round_seconds
-        self.attempt_seconds = self._slot_seconds / (ATTEMPTS_PER_SLOT + 1)
+        self.attempt_seconds = min(MAX_WAIT_SECONDS, self._slot_seconds / (ATTEMPTS_PER_SLOT + 1))
 
     async def attend(self, module: ModuleID, slot: int) -> None:
         """See one slot of one module through: lead when it is our turn, until it has a version."""
@@ -130,8 +131,7 @@ class Rounds:
         """Wait until every trainer that is expected has committed, or until `until`."""
         log = self._node.log
         while module in log.held and (left := until - self._node.now()) > 0:
-            roster, _ = await self._roster(log.held[module], slot, 0)
-            expected = {seat.peer for seat in roster if seat.path is not None}
+            expected = await self._expected(log.held[module], slot)
             if await self._member.changes.until(
                 lambda expected=expected: (
                     bool(expected)  # type: ignore[misc]
@@ -141,13 +141,23 @@ class Rounds:
             ):
                 return
 
+    async def _expected(self, held: Held, slot: int) -> set[str]:
+        """Who will probably contribute: seated trainers, announced ones, and the last ones."""
+        roster, _ = await self._roster(held, slot, 0)
+        expected = {seat.peer for seat in roster if seat.path is not None}
+        holders = self._heads.holders(held.module, held.version)
+        expected |= {head.peer for head in holders if head.path is not None}
+        if held.certificate is not None:
+            expected |= {c.peer for c in held.certificate.proposal.contributions}
+        return expected
+
     async def _roster(self, held: Held, slot: int, attempt: int) -> tuple[tuple[Seat, ...], bool]:
         """The roster of an attempt, and whether it had to be made from the announcements.
 
         A certified roster comes first even when rebuilding is allowed: only it cannot fork.
         """
         certificate = held.certificate
-        if certificate is not None and (attempt == 0 or not self._member.may_rebuild(held, slot)):
+        if certificate is not None and (attempt == 0 or not may_rebuild(certificate, slot)):
             return certificate.proposal.next_roster, False
         await self._heads.read(held.module, max_age_seconds=FRESH_SECONDS)
         return self._announced(held), True
@@ -193,8 +203,13 @@ class Rounds:
     async def _ask_have(
         self, held: Held, ballot: Ballot, roster: tuple[Seat, ...], known: Sequence[Commitment]
     ) -> dict[str, HaveReply]:
-        """Who of the roster promises the ballot, and holds what; without those that are slow."""
-        wait = HAVE_SHARE * self.attempt_seconds
+        """Who of the roster promises the ballot, and holds what; without those that are slow.
+
+        When all have committed before the slot is over (in an exact run), there is all the rest of
+        it for them to pull.
+        """
+        left = self._node.manifest.slot_start(ballot.slot + 1) - self._node.now()
+        wait = min(MAX_WAIT_SECONDS, max(left, HAVE_SHARE * self.attempt_seconds))
         window = wait + ANSWER_SHARE * self.attempt_seconds
         request = HaveRequest(
             run=self._node.run,

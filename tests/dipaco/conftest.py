@@ -1,48 +1,5 @@
-"""A run small enough for tests, and its start, prepared once."""
+"""The fixtures of the tiny run."""
 
-import random
-from collections.abc import Iterator
-from pathlib import Path
+from tests.tiny_run import small_footprint, start, text_files, tiny
 
-import pytest
-import torch
-
-from dipaco.config import RunConfig
-from dipaco.start import Start, prepare_start
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
-WORDS = {
-    "numbers": ["one", "two", "three", "four", "five", "six", "seven"],
-    "colors": ["red", "green", "blue", "black", "white", "gray"],
-    "code": ["def f(x):", "return", "x += 1", "while True:", "break", "\n"],
-    "letters": ["alpha", "beta", "gamma", "delta", "epsilon"],
-}
-
-
-@pytest.fixture(autouse=True, scope="session")
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="session")
-def text_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    """One file of made-up text per kind."""
-    directory = tmp_path_factory.mktemp("corpus")
-    rng = random.Random(0)
-    for kind, words in WORDS.items():
-        lines = (" ".join(rng.choices(words, k=12)) + "\n" for _ in range(900))
-        (directory / f"{kind}.txt").write_text("".join(lines))
-    return tuple(str(directory / f"{kind}.txt") for kind in WORDS)
-
-
-@pytest.fixture(scope="session")
-def tiny(text_files: tuple[str, ...]) -> RunConfig:
-    """`examples/tiny.toml` on the made-up text."""
-    values = RunConfig.from_toml((EXAMPLES / "tiny.toml").read_text()).to_dict()
-    values["corpus"] |= {"source": "text", "files": text_files, "max_document_bytes": 512}
-    return RunConfig.from_dict(values)
-
-
-@pytest.fixture(scope="session")
-def start(tiny: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
-    return prepare_start(tiny, tmp_path_factory.mktemp("start"))
+__all__ = ["small_footprint", "start", "text_files", "tiny"]

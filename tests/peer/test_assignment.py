@@ -36,7 +36,7 @@ def test_an_assignment_is_settled_once_it_is_followed(snapshot: Snapshot) -> Non
 def test_a_lone_peer_moves_on_when_its_path_is_well_ahead_and_not_before() -> None:
     here, there = PATHS[0], PATHS[1]
     for ahead, moves in ((0.01, False), (0.5, True)):
-        progress = {path: 1.0 for path in PATHS} | {here: 1.0 + ahead}
+        progress = dict.fromkeys(PATHS, 1.0) | {here: 1.0 + ahead}
         assignment = assign_paths(Snapshot(training={"a": here}, progress=progress), PATHS)
         assert (assignment["a"] != here) is moves
     assert there in PATHS

@@ -18,6 +18,7 @@ from tests.virtual_clock import run_virtual
 
 BLOB = random.Random(0).randbytes(20 * CHUNK_BYTES + 7)
 DIGEST = blob_digest(BLOB)
+SMALL = BLOB[: 2 * CHUNK_BYTES]
 
 
 class Place:
@@ -37,10 +38,10 @@ class Place:
         await BlobServer(store).serve(self.network.transport(name))
         return store
 
-    async def liar(self, name: str) -> None:
+    async def liar(self, name: str, blob: bytes = BLOB) -> None:
         """Has the right index and wrong bytes."""
         honest = BlobStore(self.directory / name)
-        honest.add(BLOB)
+        honest.add(blob)
 
         async def answer(peer_id: str, payload: bytes) -> AsyncIterator[bytes]:
             request = BlobRequest.from_bytes(payload, sender=peer_id)
@@ -55,9 +56,7 @@ class Place:
         await transport.serve(BLOB_PROTOCOL, answer, max_request_bytes=512)
 
     async def fetch(self, *sources: str, seconds: float = 100.0) -> None:
-        await self.client.fetch(
-            DIGEST, sources, max_bytes=len(BLOB), timeout_seconds=seconds
-        )
+        await self.client.fetch(DIGEST, sources, max_bytes=len(BLOB), timeout_seconds=seconds)
 
 
 @pytest.fixture
@@ -95,6 +94,35 @@ def test_a_liar_is_found_out_counted_and_replaced(place: Place) -> None:
         await place.fetch("liar", "honest")
         assert place.store.read(DIGEST) == BLOB
         assert place.faults.by_peer["liar"]["BadBlob"] == 1
+
+    run(place, scenario())
+
+
+def test_a_small_blob_survives_a_liar_asked_first(tmp_path: Path) -> None:
+    """With one run of chunks there is nothing to do for the second source, until there is."""
+    place = Place(tmp_path)
+
+    async def scenario() -> None:
+        await place.liar("liar", SMALL)
+        await place.source("honest", SMALL)
+        sources = ["liar", "honest"]
+        digest = blob_digest(SMALL)
+        await place.client.fetch(digest, sources, max_bytes=len(SMALL), timeout_seconds=100)
+        assert place.store.read(digest) == SMALL
+
+    run(place, scenario())
+
+
+def test_one_impatient_caller_does_not_take_the_blob_from_another(place: Place) -> None:
+    async def scenario() -> None:
+        place.network.default_line = Line(bandwidth_bytes_per_second=CHUNK_BYTES)
+        await place.source("source")
+        patient = asyncio.create_task(place.fetch("source"))
+        await asyncio.sleep(0)
+        with pytest.raises(Unreachable):
+            await place.fetch("source", seconds=2)
+        await patient
+        assert place.store.read(DIGEST) == BLOB
 
     run(place, scenario())
 

@@ -11,7 +11,9 @@ PEERS = sorted((Identity(bytes([n]) * 32) for n in range(1, 6)), key=lambda i: i
 RUN, START, RESULT = "a" * 64, "b" * 64, "c" * 64
 
 
-def commitment(who: Identity, *, tokens: int = 100, path: str = "0.0", **changes: object) -> Commitment:
+def commitment(
+    who: Identity, *, tokens: int = 100, path: str = "0.0", **changes: object
+) -> Commitment:
     values = {
         "peer": who.peer_id,
         "run": RUN,
@@ -85,7 +87,9 @@ def test_a_sound_certificate_passes_and_each_forgery_does_not() -> None:
         good.model_copy(update={"votes": good.votes[:1]}),
         good.model_copy(update={"votes": (forged_vote, good.votes[1])}),
         good.model_copy(update={"result": "d" * 64}),
-        certificate(proposal(PEERS[:3], contributions=(commitment(PEERS[0], run="d" * 64),)), PEERS[:2]),
+        certificate(
+            proposal(PEERS[:3], contributions=(commitment(PEERS[0], run="d" * 64),)), PEERS[:2]
+        ),
     ]
     for forgery in forgeries:
         with pytest.raises(BadMessage):
@@ -96,9 +100,7 @@ def test_a_link_needs_the_right_parent_base_and_roster() -> None:
     first = certificate(proposal(PEERS[:3]), PEERS[:2])
     changes = {"version": 2, "parent": first.digest, "rebuilt": False}
     contribution = commitment(PEERS[0], base_version=1, base_state=RESULT)
-    second = certificate(
-        proposal(PEERS[:3], contributions=(contribution,), **changes), PEERS[:2]
-    )
+    second = certificate(proposal(PEERS[:3], contributions=(contribution,), **changes), PEERS[:2])
     check_link(second, first, start_state=START, sender="x")
     with pytest.raises(BadMessage, match="wrong parent"):
         check_link(second, None, start_state=START, sender="x")
@@ -123,8 +125,8 @@ def test_a_proposal_counts_each_peer_once_and_in_order() -> None:
     for wrong in ((one, two), (one, one)):
         with pytest.raises(BadMessage):
             check_proposal(proposal(PEERS[:2], contributions=wrong), sender="x")
+    unsigned = one.model_copy(update={"tokens": 10**9})
     with pytest.raises(BadMessage, match="forged"):
-        unsigned = one.model_copy(update={"tokens": 10**9})
         check_proposal(proposal(PEERS[:2], contributions=(unsigned,)), sender="x")
 
 

@@ -30,7 +30,9 @@ def test_a_file_is_kept_without_a_copy_in_memory(store: BlobStore, tmp_path: Pat
 
 
 @pytest.mark.parametrize("reader", ["read", "read_chunk"])
-def test_a_blob_that_rotted_on_disk_is_gone_rather_than_wrong(store: BlobStore, reader: str) -> None:
+def test_a_blob_that_rotted_on_disk_is_gone_rather_than_wrong(
+    store: BlobStore, reader: str
+) -> None:
     digest = store.add(BLOB)
     rotten = bytearray(BLOB)
     rotten[5] ^= 1

@@ -1,4 +1,4 @@
-"""Real processes, real libp2p: the oracle's digests, kills, restarts, newcomers, good manners."""
+"""Real processes over real libp2p: kills, restarts, newcomers, good manners."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ import torch
 
 from bootstrap.prepare import prepare_run
 from dipaco.config import RunConfig
-from dipaco.reference import train
 
 pytestmark = [pytest.mark.swarm, pytest.mark.timeout(240)]
 
@@ -28,7 +27,6 @@ BIN = Path(sys.executable).parent
 TINY = Path(__file__).parents[2] / "examples" / "tiny.toml"
 LOOPBACK = ["--host-maddr", "/ip4/127.0.0.1/tcp/0"]
 START_IN_SECONDS = 25  # for five processes to start on two busy cores
-PATHS = {"0.0", "0.1", "1.0", "1.1"}
 
 
 @dataclass
@@ -132,25 +130,6 @@ def tiny(*, wire_format: str, **rounds: Any) -> RunConfig:
         outer=replace(config.outer, wire_format=wire_format),
         rounds=replace(config.rounds, **rounds),
     )
-
-
-def test_a_faultless_swarm_ends_with_the_oracles_digests(
-    place_of: Callable[[RunConfig], Place],
-) -> None:
-    config = tiny(
-        wire_format="float32", num_rounds=3, round_seconds=6.0, inner_steps=4, blocking=True
-    )
-    place = place_of(config)
-    bootstrap = place.serve()
-    peers = [place.join(f"peer{n}", bootstrap.address) for n in range(4)]
-    place.until(lambda: all(p.seen("finished") for p in peers), within=START_IN_SECONDS + 90)
-
-    assert {p.seen("path")[-1]["path"] for p in peers} == PATHS
-    states = applied([bootstrap, *peers])
-    assert all(len(digests) == 1 for digests in states.values())
-    oracle = train(place.start, num_rounds=3)
-    swarm = {module: digests for (module, version), digests in states.items() if version == 3}
-    assert swarm == {str(module): {digest} for module, digest in oracle.digests.items()}
 
 
 def test_a_swarm_survives_kills_and_its_bootstrap_node(

@@ -1,0 +1,104 @@
+"""A faultless swarm over real libp2p ends with the bytes that one machine computes."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bootstrap.node import load_blobs
+from bootstrap.prepare import load_or_sign_manifest, prepare_run
+from dipaco.config import RunConfig
+from dipaco.digest import blob_digest
+from dipaco.reference import train
+from peer.config import PeerConfig
+from peer.devices import choose_device, work_factory
+from peer.keeper import Keeper
+from peer.providers import Providers
+from peer.session import Network, make_node
+from peer.volunteer import Volunteer
+from tests.swarm.local import LocalPeer, local_swarm
+
+TINY = Path(__file__).parents[2] / "examples" / "tiny.toml"
+NUM_ROUNDS = 3
+START_IN_SECONDS = 10.0
+
+
+@pytest.mark.swarm
+@pytest.mark.parametrize("wire_format", ["float32", "int8"])
+def test_the_swarm_reproduces_the_oracle(tmp_path: Path, wire_format: str) -> None:
+    torch.set_num_threads(1)
+    config = RunConfig.from_toml(TINY.read_text())
+    config = replace(
+        config,
+        outer=replace(config.outer, wire_format=wire_format),
+        rounds=replace(
+            config.rounds, num_rounds=NUM_ROUNDS, round_seconds=6.0, inner_steps=4, blocking=True
+        ),
+    )
+    start = prepare_run(config, tmp_path / "run", lambda stage, done, total: None)
+    states = asyncio.run(run_swarm(tmp_path))
+    assert {version for _, version in states} == set(range(1, NUM_ROUNDS + 1))
+    assert all(len(digests) == 1 for digests in states.values())
+    oracle = train(start, num_rounds=NUM_ROUNDS)
+    final = {m: digests for (m, version), digests in states.items() if version == NUM_ROUNDS}
+    assert final == {str(module): {digest} for module, digest in oracle.digests.items()}
+
+
+async def run_swarm(directory: Path) -> dict[tuple[str, int], set[str]]:
+    """Five peers, one of which trains nothing; all states they applied, by module and version."""
+    from dipaco.start import Start
+
+    start = Start.load(directory / "run" / "start")
+    states: dict[tuple[str, int], set[str]] = {}
+
+    def listen(entry: dict[str, Any]) -> None:
+        assert entry["event"] not in ("diverged", "fork", "error"), entry
+        if entry["event"] in ("version", "caught up"):
+            states.setdefault((entry["module"], entry["version"]), set()).add(entry["state"])
+
+    async with local_swarm(directory, 5) as peers, AsyncExitStack() as stack:
+        manifest = load_or_sign_manifest(
+            directory / "run", start, start_time=time.time() + START_IN_SECONDS
+        )
+        run = blob_digest(manifest.to_bytes())
+        keepers = []
+        for number, peer in enumerate(peers):
+            node = make_node(
+                network_of(peer), run=run, manifest=manifest, run_dir=directory / f"peer{number}"
+            )
+            stack.callback(node.events.close)
+            node.events.listen(listen)
+            providers = Providers(node.swarm, node.store, node.blobs)
+            providers.hints.append(peers[0].peer_id)
+            keepers.append(Keeper(node, providers, keep_all=number == 0))
+        load_blobs(keepers[0].node.store, start, manifest.to_bytes())
+        choice = choose_device(PeerConfig(device="cpu"), start.config, start.topology)
+        make_work = work_factory(start.config, start.topology, choice)
+        trainings = []
+        for number, keeper in enumerate(keepers):
+            await stack.enter_async_context(keeper.running())
+            if number > 0:
+                volunteer = Volunteer(keeper, make_work)
+                has_path = asyncio.Event()
+                keeper.node.events.listen(
+                    lambda entry, event=has_path: (  # type: ignore[misc]
+                        event.set() if entry["event"] == "path" else None
+                    )
+                )
+                trainings.append(asyncio.create_task(volunteer.run()))
+                await asyncio.wait_for(has_path.wait(), START_IN_SECONDS)
+        await asyncio.wait_for(asyncio.gather(*trainings), 60)
+    return states
+
+
+def network_of(peer: LocalPeer) -> Network:
+    return Network(
+        identity=peer.identity, daemon=peer.daemon, swarm=peer.swarm, transport=peer.transport
+    )
