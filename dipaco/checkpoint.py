@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dipaco.digest import blob_digest
 from dipaco.errors import BadState
-from dipaco.tensors import Layout, decode_tensors, encode_tensors, encoded_bytes
+from dipaco.tensors import Layout, decode_tensors, encode_tensors, encoded_bytes, is_finite
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -57,7 +57,7 @@ def decode_state(raw: bytes | memoryview, *, num_parameters: int) -> ModuleState
         tensors = decode_tensors(raw, _layout(num_parameters))
     except ValueError as error:
         raise BadState(f"not a module state: {error}") from error
-    if not all(bool(vector.isfinite().all()) for vector in tensors.values()):
+    if not all(is_finite(vector) for vector in tensors.values()):
         raise BadState("not a module state: a value is not finite")
     return ModuleState(parameters=tensors["parameters"], momentum=tensors["momentum"])
 

@@ -149,8 +149,11 @@ def _print_tables(start: "Start", result: "ReferenceResult", dense: "Evaluations
     from dipaco.reference import total
 
     console = Console()
-    table = Table("path", "shard tokens", "start", "end", "dense", title="validation perplexity")
-    scored = [result.at_start, result.at_end, *([dense] if dense else [])]
+    columns = {"start": result.at_start, "end": result.at_end}
+    if dense is not None:
+        columns["dense"] = dense
+    scored = columns.values()
+    table = Table("path", "shard tokens", *columns, title="validation perplexity")
     for path in start.topology.paths:
         cells = [f"{evaluations[path].perplexity:.2f}" for evaluations in scored]
         table.add_row(str(path), f"{start.shard_tokens[path]:,}", *cells)

@@ -10,22 +10,24 @@ import math
 from functools import cache
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dipaco.errors import BadContribution
-from dipaco.tensors import Layout, decode_tensors, encode_tensors
+from dipaco.tensors import Layout, decode_tensors, encode_tensors, is_finite
 from dipaco.tensors import encoded_bytes as bytes_of_layout
 
 WireFormat = Literal["float32", "float16", "int8"]
 
 BLOCK_VALUES = 256  # one 4-byte scale per 256 bytes costs 1.6 %; larger blocks lose small values
 _MAX_FLOAT16 = 65504.0
+_LOOKUP_VALUES = 2**16
 
 
 def encode(vector: Tensor, wire_format: WireFormat) -> bytes:
     """A 1-D float32 CPU vector as safetensors; BadContribution if a value is not finite."""
-    if not bool(vector.isfinite().all()):
+    if not is_finite(vector):
         raise BadContribution(
             "an outer gradient is not finite", hint="training has diverged; lower the learning rate"
         )
@@ -47,7 +49,7 @@ def decode(raw: bytes | memoryview, wire_format: WireFormat, *, num_parameters: 
     except ValueError as error:
         raise BadContribution(f"not an outer gradient: {error}") from error
     vector = _dequantize(tensors) if wire_format == "int8" else tensors["values"].float()
-    if not bool(vector.isfinite().all()):
+    if not is_finite(vector):
         raise BadContribution("not an outer gradient: a value is not finite")
     return vector
 
@@ -97,9 +99,17 @@ def _quantize(vector: Tensor) -> dict[str, Tensor]:
 
 
 def _dequantize(tensors: dict[str, Tensor]) -> Tensor:
-    values = tensors["values"]
-    vector = dynamic_table()[values.int()]
-    vector *= tensors["scales"].repeat_interleave(BLOCK_VALUES)[: len(values)]
+    values, scales = tensors["values"], tensors["scales"]
+    vector = torch.empty(len(values), dtype=torch.float32)
+    table, indices, looked_up = dynamic_table().numpy(), values.numpy(), vector.numpy()
+    # numpy's take, a cache's worth at a time, is three times faster than torch's.
+    for start in range(0, len(values), _LOOKUP_VALUES):
+        part = slice(start, start + _LOOKUP_VALUES)
+        np.take(table, indices[part], out=looked_up[part], mode="clip")
+    whole = len(values) // BLOCK_VALUES
+    vector[: whole * BLOCK_VALUES].view(-1, BLOCK_VALUES).mul_(scales[:whole, None])
+    if whole < len(scales):
+        vector[whole * BLOCK_VALUES :].mul_(scales[whole])
     return vector
 
 

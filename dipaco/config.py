@@ -182,7 +182,7 @@ class OuterConfig:
     learning_rate: float = 0.7
     momentum: float = 0.9
     rescale: Literal["sqrt", "none"] = "sqrt"
-    wire_format: Literal["float32", "float16", "int8"] = "float32"
+    wire_format: Literal["float32", "float16", "int8"] = "int8"
 
     def __post_init__(self) -> None:
         _check("outer.learning_rate", self.learning_rate, 0.0, 10.0)

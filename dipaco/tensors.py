@@ -122,3 +122,11 @@ def _tensor_of(raw: bytes | memoryview, dtype: torch.dtype, shape: tuple[int, ..
         return torch.empty(shape, dtype=dtype)  # no bytes have no stride to view them by
     copied = torch.from_numpy(np.frombuffer(raw, dtype=np.uint8).copy())
     return copied.view(dtype).reshape(shape)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether every value is finite; one pass without a temporary, because NaN wins any minimum."""
+    if not tensor.numel():
+        return True
+    low, high = torch.aminmax(tensor)
+    return bool(low.isfinite()) and bool(high.isfinite())

@@ -269,10 +269,11 @@ class Member:
                     raise BadState(f"contribution {commitment.blob[:12]} is damaged on disk")
                 yield weight, decode(raw, outer.wire_format, num_parameters=num_parameters)
 
-        state = node.log.load_state(module)
-        return node.store.add(
-            encode_state(apply_contributions(state, weighted(), len(set(paths)), outer))
-        )
+        before = node.log.load_state(module)
+        state = apply_contributions(before, weighted(), len(set(paths)), outer)
+        digest = node.store.add(encode_state(state))
+        node.log.remember(digest, state)
+        return digest
 
     async def _roster_is_right(self, proposal: Proposal, held: Held, slot: int) -> bool:
         """A rebuilt roster must have everyone in it whom we see, so that two leaders with partial

@@ -5,11 +5,13 @@ one names. The certificate is written after its state, and makes a version curre
 any line leaves the previous version in place, and so does a state that turns out truncated.
 """
 
+import threading
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from dht.errors import BadMessage
-from dipaco.checkpoint import ModuleState, decode_state, write_atomically
+from dipaco.checkpoint import ModuleState, decode_state, state_bytes, write_atomically
 from dipaco.errors import BadState
 from dipaco.model import num_parameters
 from dipaco.topology import ModuleID
@@ -17,6 +19,7 @@ from peer.manifest import Manifest
 from peer.messages import Certificate
 from peer.store import BlobStore
 
+MAX_RECENT_BYTES = 2**30  # of states kept in memory; at least one is, whatever its size
 STATES_KEPT = 2  # the current version, and the one before it for whoever is about to catch up
 
 
@@ -57,6 +60,8 @@ class ModuleLog:
         self._manifest = manifest
         self._store = store
         self.held: dict[ModuleID, Held] = {}
+        self._recent: OrderedDict[str, ModuleState] = OrderedDict()
+        self._recent_lock = threading.Lock()
 
     def num_parameters(self, module: ModuleID) -> int:
         """Length of the module's flat vector."""
@@ -101,11 +106,29 @@ class ModuleLog:
             self._forget_states([*held.chain], None)
 
     def load_state(self, module: ModuleID) -> ModuleState:
-        """The current state, read from disk and verified; raises `BadState` if it has rotted."""
-        raw = self._store.read(self.held[module].state)
-        if raw is None:
-            raise BadState(f"the state of module {module} is damaged on disk")
-        return decode_state(raw, num_parameters=self.num_parameters(module))
+        """The current state, from memory or verified from disk; `BadState` if it has rotted.
+
+        States are shared: whoever gets one must not write into it.
+        """
+        digest = self.held[module].state
+        state = self._recent.get(digest)
+        if state is None:
+            raw = self._store.read(digest)
+            if raw is None:
+                raise BadState(f"the state of module {module} is damaged on disk")
+            state = decode_state(raw, num_parameters=self.num_parameters(module))
+        self.remember(digest, state)
+        return state
+
+    def remember(self, digest: str, state: ModuleState) -> None:
+        """Keep a state in memory, for the round that it begins."""
+        with self._recent_lock:
+            self._recent[digest] = state
+            self._recent.move_to_end(digest)
+            total_bytes = sum(state_bytes(s.num_parameters) for s in self._recent.values())
+            while total_bytes > MAX_RECENT_BYTES and len(self._recent) > 1:
+                _, oldest = self._recent.popitem(last=False)
+                total_bytes -= state_bytes(oldest.num_parameters)
 
     def _forget_states(self, before: list[Certificate], new: Held | None) -> None:
         """Delete the states of versions that nobody will ask for; shared start states stay."""

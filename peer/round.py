@@ -9,10 +9,11 @@ import asyncio
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import TypeVar
 
 from dht.errors import PeerFault, Unreachable
-from dipaco.topology import ModuleID
+from dipaco.topology import ModuleID, PathID
 from peer.certificate import contribution_order, may_rebuild, quorum_votes, roster_of
 from peer.heads import Heads
 from peer.member import (
@@ -41,10 +42,12 @@ from peer.messages import (
     ProposeReply,
     ProposeRequest,
     Vote,
+    sign,
 )
 from peer.messages import Member as Seat
 from peer.modules import Held
 from peer.node import Node
+from peer.path_work import Offer
 
 ATTEMPTS_PER_SLOT = 3  # each a quarter of a slot; the last quarter is left for pulling the result
 COLLECT_SHARE = 0.3  # of an attempt: how long after the slot's end commitments are waited for
@@ -100,6 +103,30 @@ class Rounds:
             if order and order[attempt % len(order)] == node.peer_id:
                 ballot = Ballot(slot=slot, attempt=attempt, leader=node.peer_id)
                 await self._lead(held, ballot, roster, rebuilt=rebuilt)
+
+    async def prepare(
+        self, offers: Sequence[Offer], *, path: PathID, slot: int
+    ) -> list[Commitment]:
+        """Put our outer gradients into the store, and sign a commitment to each."""
+        node = self._node
+        commitments = []
+        for offer in offers:
+            blob = await node.offload(partial(node.store.add, offer.raw))
+            commitment = Commitment(
+                peer=node.peer_id,
+                run=node.run,
+                module=str(offer.module),
+                slot=slot,
+                base_version=offer.base_version,
+                base_state=offer.base_state,
+                path=str(path),
+                tokens=offer.tokens,
+                blob=blob,
+                blob_bytes=len(offer.raw),
+            )
+            commitments.append(sign(commitment, node.identity))
+            self._member.contributions.add_own(commitments[-1])
+        return commitments
 
     async def commit(self, commitments: Sequence[Commitment]) -> None:
         """Send our commitments to every peer that holds one of their modules, one message each."""

@@ -13,7 +13,7 @@ from dipaco.shards import Shard
 from dipaco.topology import ModuleID, PathID
 from peer.assignment import Snapshot, assign_paths, choose_path
 from peer.keeper import Keeper
-from peer.messages import Certificate, Commitment, sign
+from peer.messages import Certificate
 from peer.path_work import PathWork
 
 BURST_SECONDS = 0.5  # of inner steps between two looks at the clock and at new versions
@@ -170,24 +170,7 @@ class Volunteer:
         """Take the outer gradients, and commit to them before anyone sees them."""
         node, work = self._node, self._the_work()
         offers = await node.offload(lambda: work.offers(slot))
-        commitments = []
-        for offer in offers:
-            blob = await node.offload(lambda raw=offer.raw: node.store.add(raw))  # type: ignore[misc]
-            commitment = Commitment(
-                peer=node.peer_id,
-                run=node.run,
-                module=str(offer.module),
-                slot=slot,
-                base_version=offer.base_version,
-                base_state=offer.base_state,
-                path=str(work.trainer.path),
-                tokens=offer.tokens,
-                blob=blob,
-                blob_bytes=len(offer.raw),
-            )
-            commitments.append(sign(commitment, node.identity))
-        for commitment in commitments:
-            self.keeper.member.contributions.add_own(commitment)
+        commitments = await self.keeper.rounds.prepare(offers, path=work.trainer.path, slot=slot)
         node.events.write(
             "contributed",
             slot=slot,
