@@ -74,6 +74,11 @@ def compress_with_feedback(
     return raw, corrected - decode(raw, wire_format, num_parameters=gradient.numel())
 
 
+def warm_up(wire_format: WireFormat) -> None:
+    """Load what the first `encode` would have to load, which takes seconds for int8."""
+    encode(torch.zeros(BLOCK_VALUES), wire_format)
+
+
 @cache
 def dynamic_table() -> Tensor:
     """The 256 values of the dynamic 8-bit format, ascending, in [-1, 1]; float32.

@@ -72,9 +72,10 @@ def choose_path(peer: str, snapshot: Snapshot, paths: Sequence[PathID]) -> PathI
 def keeps(peer: str, what: str, *, peers: Sequence[str], num_keepers: int) -> bool:
     """Whether `peer` is among the `num_keepers` of `peers` that keep `what` (rendezvous hashing).
 
-    `what` names a module or a shard. When peers come and go, few duties move.
+    `what` names a module or a shard, `peers` are those that do not train it. When peers come and
+    go, few duties move.
     """
-    ranked = sorted({*peers, peer}, key=lambda other: _hash(f"{what}|{other}"))
+    ranked = sorted(peers, key=lambda other: _hash(f"{what}|{other}"))
     return peer in ranked[:num_keepers]
 
 

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 
 class Display:
@@ -22,7 +23,8 @@ class Display:
         """One line, with a tag and the time since the start."""
         if not self._quiet:
             elapsed = time.monotonic() - self._start
-            self._console.print(f"[dim]{elapsed:7.1f} s[/dim] \\[{tag}] {text}")
+            line = Text.assemble((f"{elapsed:7.1f} s", "dim"), f" [{tag}] {text}")
+            self._console.print(line)
 
     def introduce(self, **facts: str | list[str]) -> None:
         """What this peer will use, before it uses it."""

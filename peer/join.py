@@ -4,7 +4,9 @@ import asyncio
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -22,11 +24,13 @@ from peer.volunteer import Volunteer
 # Current and next version of a path, the contributions of a group, and as much for what is kept.
 STATES_ON_DISK = 8
 ADDRESS_FILE = "address"
+TRAINING_NICENESS = 10
 
 
 async def join(config: PeerConfig, display: Display) -> None:
     """Train until the run is over, then keep serving, until interrupted."""
     torch.set_num_threads(config.threads)
+    asyncio.get_running_loop().set_default_executor(background_executor())
     display.say("network", "starting p2pd and entering the swarm")
     async with open_node(config) as (node, providers, network):
         manifest = node.manifest
@@ -52,6 +56,18 @@ async def join(config: PeerConfig, display: Display) -> None:
                 display.say("run", "finished; still serving others, Ctrl-C to leave")
                 await volunteer.stop.wait()
         display.say("network", "left the swarm")
+
+
+def background_executor() -> ThreadPoolExecutor:
+    """Threads that train and compute at low priority.
+
+    The volunteer's own programs go first, and so does answering other peers in time.
+    """
+
+    def lower_priority() -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), TRAINING_NICENESS)
+
+    return ThreadPoolExecutor(max_workers=8, initializer=lower_priority)
 
 
 async def reachable_addresses(network: Network) -> list[str]:

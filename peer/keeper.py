@@ -160,8 +160,14 @@ class Keeper:
 
     async def _do_duties_once(self) -> None:
         node = self.node
-        peers = sorted((await self.look_around()).training)
-        duties = {m for m in node.manifest.topology.modules if self._keeps(module_name(m), peers)}
+        training = (await self.look_around()).training
+        topology = node.manifest.topology
+        trained = {peer: set(topology.modules_of(path)) for peer, path in training.items()}
+        duties = {
+            module
+            for module in topology.modules
+            if self._keeps(module_name(module), [p for p in trained if module not in trained[p]])
+        }
         wanted = duties | self._own
         await self.hold(sorted(wanted - set(node.log.held)))
         for module in sorted(set(node.log.held) - wanted):
@@ -172,7 +178,8 @@ class Keeper:
         for module in sorted(wanted & set(node.log.held)):
             await self.catch_up.refresh(module)
         for path in node.manifest.topology.paths:
-            if path == self._own_shard or self._keeps(shard_name(path), peers):
+            others = [peer for peer, theirs in training.items() if theirs != path]
+            if path == self._own_shard or self._keeps(shard_name(path), others):
                 await self.providers.obtain(node.manifest.shard(path).blob)
         await self.providers.obtain(node.manifest.tokenizer)
         await self.providers.obtain(node.manifest.router)
@@ -191,6 +198,7 @@ class Keeper:
             self.member.retiring.discard(module)
 
     def _keeps(self, what: str, peers: list[str]) -> bool:
+        """Whether `what` falls to this peer, out of the `peers` that do not train it."""
         num_keepers = self.node.manifest.run_config.rounds.num_keepers
         return self._keep_all or keeps(
             self.node.peer_id, what, peers=peers, num_keepers=num_keepers

@@ -1,6 +1,6 @@
 """What every part of a peer works with: identity, run, doors to the network, disk."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -21,7 +21,7 @@ T = TypeVar("T")
 class Offload(Protocol):
     """Runs a function off the event loop (`asyncio.to_thread`); inline under a virtual clock."""
 
-    def __call__(self, function: Callable[[], T], /) -> Awaitable[T]:
+    def __call__(self, function: Callable[[], T], /) -> Coroutine[object, object, T]:
         """The function's result."""
 
 

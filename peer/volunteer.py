@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dht.errors import SwarmError, Unreachable
 from dipaco.checkpoint import ModuleState
+from dipaco.compression import warm_up
 from dipaco.config import RunConfig
 from dipaco.errors import DipacoError
 from dipaco.shards import Shard
@@ -53,6 +54,8 @@ class Volunteer:
     async def run(self) -> None:
         """Take a path and train it, changing it when the swarm needs another more."""
         await self._settle()
+        wire_format = self._config.outer.wire_format
+        self.keeper.start(self._node.offload(lambda: warm_up(wire_format)), "encoder")
         while not self.stop.is_set() and not self._is_finished():
             await self._train_slot(max(0, self._node.slot))
             await self._maybe_move()
