@@ -62,7 +62,6 @@ class PathWork:
     def __init__(self, trainer: PathTrainer, directory: Path) -> None:
         self.trainer = trainer
         self.last_loss: float | None = None
-        self.num_steps = 0
         self.train_seconds = 0.0
         self._directory = directory
         self._bases: dict[ModuleID, _Base] = {}
@@ -104,7 +103,6 @@ class PathWork:
             self.last_loss = float(loss)  # waits for the device, so that the time below is honest
         for base in self._bases.values():
             base.tokens += steps * self.trainer.tokens_per_step
-        self.num_steps += steps
         self.train_seconds += time.monotonic() - start
         return steps
 

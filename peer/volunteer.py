@@ -44,6 +44,7 @@ class Volunteer:
         self._work: PathWork | None = None
         self._first_step_time: float | None = None
         self._train_seconds = 0.0
+        self._steps = 0
         self._tokens = 0
         self._evaluated_round = -1
 
@@ -166,6 +167,7 @@ class Volunteer:
             lambda: work.train(seconds=seconds, max_steps=max_steps, first_step=first_step)
         )
         self._train_seconds += work.train_seconds - before
+        self._steps += steps
         self._tokens += steps * work.trainer.tokens_per_step
         return steps
 
@@ -178,7 +180,7 @@ class Volunteer:
             "contributed",
             slot=slot,
             path=str(work.trainer.path),
-            steps=work.num_steps,
+            steps=self._steps,
             tokens=self._tokens,
             loss=work.last_loss,
             inner_share=round(self._inner_share(), 4),
@@ -226,7 +228,7 @@ class Volunteer:
         node, work, progress = self._node, self._the_work(), self.keeper.presence.progress
         evaluation = await node.offload(work.evaluate)
         progress.round = work.round
-        progress.step = work.num_steps
+        progress.step = self._steps
         progress.tokens = self._tokens
         progress.path_tokens = self._path_tokens()
         progress.commits = self._commits()
@@ -240,7 +242,7 @@ class Volunteer:
             path=str(work.trainer.path),
             loss=work.last_loss,
             perplexity=evaluation.perplexity,
-            steps=work.num_steps,
+            steps=self._steps,
             tokens=self._tokens,
             inner_share=round(self._inner_share(), 4),
             tokens_per_second=round(self._tokens / max(self._train_seconds, 1e-9)),

@@ -201,5 +201,3 @@ def sockets() -> set[str]:
     """What peers put into the temporary directory."""
     directory = Path(tempfile.gettempdir())
     return {f.name for f in directory.iterdir() if f.name.startswith(("hivemind-", "dipaco-"))}
-
-

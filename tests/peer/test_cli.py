@@ -1,0 +1,187 @@
+"""What a person meets at the command line: instant help, one-line errors with a hint."""
+
+import errno
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from bootstrap.cli import main as bootstrap
+from dht.errors import LocalFault
+from dipaco.cli import cli as dipaco
+from dipaco.errors import ConfigError
+from peer.cli import main as peer
+from peer.command_line import one_line_errors
+from peer.config import PeerConfig
+from peer.devices import choose_device
+from peer.join import check_disk
+from tests.lab import identity, little_config, make_run
+
+PEER_ID = identity(7).peer_id
+RUN = make_run(little_config(), operator=identity(1), start_time=0.0)
+
+HEAVY = "import sys; heavy = {'torch', 'hivemind', 'datasets', 'sklearn'} & set(sys.modules)"
+
+
+@pytest.mark.parametrize(
+    ("module", "command", "subcommands"),
+    [
+        ("peer.cli", "main", ["join", "status", "check", "identity"]),
+        ("bootstrap.cli", "main", ["prepare", "serve", "status"]),
+        ("dipaco.cli", "cli", ["train"]),
+    ],
+)
+def test_help_imports_nothing_heavy(module: str, command: str, subcommands: list[str]) -> None:
+    helps = [["--help"], *([name, "--help"] for name in subcommands)]
+    program = (
+        f"from {module} import {command} as main\n"
+        f"for arguments in {helps!r}:\n"
+        "    try:\n"
+        "        main(arguments, standalone_mode=True)\n"
+        "    except SystemExit as exit:\n"
+        "        assert not exit.code\n"
+        f"{HEAVY}\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Usage:") == len(helps)
+
+
+def test_the_options_are_these() -> None:
+    """A frozen list: a new option is a decision, not an accident."""
+    options = {
+        f"{name} {command_name}": sorted(
+            option
+            for parameter in command.params
+            if isinstance(parameter, click.Option)
+            for option in parameter.opts
+            if option.startswith("--")
+        )
+        for name, group in (
+            ("dipaco-peer", peer),
+            ("dipaco-bootstrap", bootstrap),
+            ("dipaco", dipaco),
+        )
+        for command_name, command in group.commands.items()
+    }
+    network = ["--announce-maddr", "--host-maddr", "--state-dir"]
+    assert options == {
+        "dipaco-peer join": sorted(
+            [*network, "--device", "--optimizer", "--quiet", "--threads", "--verbose"]
+        ),
+        "dipaco-peer status": ["--json", "--verbose"],
+        "dipaco-peer check": sorted([*network, "--device", "--verbose"]),
+        "dipaco-peer identity": ["--state-dir"],
+        "dipaco-bootstrap status": ["--json", "--verbose"],
+        "dipaco-bootstrap prepare": ["--device", "--threads", "--verbose"],
+        "dipaco-bootstrap serve": sorted([*network, "--quiet", "--start-in", "--verbose"]),
+        "dipaco train": ["--baseline", "--device", "--dir", "--threads"],
+    }
+
+
+@pytest.mark.parametrize(
+    "address", ["garbage", "/ip4/1.2.3.4/tcp/1", f"/ip4/999.2.3.4/tcp/1/p2p/{PEER_ID}"]
+)
+def test_a_malformed_address_is_a_usage_error_with_an_example(address: str) -> None:
+    result = CliRunner().invoke(peer, ["join", address])
+    assert result.exit_code == 2
+    assert "is not the address of a peer" in result.output
+    assert "hint: an address looks like /ip4/" in result.output
+
+
+def test_a_malformed_listen_address_is_a_usage_error() -> None:
+    arguments = ["join", f"/ip4/1.2.3.4/tcp/1/p2p/{PEER_ID}", "--host-maddr", "/ip4/0.0.0.0/udp/1"]
+    result = CliRunner().invoke(peer, arguments)
+    assert result.exit_code == 2
+    assert "/ip4/0.0.0.0/tcp/31337" in result.output
+
+
+@pytest.mark.swarm
+def test_an_unreachable_address_is_one_line_and_a_hint(tmp_path: Path) -> None:
+    arguments = ["join", f"/ip4/127.0.0.1/tcp/1/p2p/{PEER_ID}", "--state-dir", str(tmp_path)]
+    program = [sys.executable, "-c", "from peer.cli import main; main()", *arguments]
+    program += ["--host-maddr", "/ip4/127.0.0.1/tcp/0", "--quiet"]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    error, empty, hint = done.stderr.strip().splitlines()
+    assert error.startswith("error: ")
+    assert "127.0.0.1/tcp/1" in error
+    assert not empty
+    assert hint.startswith("hint: ")
+
+
+@pytest.mark.parametrize(
+    ("line", "message", "hint"),
+    [
+        ("widht = 3", "model.widht", "width"),
+        ("width = 7", "model.width is 7", "accepted"),
+    ],
+)
+def test_a_wrong_configuration_names_the_key(
+    tmp_path: Path, line: str, message: str, hint: str
+) -> None:
+    text = (Path(__file__).parents[2] / "examples" / "tiny.toml").read_text()
+    config = tmp_path / "run.toml"
+    config.write_text(text.replace("width = 32\n", f"{line}\n", 1))
+    result = CliRunner().invoke(bootstrap, ["prepare", str(config), str(tmp_path / "run")])
+    assert result.exit_code == 1
+    assert message in result.output
+    assert "hint: " in result.output
+    assert hint in result.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unprepared_directory_says_what_to_do(tmp_path: Path) -> None:
+    result = CliRunner().invoke(bootstrap, ["serve", str(tmp_path)])
+    assert result.exit_code == 1
+    assert f"dipaco-bootstrap prepare CONFIG {tmp_path}" in result.output
+
+
+def test_a_device_that_is_not_there_lists_those_that_are() -> None:
+    config = PeerConfig(device="cuda:99")
+    with pytest.raises(ConfigError, match="cuda:99") as caught:
+        choose_device(config, RUN.manifest.run_config, RUN.manifest.topology)
+    assert "available: cpu" in caught.value.hint
+
+
+def test_a_disk_that_is_too_small_is_found_before_joining(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = PeerConfig(state_dir=tmp_path)
+    check_disk(config, RUN.manifest)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    with pytest.raises(LocalFault, match="this run needs") as caught:
+        check_disk(config, RUN.manifest)
+    assert "--state-dir" in caught.value.hint
+
+
+def test_a_disk_that_fills_up_is_one_line_and_nothing_is_lost() -> None:
+    @click.command()
+    @one_line_errors
+    def command() -> None:
+        raise ExceptionGroup("tasks", [OSError(errno.ENOSPC, "No space left on device")])
+
+    result = CliRunner().invoke(command)
+    assert result.exit_code == 1
+    assert "the disk is full; nothing that was written is lost" in result.output
+    assert "hint: free some space" in result.output
+
+
+def test_two_peers_do_not_share_a_state_directory(tmp_path: Path) -> None:
+    from peer.session import _lock
+
+    with _lock(tmp_path), pytest.raises(LocalFault, match="another peer is running"):
+        _lock(tmp_path)
+
+
+def test_identity_prints_the_same_peer_id_again(tmp_path: Path) -> None:
+    first, second = (
+        CliRunner().invoke(peer, ["identity", "--state-dir", str(tmp_path)]) for _ in range(2)
+    )
+    assert first.output == second.output
+    assert first.output.startswith("12D3KooW")
+    assert (tmp_path / "identity").stat().st_mode & 0o777 == 0o600
