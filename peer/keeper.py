@@ -91,6 +91,8 @@ class Keeper:
         """Modules and shard that this peer trains on: never dropped while it does."""
         self._own = frozenset(modules)
         self._own_shard = shard
+        for module in self._own:
+            self._stay(module)
 
     async def look_around(self) -> Snapshot:
         """A fresh snapshot of who trains what."""
@@ -168,15 +170,14 @@ class Keeper:
             for module in topology.modules
             if self._keeps(module_name(module), [p for p in trained if module not in trained[p]])
         }
-        wanted = duties | self._own
-        await self.hold(sorted(wanted - set(node.log.held)))
-        for module in sorted(set(node.log.held) - wanted):
-            await self._retire(module)
-        for module in wanted & set(self._retiring):
-            self._retiring.pop(module)
-            self.member.retiring.discard(module)
-        for module in sorted(wanted & set(node.log.held)):
-            await self.catch_up.refresh(module)
+        await self.hold(sorted(duties - set(node.log.held)))
+        for module in sorted(node.log.held):
+            # Looked up anew each time: a path may be taken while this waits.
+            if module in duties or module in self._own:
+                self._stay(module)
+                await self.catch_up.refresh(module)
+            else:
+                await self._retire(module)
         for path in node.manifest.topology.paths:
             others = [peer for peer, theirs in training.items() if theirs != path]
             if path == self._own_shard or self._keeps(shard_name(path), others):
@@ -194,8 +195,12 @@ class Keeper:
             await self.presence.withdraw_head(module)
         if slots > RETIRE_SLOTS:
             self.node.log.drop(module)
-            del self._retiring[module]
-            self.member.retiring.discard(module)
+            self._stay(module)
+
+    def _stay(self, module: ModuleID) -> None:
+        """Forget that a module was being given up."""
+        self._retiring.pop(module, None)
+        self.member.retiring.discard(module)
 
     def _keeps(self, what: str, peers: list[str]) -> bool:
         """Whether `what` falls to this peer, out of the `peers` that do not train it."""

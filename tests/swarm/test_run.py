@@ -151,7 +151,7 @@ def test_a_swarm_survives_kills_and_its_bootstrap_node(
     victim.popen.wait()
     psutil.wait_procs(p2pds, timeout=5)
     assert not any(p2pd.is_running() for p2pd in p2pds), "p2pd dies with its peer"
-    after_kill = {m: v for m, v in newest([bootstrap, *peers[1:]]).items()}
+    after_kill = newest([bootstrap, *peers[1:]])
     place.until(
         lambda: all(v > after_kill[m] for m, v in newest(peers[1:]).items() if m in after_kill),
         within=4 * 6 + 10,
