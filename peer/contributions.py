@@ -86,10 +86,15 @@ class Contributions:
 
     def forget_before(self, slot: int) -> None:
         """Drop what no round will ask for any more."""
+        gone: set[str] = set()
         for key in [key for key in self._known if key[1] < slot - SLOTS_KEPT]:
-            for commitment in self._known.pop(key).values():
-                self._held.discard(commitment.blob)
-                self._node.store.remove(commitment.blob)
+            gone.update(commitment.blob for commitment in self._known.pop(key).values())
+        # What was not counted may have been offered again, with the same bytes.
+        for known in self._known.values():
+            gone.difference_update(commitment.blob for commitment in known.values())
+        for blob in gone:
+            self._held.discard(blob)
+            self._node.store.remove(blob)
 
     async def close(self) -> None:
         """Give up all pulls."""

@@ -21,6 +21,8 @@ from dipaco.inner import PathTrainer
 from dipaco.tensors import decode_tensors, encode_tensors
 from dipaco.topology import ModuleID
 
+SLOTS_REMEMBERED = 3  # a slot's contribution may be counted by a certificate of a later slot
+
 
 @dataclass(slots=True)
 class _Base:
@@ -65,7 +67,7 @@ class PathWork:
         self.train_seconds = 0.0
         self._directory = directory
         self._bases: dict[ModuleID, _Base] = {}
-        self._pending: dict[ModuleID, _Pending] = {}
+        self._pending: dict[ModuleID, list[_Pending]] = {}
         self._residuals: dict[ModuleID, Tensor] = {}
         directory.mkdir(parents=True, exist_ok=True)
         self.resumed = trainer.load_optimizer(self._optimizer_file)
@@ -79,6 +81,11 @@ class PathWork:
     def version(self, module: ModuleID) -> int:
         """The version of a module that is under the path."""
         return self._bases[module].version
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether the versions under the path contain everything it was trained."""
+        return all(base.tokens == 0 for base in self._bases.values())
 
     def begin(self, module: ModuleID, version: int, digest: str, state: ModuleState) -> None:
         """Put a module's current version under the path, before the first step."""
@@ -117,9 +124,11 @@ class PathWork:
             raw, residual = compress_with_feedback(
                 base.parameters - parameters, self._residuals.get(module), config.outer.wire_format
             )
-            self._pending[module] = _Pending(
+            pending = _Pending(
                 slot=slot, parameters=parameters, tokens=base.tokens, residual=residual
             )
+            earlier = self._pending.get(module, [])
+            self._pending[module] = [*earlier, pending][-SLOTS_REMEMBERED:]
             offers.append(
                 Offer(
                     module=module,
@@ -148,13 +157,12 @@ class PathWork:
         base = self._bases[module]
         if version <= base.version:
             return
-        pending = self._pending.pop(module, None)
-        if pending is not None and pending.slot == counted:
-            since, tokens = pending.parameters, base.tokens - pending.tokens
-            if pending.residual is not None:
-                self._residuals[module] = pending.residual
-        else:
-            since, tokens = base.parameters, base.tokens
+        offered = [p for p in self._pending.pop(module, []) if p.slot == counted]
+        since, tokens = base.parameters, base.tokens
+        if offered:
+            since, tokens = offered[0].parameters, base.tokens - offered[0].tokens
+            if offered[0].residual is not None:
+                self._residuals[module] = offered[0].residual
         parameters = state.parameters
         if tokens:
             parameters = parameters + (self.trainer.read_module(module) - since)

@@ -52,6 +52,7 @@ from peer.path_work import Offer
 ATTEMPTS_PER_SLOT = 3  # each a quarter of a slot; the last quarter is left for pulling the result
 COLLECT_SHARE = 0.3  # of an attempt: how long after the slot's end commitments are waited for
 HAVE_SHARE = 0.4  # of an attempt: how long members may take to pull what they miss
+EXACT_ATTEMPTS = 2  # of an exact run, in which a contribution that is late is waited for
 ANSWER_SHARE = 0.2  # of an attempt: how long they may take to answer beyond that
 MESSAGE_TIMEOUT_SECONDS = 10.0  # beyond what a request itself allows the other side
 
@@ -222,6 +223,10 @@ class Rounds:
         if proposal is None:
             self._failed(held, ballot, "no contribution is held by a quorum")
             return
+        missing = self._missing(proposal, promises)
+        if missing and ballot.attempt < EXACT_ATTEMPTS:
+            self._failed(held, ballot, f"an exact run, and nothing from {', '.join(missing)}")
+            return
         certificate = await self._gather_votes(held, proposal, ballot)
         if certificate is not None:
             await self._member.learn(certificate, sender=self._node.peer_id)
@@ -291,6 +296,20 @@ class Rounds:
             rebuilt=rebuilt,
             next_roster=roster_of(next_roster)[:MAX_ROSTER],
         )
+
+    def _missing(self, proposal: Proposal, promises: Mapping[str, HaveReply]) -> list[str]:
+        """In an exact run: trainers that answer, and whose contribution is not in the proposal.
+
+        One that committed to an older version has been overtaken, and has nothing to be waited for.
+        """
+        if not self._node.manifest.run_config.rounds.blocking:
+            return []
+        trainers = {seat.peer for seat in proposal.next_roster if seat.path is not None}
+        there = {commitment.peer for commitment in proposal.contributions}
+        base = proposal.contributions[0].base_state
+        known = [c for reply in promises.values() for c in reply.commitments]
+        overtaken = {commitment.peer for commitment in known if commitment.base_state != base}
+        return sorted((trainers & set(promises)) - there - overtaken)
 
     async def _gather_votes(
         self, held: Held, proposal: Proposal, ballot: Ballot

@@ -146,11 +146,13 @@ class Volunteer:
             await self._apply_versions()
             if self._is_finished():
                 return
+            if rounds.blocking and not (self._the_work().is_counted or steps > 0):
+                break  # an exact run takes no further step before the last ones are counted
             if rounds.blocking and steps >= rounds.inner_steps:
                 break
             room = rounds.inner_steps - steps if rounds.blocking else self._pace.burst_steps
             steps += await self._burst(min(room, self._pace.burst_steps), steps, end)
-        if self.stop.is_set() or steps == 0:
+        if self.stop.is_set() or self._the_work().is_counted:
             return
         await self._contribute(slot)
         if rounds.blocking:
