@@ -116,8 +116,11 @@ def one_line_errors(command: Callable[..., T]) -> Callable[..., T]:
 
 
 def run_async(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run a command's coroutine to its end."""
-    return asyncio.run(coroutine)
+    """Run a command's coroutine; exit 130 if it is interrupted before it handles that itself."""
+    try:
+        return asyncio.run(coroutine)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 def _fail(message: str, hint: str, error: BaseException, options: dict[str, Any]) -> None:

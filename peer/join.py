@@ -25,6 +25,7 @@ from peer.volunteer import Volunteer
 STATES_ON_DISK = 8
 ADDRESS_FILE = "address"
 TRAINING_NICENESS = 10
+LEAVE_SECONDS = 10.0  # after Ctrl-C, for the inner steps under way and the optimizer
 
 
 async def join(config: PeerConfig, display: Display) -> None:
@@ -51,11 +52,23 @@ async def join(config: PeerConfig, display: Display) -> None:
         volunteer = Volunteer(keeper, work_factory(run, topology, choice))
         stop_on_signals(volunteer.stop.set, display)
         async with keeper.running():
-            await volunteer.run()
+            await _train_until_stopped(volunteer)
             if not volunteer.stop.is_set():
                 display.say("run", "finished; still serving others, Ctrl-C to leave")
                 await volunteer.stop.wait()
         display.say("network", "left the swarm")
+
+
+async def _train_until_stopped(volunteer: Volunteer) -> None:
+    """Until the run is over; once asked to stop, training has `LEAVE_SECONDS` to come to an end."""
+    training = asyncio.create_task(volunteer.run())
+    stopping = asyncio.create_task(volunteer.stop.wait())
+    await asyncio.wait({training, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    try:
+        await asyncio.wait_for(training, LEAVE_SECONDS)
+    except TimeoutError:
+        return  # it was waiting for other peers, and has nothing to lose
 
 
 def background_executor() -> ThreadPoolExecutor:

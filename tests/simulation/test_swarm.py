@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dipaco.topology import ModuleID
 from tests.lab import Lab, LabPeer, certified_states, lab, little_config
 from tests.virtual_clock import run_virtual
 
@@ -169,5 +170,43 @@ def test_everyone_leaves_and_comes_back(tmp_path: Path) -> None:
             )
             assert again[0].seen("version")[0]["version"] >= 3
             assert_agreement(everyone + again)
+
+    run_virtual(scenario())
+
+
+def test_a_partition_from_the_start_heals_to_one_history(tmp_path: Path) -> None:
+    """No quorum can prevent a fork before the first certificate; the fixed rule ends it."""
+
+    async def scenario() -> None:
+        config = little_config(num_rounds=60, round_seconds=10.0, blocking=False)
+        async with lab(tmp_path, config, start_in=30.0) as place:
+            everyone = await four_peers(place)
+            await place.until(
+                lambda: all(peer.seen("path") for peer in everyone[1:]), within=25, what="paths"
+            )
+            left = {peer.peer_id for peer in everyone[:3]}
+            right = {peer.peer_id for peer in everyone[3:]}
+            place.network.partition(left, right)
+            place.dht.partition(left, right)
+            await place.until(
+                lambda: any(len(s) > 1 for s in certified_states(everyone).values()),
+                within=8 * ROUND,
+                what="two histories",
+            )
+            assert place.network.faults["partition"]
+            place.network.heal()
+            place.dht.heal()
+            await place.until(
+                lambda: any(peer.seen("fork") for peer in everyone), within=6 * ROUND, what="a fork"
+            )
+            healed = max(peer.versions()["0.0"] for peer in everyone)
+            await place.until(
+                lambda: all(peer.versions().get("0.0", 0) > healed + 1 for peer in everyone),
+                within=12 * ROUND,
+                what="two more versions on every side",
+            )
+            agreed = {peer.keeper.node.log.held[ModuleID(0, 0)].chain[healed].digest
+                      for peer in everyone}  # fmt: skip
+            assert len(agreed) == 1
 
     run_virtual(scenario())
