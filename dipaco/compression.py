@@ -97,9 +97,13 @@ def dynamic_table() -> Tensor:
 
 
 def _quantize(vector: Tensor) -> dict[str, Tensor]:
-    from bitsandbytes.functional import quantize_blockwise
+    # The package, not its `functional`: that one is there before the kernels are, and a thread that
+    # asks for it while another one still imports the package would find none.
+    import bitsandbytes
 
-    values, state = quantize_blockwise(vector, code=dynamic_table(), blocksize=BLOCK_VALUES)
+    values, state = bitsandbytes.functional.quantize_blockwise(
+        vector, code=dynamic_table(), blocksize=BLOCK_VALUES
+    )
     return {"values": values.view(-1), "scales": state.absmax.view(-1)}
 
 

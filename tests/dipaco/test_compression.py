@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 from bitsandbytes.functional import QuantState, create_dynamic_map, dequantize_blockwise
@@ -91,3 +94,18 @@ def test_values_that_are_not_finite_are_refused_on_both_sides(wire_format: WireF
     raw[scale_or_last : scale_or_last + 4 or None] = nan
     with pytest.raises(BadContribution, match="not finite"):
         decode(bytes(raw), wire_format, num_parameters=4)
+
+
+def test_encoding_waits_for_another_thread_that_still_imports_the_kernels() -> None:
+    program = """
+import sys, threading, torch
+from dipaco.compression import encode
+threading.Thread(target=lambda: __import__("bitsandbytes")).start()
+while "bitsandbytes.functional" not in sys.modules:
+    pass
+while getattr(sys.modules["bitsandbytes.functional"].__spec__, "_initializing", False):
+    pass
+encode(torch.ones(8), "int8")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
