@@ -25,7 +25,6 @@ MAX_WAIT_SECONDS = 60.0  # that a leader may ask a member to take before it answ
 MAX_TOKENS = 2**53  # beyond this a JSON number is no longer exact everywhere
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Signature = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
 PeerName = Annotated[str, Field(pattern=r"^[1-9A-HJ-NP-Za-km-z]{40,64}$")]
 ModuleName = Annotated[str, Field(pattern=r"^[0-9]{1,4}\.[0-9]{1,6}$")]
 PathName = Annotated[str, Field(pattern=r"^[0-9]{1,6}(\.[0-9]{1,6}){0,15}$")]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -167,9 +166,6 @@ class LabPeer:
     def versions(self) -> dict[str, int]:
         return {str(m): held.version for m, held in self.keeper.node.log.held.items()}
 
-    def states(self) -> dict[str, str]:
-        return {str(m): held.state for m, held in self.keeper.node.log.held.items()}
-
 
 class Lab:
     """Starts, stops and kills peers; every peer runs the code that the real one runs."""
@@ -180,7 +176,6 @@ class Lab:
         self.directory = directory
         self.dht = MemoryDHT(latency_seconds=0.01)
         self.network = MemoryNetwork(seed=seed)
-        self.random = random.Random(seed)
         self.peers: dict[str, LabPeer] = {}
         self.numbers: dict[str, int] = {}
         now = MemorySwarm(self.dht, identity(1)).now()
