@@ -14,7 +14,8 @@ from dipaco.checkpoint import write_atomically
 from dipaco.config import RunConfig
 from dipaco.digest import blob_digest
 from dipaco.errors import ConfigError
-from dipaco.start import Progress, Start, prepare_start
+from dipaco.preparation import Progress, prepare_start
+from dipaco.start import Start
 from peer.manifest import BlobRef, Manifest, ShardRef, parse_manifest
 from peer.messages import PROTOCOL_VERSION, sign
 

@@ -93,8 +93,8 @@ def train(config: Path, directory: Path, device: str, threads: int, baseline: bo
 
     from dipaco.checkpoint import encode_state, write_atomically
     from dipaco.device import find_device
+    from dipaco.preparation import prepare_start
     from dipaco.progress import StageBars, progress_bars
-    from dipaco.start import prepare_start
 
     torch.set_num_threads(threads)
     torch_device = find_device(device)

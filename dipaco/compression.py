@@ -18,7 +18,7 @@ from dipaco.errors import BadContribution
 from dipaco.tensors import Layout, decode_tensors, encode_tensors, is_finite
 from dipaco.tensors import encoded_bytes as bytes_of_layout
 
-WireFormat = Literal["float32", "float16", "int8"]
+WireFormat = Literal["float32", "float16", "int8", "int4"]
 
 BLOCK_VALUES = 256  # one 4-byte scale per 256 bytes costs 1.6 %; larger blocks lose small values
 _MAX_FLOAT16 = 65504.0

@@ -29,7 +29,11 @@ def _check(name: str, value: float, low: float, high: float) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """The network of one path: a Llama of this shape with a tied embedding."""
+    """The network of one path: a Llama of this shape.
+
+    `head_width` 0 stands for `width` / `num_heads`. `end_token` ends a document and `pad_token`
+    fills a row; both are special tokens of the tokenizer, which no text is encoded to.
+    """
 
     vocab_size: int
     width: int
@@ -38,8 +42,12 @@ class ModelConfig:
     num_kv_heads: int
     ffn_width: int
     sequence_tokens: int
+    head_width: int = 0
+    tied_embedding: bool = True
     rope_theta: float = 10_000.0
     norm_epsilon: float = 1e-5
+    end_token: int = 0
+    pad_token: int = 1
 
     def __post_init__(self) -> None:
         # 256 bytes, two special tokens, and at least a few merges.
@@ -52,22 +60,33 @@ class ModelConfig:
         _check("model.sequence_tokens", self.sequence_tokens, 16, 65_536)
         _check("model.rope_theta", self.rope_theta, 100.0, 1e9)
         _check("model.norm_epsilon", self.norm_epsilon, 1e-8, 1e-2)
-        if self.width % (2 * self.num_heads):
+        for name in ("end_token", "pad_token"):
+            _check(f"model.{name}", getattr(self, name), 0, self.vocab_size - 1)
+        if self.end_token == self.pad_token:
+            raise ConfigError(
+                f"model.end_token and model.pad_token are both {self.end_token}",
+                hint="accepted: two different tokens, because the end of a document is learned",
+            )
+        if self.head_width:
+            _check("model.head_width", self.head_width, 2, 4096)
+            if self.head_width % 2:
+                raise ConfigError(
+                    f"model.head_width is {self.head_width}",
+                    hint="accepted: an even number, because rotary positions turn pairs",
+                )
+        elif self.width % (2 * self.num_heads):
             raise ConfigError(
                 f"model.width is {self.width}",
                 hint=f"accepted: a multiple of twice model.num_heads ({2 * self.num_heads}), "
-                "because rotary positions turn pairs",
+                "because rotary positions turn pairs; or set model.head_width",
             )
+        else:
+            object.__setattr__(self, "head_width", self.width // self.num_heads)
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"model.num_kv_heads is {self.num_kv_heads}",
                 hint=f"accepted: a divisor of model.num_heads ({self.num_heads})",
             )
-
-    @property
-    def head_width(self) -> int:
-        """Width of one attention head."""
-        return self.width // self.num_heads
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,7 +116,10 @@ class TopologyConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CorpusConfig:
-    """Where documents come from; `python` is the text that every Python installation has."""
+    """Where documents come from; `python` is the text that every Python installation has.
+
+    Of the sources, `valid_fraction` are scored during training and `test_fraction` only after it.
+    """
 
     source: Literal["python", "text", "json", "parquet", "hub"]
     files: tuple[str, ...] = ()
@@ -108,11 +130,13 @@ class CorpusConfig:
     max_documents: int = 10_000
     max_document_bytes: int = 65_536
     valid_fraction: float = 0.05
+    test_fraction: float = 0.02
 
     def __post_init__(self) -> None:
         _check("corpus.max_documents", self.max_documents, 1, MAX_INTEGER)
         _check("corpus.max_document_bytes", self.max_document_bytes, 64, 2**24)
-        _check("corpus.valid_fraction", self.valid_fraction, 0.0001, 0.5)
+        _check("corpus.valid_fraction", self.valid_fraction, 0.0001, 0.4)
+        _check("corpus.test_fraction", self.test_fraction, 0.0001, 0.4)
         if self.source in ("text", "json", "parquet") and not self.files:
             raise ConfigError(
                 "corpus.files is empty", hint=f"name the {self.source} files to read, in a list"
@@ -125,12 +149,16 @@ class CorpusConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DenseStartConfig:
-    """The short dense training from which every module starts (paper Algorithm 1, theta bar)."""
+    """The short dense training from which every module starts (paper Algorithm 1, theta bar).
+
+    It begins with random parameters, or with those of a Llama in the directory `checkpoint`.
+    """
 
     steps: int
     learning_rate: float
     warmup_steps: int
     batch_sequences: int
+    checkpoint: str = ""
 
     def __post_init__(self) -> None:
         _check("dense_start.steps", self.steps, 0, MAX_INTEGER)
@@ -139,15 +167,51 @@ class DenseStartConfig:
         _check("dense_start.batch_sequences", self.batch_sequences, 1, 65_536)
 
 
+RoutingMethod = Literal["kmeans", "product_kmeans", "discriminative", "tiny_lm", "hash"]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoutingConfig:
-    """How sequences find their path, from their first `prefix_tokens` tokens (paper 2.4)."""
+    """How sequences find their path, from their first `prefix_tokens` tokens (paper 2.4).
 
-    method: Literal["kmeans"] = "kmeans"
+    `overlap` is the number of paths that train on a sequence. `router_fraction` of the training
+    sources is router data: no path trains on it. A discriminative run starts with product k-means
+    and shards its data anew after each of the rounds in `phases`.
+    """
+
+    method: RoutingMethod = "kmeans"
     prefix_tokens: int = 32
+    overlap: int = 1
+    router_fraction: float = 0.0
+    phases: tuple[int, ...] = ()
+    lm_width: int = 32
+    lm_blocks: int = 2
+    lm_steps: int = 100
+    lm_phases: int = 4
 
     def __post_init__(self) -> None:
         _check("routing.prefix_tokens", self.prefix_tokens, 1, 32_768)
+        _check("routing.overlap", self.overlap, 1, 64)
+        _check("routing.router_fraction", self.router_fraction, 0.0, 0.5)
+        _check("routing.lm_width", self.lm_width, 8, 1024)
+        _check("routing.lm_blocks", self.lm_blocks, 1, 32)
+        _check("routing.lm_steps", self.lm_steps, 1, MAX_INTEGER)
+        _check("routing.lm_phases", self.lm_phases, 1, 100)
+        if list(self.phases) != sorted(set(self.phases)) or min(self.phases, default=1) < 1:
+            raise ConfigError(
+                f"routing.phases is {list(self.phases)}",
+                hint="accepted: numbers of rounds, ascending, the first at least 1",
+            )
+        if self.method == "discriminative" and not (self.phases and self.router_fraction):
+            raise ConfigError(
+                "routing.method is discriminative without a phase or router data",
+                hint="set routing.phases, such as [4], and routing.router_fraction, such as 0.05",
+            )
+        if self.phases and self.method != "discriminative":
+            raise ConfigError(
+                f"routing.phases is set, but routing.method is {self.method}",
+                hint='set routing.method to "discriminative", or remove the phases',
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,21 +241,43 @@ class InnerConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OuterConfig:
-    """The outer step of a module: Nesterov on rescaled averages (paper 2.6, 2.7 and 7.1)."""
+    """The outer step of a module: Nesterov on rescaled averages (paper 2.6, 2.7 and 7.1).
+
+    `learning_rate_by_paths` is a list of [number of paths, rate]: a module through which at least
+    so many paths run takes that rate instead of `learning_rate`.
+    """
 
     learning_rate: float = 0.7
     momentum: float = 0.9
-    rescale: Literal["sqrt", "none"] = "sqrt"
-    wire_format: Literal["float32", "float16", "int8"] = "int8"
+    rescale: Literal["sqrt", "rda", "none"] = "sqrt"
+    wire_format: Literal["float32", "float16", "int8", "int4"] = "int8"
+    learning_rate_by_paths: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self) -> None:
         _check("outer.learning_rate", self.learning_rate, 0.0, 10.0)
         _check("outer.momentum", self.momentum, 0.0, 0.9999)
+        for entry in self.learning_rate_by_paths:
+            if len(entry) != 2:
+                raise ConfigError(
+                    f"outer.learning_rate_by_paths has {list(entry)}",
+                    hint="accepted: pairs [number of paths, learning rate]",
+                )
+            _check("outer.learning_rate_by_paths (paths)", entry[0], 1, MAX_PATHS)
+            _check("outer.learning_rate_by_paths (rate)", entry[1], 0.0, 10.0)
+
+    def learning_rate_for(self, num_paths: int) -> float:
+        """The outer learning rate of a module through which `num_paths` paths run."""
+        reached = [entry for entry in self.learning_rate_by_paths if entry[0] <= num_paths]
+        return max(reached)[1] if reached else self.learning_rate
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoundsConfig:
-    """The schedule. A round lasts `round_seconds` and holds at most `inner_steps` inner steps."""
+    """The schedule. A round lasts `round_seconds` and holds at most `inner_steps` inner steps.
+
+    On one machine `paths_per_round` paths train in a round, 0 for all; in a swarm, as many as there
+    are peers.
+    """
 
     num_rounds: int
     round_seconds: float
@@ -199,6 +285,7 @@ class RoundsConfig:
     blocking: bool = False
     num_keepers: int = 2
     eval_sequences: int = 64
+    paths_per_round: int = 0
 
     def __post_init__(self) -> None:
         _check("rounds.num_rounds", self.num_rounds, 1, MAX_INTEGER)
@@ -206,6 +293,7 @@ class RoundsConfig:
         _check("rounds.inner_steps", self.inner_steps, 1, 1_000_000)
         _check("rounds.num_keepers", self.num_keepers, 0, 64)
         _check("rounds.eval_sequences", self.eval_sequences, 1, MAX_INTEGER)
+        _check("rounds.paths_per_round", self.paths_per_round, 0, MAX_PATHS)
 
     @property
     def total_steps(self) -> int:

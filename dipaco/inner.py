@@ -22,7 +22,7 @@ from dipaco.checkpoint import write_atomically
 from dipaco.config import InnerConfig, RunConfig
 from dipaco.evaluate import IGNORED, NOTHING, Evaluation, evaluate, targets_of
 from dipaco.model import PathNet, read_module, write_module
-from dipaco.shards import PAD, Rows, Shard
+from dipaco.shards import Rows, Shard
 from dipaco.tensors import decode_tensors, encode_tensors, layout_of
 from dipaco.topology import ModuleID, PathID, Topology
 
@@ -172,7 +172,9 @@ class PathTrainer:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         tokens_BT = self._batches.batch(self.num_steps)
-        targets_BT = targets_of(tokens_BT, prefix_tokens=self._prefix_tokens, pad=PAD)
+        targets_BT = targets_of(
+            tokens_BT, prefix_tokens=self._prefix_tokens, pad=self.config.model.pad_token
+        )
         logits_BTV = self._forward(tokens_BT.to(self.device, non_blocking=True))
         loss = F.cross_entropy(
             logits_BTV.flatten(0, 1).float(),
@@ -198,7 +200,7 @@ class PathTrainer:
             self._forward,
             torch.from_numpy(rows.astype(np.int64)).to(self.device),
             prefix_tokens=self.config.routing.prefix_tokens,
-            pad=PAD,
+            pad=self.config.model.pad_token,
             batch_sequences=self.config.inner.batch_sequences,
         )
 

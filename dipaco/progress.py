@@ -32,7 +32,7 @@ class StageBars:
         self._tasks: dict[str, TaskID] = {}
 
     def update(self, stage: str, done: int, total: int) -> None:
-        """A `dipaco.start.Progress`."""
+        """A `dipaco.preparation.Progress`."""
         if stage not in self._tasks:
             self._tasks[stage] = self._progress.add_task(stage)
         self._progress.update(self._tasks[stage], completed=done, total=total)

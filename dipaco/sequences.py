@@ -1,6 +1,6 @@
 """Documents to rows of tokens.
 
-A document, ended by `<|endoftext|>`, is cut into rows of `sequence_tokens`. Each row is a
+A document, ended by the end token, is cut into rows of `sequence_tokens`. Each row is a
 sequence of its own: it has its own prefix and is routed on its own.
 """
 
@@ -9,11 +9,16 @@ from collections.abc import Iterable
 import numpy as np
 
 from dipaco.errors import ConfigError
-from dipaco.shards import END_OF_TEXT, PAD, Rows
+from dipaco.shards import Rows
 
 
 def rows_of(
-    documents_tokens: Iterable[list[int]], *, sequence_tokens: int, prefix_tokens: int
+    documents_tokens: Iterable[list[int]],
+    *,
+    sequence_tokens: int,
+    prefix_tokens: int,
+    end_token: int,
+    pad_token: int,
 ) -> Rows:
     """Rows [n, sequence_tokens] of the documents, in order.
 
@@ -22,11 +27,11 @@ def rows_of(
     """
     rows = []
     for tokens in documents_tokens:
-        ended = [*tokens, END_OF_TEXT]
+        ended = [*tokens, end_token]
         for start in range(0, len(ended), sequence_tokens):
             row = ended[start : start + sequence_tokens]
             if len(row) >= 2 * prefix_tokens:
-                rows.append(row + [PAD] * (sequence_tokens - len(row)))
+                rows.append(row + [pad_token] * (sequence_tokens - len(row)))
     if not rows:
         raise ConfigError(
             f"no document is as long as {2 * prefix_tokens} tokens",

@@ -14,9 +14,6 @@ from dipaco.errors import BadBytes, ConfigError
 from dipaco.tensors import decode_tensors, encode_tensors, layout_of
 from dipaco.topology import PathID, Topology
 
-END_OF_TEXT = 0
-PAD = 1
-
 Rows = NDArray[np.uint16]
 
 
@@ -28,10 +25,9 @@ class Shard:
     train: Rows
     valid: Rows
 
-    @property
-    def tokens(self) -> int:
+    def num_tokens(self, pad_token: int) -> int:
         """Number of training tokens, padding not counted: the path's weight in its modules."""
-        return int((self.train != PAD).sum())
+        return int((self.train != pad_token).sum())
 
     def to_bytes(self) -> bytes:
         """The rows as safetensors; the path is known from the manifest."""

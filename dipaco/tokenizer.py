@@ -6,9 +6,8 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from dipaco.errors import BadBytes
-from dipaco.shards import END_OF_TEXT, PAD
 
-SPECIAL_TOKENS = ("<|endoftext|>", "<|pad|>")
+SPECIAL_TOKENS = ("<|endoftext|>", "<|pad|>")  # numbers 0 and 1
 
 
 class Tokenizer:
@@ -25,11 +24,14 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without special tokens."""
-        return self._backend.encode(text).ids
+        return self._backend.encode(text, add_special_tokens=False).ids
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of many texts, in parallel."""
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts)]
+        return [
+            encoding.ids
+            for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        ]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of token ids; special tokens are left out."""
@@ -40,15 +42,20 @@ class Tokenizer:
         return self._backend.to_str().encode()
 
     @classmethod
-    def from_bytes(cls, raw: bytes, *, vocab_size: int) -> "Tokenizer":
-        """The inverse of `to_bytes`; BadBytes if `raw` is no tokenizer of this vocabulary."""
+    def from_bytes(
+        cls, raw: bytes, *, vocab_size: int, end_token: int, pad_token: int
+    ) -> "Tokenizer":
+        """The inverse of `to_bytes`; BadBytes if it lacks these special tokens, or is larger."""
         try:
             backend = Backend.from_str(raw.decode())
         except Exception as error:  # the library raises nothing narrower
             raise BadBytes(f"not a tokenizer: {error!s:.100}") from error
-        special = [backend.token_to_id(token) for token in SPECIAL_TOKENS]
-        if special != [END_OF_TEXT, PAD] or backend.get_vocab_size() > vocab_size:
-            raise BadBytes("not a tokenizer of this run: special tokens or vocabulary differ")
+        added = backend.get_added_tokens_decoder()
+        special = {number for number, token in added.items() if token.special}
+        if not {end_token, pad_token} <= special:
+            raise BadBytes("not a tokenizer of this run: its special tokens are others")
+        if backend.get_vocab_size() > vocab_size:
+            raise BadBytes("not a tokenizer of this run: its vocabulary is larger")
         return cls(backend)
 
 

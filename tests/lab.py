@@ -123,7 +123,11 @@ def make_run(config: RunConfig, *, operator: Identity, start_time: float) -> Run
             tokenizer=_ref(tokenizer),
             router=_ref(router),
             shards=tuple(
-                ShardRef(path=str(path), blob=_ref(raw), tokens=shards[path].tokens)
+                ShardRef(
+                    path=str(path),
+                    blob=_ref(raw),
+                    tokens=shards[path].num_tokens(config.model.pad_token),
+                )
                 for path, raw in raw_shards.items()
             ),
             starts=tuple(_ref(by_level[level]) for level in sorted(by_level)),

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from dipaco.config import RunConfig
-from dipaco.start import Start, prepare_start
+from dipaco.preparation import prepare_start
+from dipaco.start import Start
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 WORDS = {

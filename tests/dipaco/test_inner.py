@@ -9,7 +9,7 @@ import torch
 from dipaco.config import RunConfig
 from dipaco.inner import Batches, PathTrainer, choose_optimizer, learning_rate
 from dipaco.model import PathNet, initialize, read_module
-from dipaco.shards import PAD, Shard
+from dipaco.shards import Shard
 from dipaco.topology import ModuleID, PathID, Topology
 
 PATH = PathID((0, 1))
@@ -140,7 +140,7 @@ def test_the_prefix_and_padding_never_count_in_evaluation(tiny: RunConfig) -> No
     assert full.num_tokens == 2 * (tiny.model.sequence_tokens - prefix)
     assert full.perplexity == pytest.approx(384, rel=0.1)
     padded = shard.valid[:2].copy()
-    padded[:, -7:] = PAD
+    padded[:, -7:] = tiny.model.pad_token
     part = trainer.evaluate_rows(padded)
     assert part.num_tokens == full.num_tokens - 14
     scores = [trainer.evaluate_rows(shard.valid[i : i + 1]) for i in range(2)]
@@ -151,7 +151,8 @@ def test_training_counts_the_prefix_unless_told_otherwise(tiny: RunConfig) -> No
     masked = replace(tiny, inner=replace(tiny.inner, train_on_prefix=False))
     shard = a_shard(tiny)
     spoiled = shard.train.copy()
-    spoiled[:, : tiny.routing.prefix_tokens] = PAD  # padding does not count as a target
+    # Padding does not count as a target.
+    spoiled[:, : tiny.routing.prefix_tokens] = tiny.model.pad_token
     shard = replace(shard, train=spoiled)
     whole = a_trainer(tiny, shard).train_step(0)
     assert torch.isclose(whole, a_trainer(masked, shard).train_step(0), rtol=1e-6)

@@ -9,9 +9,10 @@ import torch
 
 from dipaco.config import RunConfig
 from dipaco.errors import BadBytes, ConfigError
+from dipaco.preparation import prepare_start
 from dipaco.routing import Router, features, fit_router
 from dipaco.shards import Shard
-from dipaco.start import Start, prepare_start
+from dipaco.start import Start
 from dipaco.topology import PathID
 
 
@@ -37,7 +38,7 @@ def test_a_start_has_every_part_and_all_modules_of_a_level_are_equal(start: Star
     for path in topology.paths:
         shard = start.shard(path)
         assert len(shard.valid) > 0
-        assert shard.tokens == start.shard_tokens[path] > 0
+        assert shard.num_tokens(start.config.model.pad_token) == start.shard_tokens[path] > 0
     for module in topology.modules:
         state = start.module_state(module)
         assert not state.momentum.any()

@@ -5,8 +5,9 @@ import torch
 
 from dipaco.config import OuterConfig, RunConfig, TopologyConfig
 from dipaco.inner import PathTrainer
+from dipaco.preparation import prepare_start
 from dipaco.reference import ReferenceResult, total, train, train_dense
-from dipaco.start import Start, prepare_start
+from dipaco.start import Start
 
 
 def variant(start: Start, config: RunConfig) -> Start:
