@@ -62,7 +62,7 @@ def naive_logits(net: PathNet, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def test_logits_are_those_of_a_llama_written_out(tiny: RunConfig) -> None:
-    config = replace(tiny, model=replace(tiny.model, num_heads=4, num_kv_heads=2))
+    config = replace(tiny, model=replace(tiny.model, num_heads=4, head_width=0, num_kv_heads=2))
     net = a_net(config)
     with torch.no_grad():
         for parameter in net.parameters():

