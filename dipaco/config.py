@@ -167,6 +167,7 @@ class DenseStartConfig:
         _check("dense_start.batch_sequences", self.batch_sequences, 1, 65_536)
 
 
+Rescale = Literal["sqrt", "rda", "none"]
 RoutingMethod = Literal["kmeans", "product_kmeans", "discriminative", "tiny_lm", "hash"]
 
 
@@ -249,7 +250,7 @@ class OuterConfig:
 
     learning_rate: float = 0.7
     momentum: float = 0.9
-    rescale: Literal["sqrt", "rda", "none"] = "sqrt"
+    rescale: Rescale = "sqrt"
     wire_format: Literal["float32", "float16", "int8", "int4"] = "int8"
     learning_rate_by_paths: tuple[tuple[float, ...], ...] = ()
 

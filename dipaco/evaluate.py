@@ -1,4 +1,4 @@
-"""Perplexity, without the routing prefix and without padding (paper 2.4).
+"""Perplexity and log-likelihoods, without the routing prefix and without padding (paper 2.4).
 
 The first `prefix_tokens` tokens of a sequence chose its path, so no model is scored on them;
 this holds for dense models too.
@@ -71,3 +71,25 @@ def evaluate(
         nll_sum += nll.item()
         num_tokens += int((targets_BT != IGNORED).sum())
     return Evaluation(nll_sum=nll_sum, num_tokens=num_tokens)
+
+
+@torch.no_grad()
+def token_nll(
+    forward: Callable[[Tensor], Tensor],
+    tokens_NT: Tensor,
+    *,
+    prefix_tokens: int,
+    pad: int,
+    batch_sequences: int,
+) -> Tensor:
+    """Negative log-likelihood (nats) [N, T] of each token, on the CPU; 0 where it does not count."""
+    parts = [torch.empty(0, tokens_NT.shape[1])]
+    for tokens_BT in torch.split(tokens_NT, batch_sequences):
+        targets_BT = targets_of(tokens_BT, prefix_tokens=prefix_tokens, pad=pad)
+        logits_BTV = forward(tokens_BT).float()
+        nll = F.cross_entropy(
+            logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED, reduction="none"
+        )
+        # A target stands where it was predicted; its token is one further on.
+        parts.append(F.pad(nll.view(tokens_BT.shape)[:, :-1], (1, 0)).cpu())
+    return torch.cat(parts)

@@ -2,9 +2,10 @@
 
 Every peer reduces for itself, and all must end with the same bits. So everything here is
 elementwise, float32, on the CPU, one operation at a time and in one order: IEEE 754 then fixes
-each rounding, whatever the processor, its vector width or the number of threads. A sum over
-elements (a norm, a dot product) or a fused multiply-add (`add` with `alpha`, `addcmul`, `lerp`)
-would not have that property and must not appear. Scalars are rounded to float32 first.
+each rounding, whatever the processor, its vector width or the number of threads. A library's sum
+over elements (a norm, a dot product) or a fused multiply-add (`add` with `alpha`, `addcmul`,
+`lerp`) would not have that property and must not decide a value; where a norm does, `exact_norm`
+adds up in an order of its own. Scalars are rounded to float32 first.
 """
 
 import math
@@ -17,8 +18,11 @@ import torch
 from torch import Tensor
 
 from dipaco.checkpoint import ModuleState
-from dipaco.config import OuterConfig
+from dipaco.config import OuterConfig, Rescale
 from dipaco.topology import PathID
+
+_NORM_LANES = 2**16
+_LEAST_NORM = 1e-20  # a shorter vector has no direction worth a float32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -53,42 +57,96 @@ def contribution_weights(
 
 
 class OuterReduction:
-    """The weighted average of outer gradients, one at a time; the order is part of the result."""
+    """The weighted average of outer gradients, one at a time; the order is part of the result.
 
-    def __init__(self) -> None:
+    With `rescale` = "rda" norms and directions are averaged separately (Decoupled DiLoCo, arXiv
+    2604.21428): the result points where the weighted directions do and is as long as the weighted
+    average of the norms, however much the gradients agree.
+    """
+
+    def __init__(self, rescale: Rescale) -> None:
+        self._rescale = rescale
         self._sum: Tensor | None = None
+        self._mean_norm = 0.0
 
     def add(self, weight: float, gradient: Tensor) -> None:
         """Add one gradient. ValueError unless it is 1-D float32, as long as the ones before."""
         if gradient.dim() != 1 or gradient.dtype != torch.float32:
             raise ValueError("an outer gradient is a 1-D float32 vector")
-        weighted = gradient * as_float32(weight)
+        if self._sum is not None and self._sum.shape != gradient.shape:
+            raise ValueError("outer gradients of one module differ in length")
+        factor = weight
+        if self._rescale == "rda":
+            norm = exact_norm(gradient)
+            factor = weight / norm if norm > _LEAST_NORM else 0.0
+        else:
+            norm = float(torch.linalg.vector_norm(gradient))
+        self._mean_norm += weight * norm
+        weighted = gradient * as_float32(factor)
         if self._sum is None:
             self._sum = weighted
-        elif self._sum.shape != weighted.shape:
-            raise ValueError("outer gradients of one module differ in length")
         else:
             self._sum += weighted
 
-    @property
-    def gradient(self) -> Tensor:
-        """The average so far; ValueError if nothing was added."""
+    def finish(self, num_paths: int) -> "Reduced":
+        """The average, rescaled for contributions of `num_paths` paths; ValueError without any."""
         if self._sum is None:
             raise ValueError("nothing to reduce")
-        return self._sum
+        gradient, self._sum = self._sum, None
+        norm = float(torch.linalg.vector_norm(gradient))
+        if self._rescale == "rda":
+            ratio = norm
+            exact = exact_norm(gradient)
+            gradient *= as_float32(self._mean_norm / exact) if exact > _LEAST_NORM else 0.0
+        else:
+            ratio = norm / self._mean_norm if self._mean_norm else 0.0
+            gradient *= rescale_factor(self._rescale, num_paths)
+        return Reduced(gradient=gradient, norm_ratio=ratio)
 
 
-def rescale_factor(rescale: str, num_paths: int) -> float:
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Reduced:
+    """The outer gradient of a module, and how well its contributions agreed.
+
+    `norm_ratio` is the norm of their average over the average of their norms, before rescaling:
+    1 if all point the same way, 1 / sqrt(n) if n of equal length are orthogonal. With "rda" it is
+    that of the directions. For people to read; no value of the model depends on it.
+    """
+
+    gradient: Tensor
+    norm_ratio: float
+
+
+def exact_norm(vector: Tensor) -> float:
+    """The Euclidean norm of a 1-D float32 vector, the same bits on every machine.
+
+    Squares of float32 are exact in float64; they are added to fixed lanes one after another, and
+    the lanes pairwise.
+    """
+    lanes = torch.zeros(_NORM_LANES, dtype=torch.float64)
+    for part in torch.split(vector, _NORM_LANES):
+        squares = part.double()
+        squares *= squares
+        lanes[: len(squares)] += squares
+    while len(lanes) > 1:
+        half = len(lanes) // 2
+        lanes = lanes[:half] + lanes[half:]
+    return math.sqrt(lanes.item())
+
+
+def rescale_factor(rescale: Rescale, num_paths: int) -> float:
     """What the averaged gradient is multiplied by (paper 2.7): 1, or the root of `num_paths`."""
     return as_float32(math.sqrt(num_paths)) if rescale == "sqrt" else 1.0
 
 
-def outer_step(state: ModuleState, gradient: Tensor, config: OuterConfig) -> ModuleState:
+def outer_step(
+    state: ModuleState, gradient: Tensor, num_paths: int, config: OuterConfig
+) -> ModuleState:
     """One Nesterov step, as torch.optim.SGD(nesterov=True) defines it.
 
     m' = mu m + g;  theta' = theta - lr (g + mu m'). The old state is left as it was.
     """
-    lr = as_float32(config.learning_rate)
+    lr = as_float32(config.learning_rate_for(num_paths))
     mu = as_float32(config.momentum)
     momentum = state.momentum * mu
     momentum += gradient
@@ -98,25 +156,35 @@ def outer_step(state: ModuleState, gradient: Tensor, config: OuterConfig) -> Mod
     return ModuleState(parameters=state.parameters - step, momentum=momentum)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class OuterUpdate:
+    """The next version of a module, and how well its contributions agreed (see `Reduced`)."""
+
+    state: ModuleState
+    norm_ratio: float
+
+
 def apply_contributions(
     state: ModuleState,
     contributions: Iterable[tuple[float, Tensor]],
     num_paths: int,
     config: OuterConfig,
-) -> ModuleState:
+) -> OuterUpdate:
     """The next version of a module: reduce (weight, gradient) pairs in the order given, and step.
 
     `num_paths` is the number of distinct paths among the contributions. ValueError if there are
     no contributions, or if they do not fit the state.
     """
-    reduction = OuterReduction()
+    reduction = OuterReduction(config.rescale)
     for weight, gradient in contributions:
         reduction.add(weight, gradient)
-    gradient = reduction.gradient
-    if gradient.shape != state.parameters.shape:
+    reduced = reduction.finish(num_paths)
+    if reduced.gradient.shape != state.parameters.shape:
         raise ValueError("an outer gradient and its module differ in length")
-    gradient *= rescale_factor(config.rescale, num_paths)
-    return outer_step(state, gradient, config)
+    return OuterUpdate(
+        state=outer_step(state, reduced.gradient, num_paths, config),
+        norm_ratio=reduced.norm_ratio,
+    )
 
 
 def as_float32(value: float | Fraction) -> float:

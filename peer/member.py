@@ -270,7 +270,7 @@ class Member:
                 yield weight, decode(raw, outer.wire_format, num_parameters=num_parameters)
 
         before = node.log.load_state(module)
-        state = apply_contributions(before, weighted(), len(set(paths)), outer)
+        state = apply_contributions(before, weighted(), len(set(paths)), outer).state
         digest = node.store.add(encode_state(state))
         node.log.remember(digest, state)
         return digest

@@ -1,19 +1,24 @@
+import math
+from typing import get_args
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dipaco.checkpoint import ModuleState
-from dipaco.config import OuterConfig
+from dipaco.config import OuterConfig, Rescale
 from dipaco.outer import (
     apply_contributions,
     as_float32,
     contribution_weights,
+    exact_norm,
     outer_step,
     rescale_factor,
 )
 from dipaco.topology import PathID
 
+RESCALES: tuple[Rescale, ...] = get_args(Rescale)
 PATHS = [PathID((i,)) for i in range(4)]
 
 
@@ -29,7 +34,7 @@ def test_outer_step_is_torch_sgd_with_nesterov() -> None:
     sgd = torch.optim.SGD([parameter], lr=0.7, momentum=0.9, nesterov=True)
     state = ModuleState.initial(start)
     for gradient in gradients:
-        state = outer_step(state, gradient, config)
+        state = outer_step(state, gradient, 1, config)
         parameter.grad = gradient.clone()
         sgd.step()
         assert torch.allclose(state.parameters, parameter.detach(), rtol=1e-5, atol=1e-6)
@@ -46,7 +51,7 @@ def test_every_operation_is_rounded_once() -> None:
     state = ModuleState(
         parameters=torch.from_numpy(parameters), momentum=torch.from_numpy(momentum)
     )
-    after = outer_step(state, torch.from_numpy(gradient), OuterConfig())
+    after = outer_step(state, torch.from_numpy(gradient), 1, OuterConfig())
     assert (after.momentum.numpy() == expected_momentum).all()
     assert (after.parameters.numpy() == expected).all()
     assert (state.parameters.numpy() == parameters).all()
@@ -55,13 +60,15 @@ def test_every_operation_is_rounded_once() -> None:
 def test_the_bits_do_not_depend_on_the_number_of_threads() -> None:
     parameters, *gradients = vectors(5, size=300_001)
     weighted = list(zip([0.1, 0.2, 0.3, 0.4], gradients, strict=True))
-    results = []
-    for num_threads in (1, 2):
-        torch.set_num_threads(num_threads)
-        state = ModuleState.initial(parameters)
-        results.append(apply_contributions(state, weighted, 4, OuterConfig()))
-    torch.set_num_threads(1)
-    assert torch.equal(results[0].parameters, results[1].parameters)
+    for rescale in RESCALES:
+        config = OuterConfig(rescale=rescale)
+        results = []
+        for num_threads in (1, 2):
+            torch.set_num_threads(num_threads)
+            update = apply_contributions(ModuleState.initial(parameters), weighted, 4, config)
+            results.append(update.state.parameters)
+        torch.set_num_threads(1)
+        assert torch.equal(*results)
 
 
 def test_plain_averaging_is_a_special_case() -> None:
@@ -69,7 +76,7 @@ def test_plain_averaging_is_a_special_case() -> None:
     old, *new = vectors(5)
     config = OuterConfig(learning_rate=1.0, momentum=0.0, rescale="none")
     contributions = [(0.25, old - parameters) for parameters in new]
-    state = apply_contributions(ModuleState.initial(old), contributions, 4, config)
+    state = apply_contributions(ModuleState.initial(old), contributions, 4, config).state
     assert torch.allclose(state.parameters, torch.stack(new).mean(0), atol=1e-6)
 
 
@@ -77,9 +84,45 @@ def test_rescaling_multiplies_the_average_by_the_root_of_the_number_of_paths() -
     (gradient,) = vectors(1)
     config = OuterConfig(learning_rate=1.0, momentum=0.0)
     zeros = ModuleState.initial(torch.zeros(1000))
-    state = apply_contributions(zeros, [(0.5, gradient), (0.5, gradient)], 9, config)
+    state = apply_contributions(zeros, [(0.5, gradient), (0.5, gradient)], 9, config).state
     assert torch.allclose(state.parameters, -3 * gradient)
     assert rescale_factor("sqrt", 1) == rescale_factor("none", 9) == 1.0
+
+
+def test_rda_averages_norms_and_directions_apart() -> None:
+    """Two orthogonal gradients of lengths 1 and 3: half way between them, of length 2."""
+    config = OuterConfig(learning_rate=1.0, momentum=0.0, rescale="rda")
+    zeros = ModuleState.initial(torch.zeros(4))
+    first, second = torch.tensor([1.0, 0, 0, 0]), torch.tensor([0, 3.0, 0, 0])
+    update = apply_contributions(zeros, [(0.5, first), (0.5, second)], 2, config)
+    assert torch.allclose(-update.state.parameters, torch.tensor([1.0, 1, 0, 0]) * 2**0.5)
+    still = apply_contributions(zeros, [(1.0, torch.zeros(4))], 1, config)
+    assert not still.state.parameters.any()
+    opposed = apply_contributions(zeros, [(0.5, first), (0.5, -first)], 2, config)
+    assert not opposed.state.parameters.any()
+
+
+@pytest.mark.parametrize("rescale", RESCALES)
+def test_the_norm_ratio_tells_how_much_gradients_agree(rescale: Rescale) -> None:
+    config = OuterConfig(rescale=rescale)
+    units = list(torch.eye(4))
+    zeros = ModuleState.initial(torch.zeros(4))
+    alike = apply_contributions(zeros, [(0.25, units[0])] * 4, 4, config)
+    apart = apply_contributions(zeros, [(0.25, unit) for unit in units], 4, config)
+    assert alike.norm_ratio == pytest.approx(1.0)
+    assert apart.norm_ratio == pytest.approx(0.5)
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), max_size=40))
+def test_the_exact_norm_is_the_norm(values: list[float]) -> None:
+    expected = math.sqrt(math.fsum(value * value for value in values))
+    assert exact_norm(torch.tensor(values, dtype=torch.float32)) == pytest.approx(expected)
+
+
+def test_the_outer_learning_rate_may_depend_on_the_number_of_paths() -> None:
+    config = OuterConfig(learning_rate=0.5, learning_rate_by_paths=((4.0, 0.8), (2.0, 0.6)))
+    rates = [config.learning_rate_for(num_paths) for num_paths in (1, 2, 3, 4, 16)]
+    assert rates == [0.5, 0.6, 0.6, 0.8, 0.8]
 
 
 def test_weights_follow_the_shards_and_peers_of_one_path_split_theirs() -> None:
