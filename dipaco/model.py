@@ -1,11 +1,12 @@
 """The network of one path: a Llama, cut into modules by the topology.
 
-RMSNorm, rotary positions, SwiGLU, grouped-query attention, and an embedding tied with the head.
-Parameters are named as in Llama checkpoints. A module is handed around as one flat vector: its
-parameters in canonical order (the order of `parameter_shapes`), concatenated, float32.
+RMSNorm, rotary positions, SwiGLU, grouped-query attention, and a head that is the embedding or,
+where that is not tied, has its own matrix. Parameters are named as in Llama checkpoints. A module
+is handed around as one flat vector: its parameters in canonical order (the order of
+`parameter_shapes`), concatenated, float32.
 
-Shape suffixes: B sequences, T tokens, D width, H heads, K key/value heads, C head width,
-V vocabulary.
+Shape suffixes: B sequences, T tokens, S tokens seen so far, D width, H heads, K key/value heads,
+C head width, V vocabulary.
 """
 
 # ruff: noqa: N803, N806 - tensors carry their shape in their name
@@ -22,6 +23,7 @@ from dipaco.topology import ModuleID, Topology
 _INITIAL_STD = 0.02  # GPT-2's, kept by Llama
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
+HEAD = "lm_head.weight"  # only where the embedding is not tied
 
 
 class RMSNorm(nn.Module):
@@ -37,26 +39,86 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x_BTD, self.weight.shape, self.weight, self.epsilon)
 
 
+class BlockCache:
+    """Keys and values [B, K, S, C] of the tokens that one block has seen, allocated once."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self._keys = keys
+        self._values = values
+        self._num_tokens = 0
+
+    def extend(self, k_BKTC: Tensor, v_BKTC: Tensor) -> tuple[Tensor, Tensor]:
+        """Append those of the next tokens; returns all so far."""
+        start, end = self._num_tokens, self._num_tokens + k_BKTC.shape[2]
+        self._keys[:, :, start:end] = k_BKTC
+        self._values[:, :, start:end] = v_BKTC
+        self._num_tokens = end
+        return self._keys[:, :, :end], self._values[:, :, :end]
+
+
+class Cache:
+    """What a network keeps of one sequence, so that the next tokens cost only themselves.
+
+    Belongs to one network. Takes at most `capacity_tokens`, all of which are allocated at once;
+    they may be more than `sequence_tokens`: rotary positions go on, less well the further.
+    """
+
+    def __init__(self, net: "PathNet", capacity_tokens: int) -> None:
+        config, device = net.config, net.model.embed_tokens.weight.device
+        self.capacity_tokens = capacity_tokens
+        self.num_tokens = 0
+        tables = rotary_tables(config, capacity_tokens)
+        self._cos_SC, self._sin_SC = (table.to(device) for table in tables)
+        shape = (1, config.num_kv_heads, capacity_tokens, config.head_width)
+        self.blocks = [
+            BlockCache(torch.empty(shape, device=device), torch.empty(shape, device=device))
+            for _ in range(config.num_blocks)
+        ]
+
+    def advance(self, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """Make room for the next tokens; returns their rotation. ValueError if there is none."""
+        start, end = self.num_tokens, self.num_tokens + num_tokens
+        if end > self.capacity_tokens:
+            raise ValueError(f"{end} tokens for a cache of {self.capacity_tokens}")
+        self.num_tokens = end
+        return self._cos_SC[start:end], self._sin_SC[start:end]
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention with rotary positions."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        q_width = config.num_heads * config.head_width
         kv_width = config.num_kv_heads * config.head_width
         self.head_width = config.head_width
         self.is_grouped = config.num_kv_heads != config.num_heads
-        self.q_proj = nn.Linear(config.width, config.width, bias=False)
+        self.q_proj = nn.Linear(config.width, q_width, bias=False)
         self.k_proj = nn.Linear(config.width, kv_width, bias=False)
         self.v_proj = nn.Linear(config.width, kv_width, bias=False)
-        self.o_proj = nn.Linear(config.width, config.width, bias=False)
+        self.o_proj = nn.Linear(q_width, config.width, bias=False)
 
-    def forward(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor], cache: BlockCache | None = None
+    ) -> Tensor:
         """Mix positions; `rotation` as `rotary_tables` returns it."""
         q_BHTC = rotate(self._heads(self.q_proj(x_BTD)), rotation)
-        k_BKTC = rotate(self._heads(self.k_proj(x_BTD)), rotation)
-        v_BKTC = self._heads(self.v_proj(x_BTD))
+        k_BKSC = rotate(self._heads(self.k_proj(x_BTD)), rotation)
+        v_BKSC = self._heads(self.v_proj(x_BTD))
+        if cache is not None:
+            k_BKSC, v_BKSC = cache.extend(k_BKSC, v_BKSC)
+        num_new, num_seen = q_BHTC.shape[2], k_BKSC.shape[2]
+        mask_TS = None
+        if num_new < num_seen:
+            mask_TS = x_BTD.new_ones(num_new, num_seen, dtype=torch.bool)
+            mask_TS = mask_TS.tril(num_seen - num_new)
         mixed_BHTC = F.scaled_dot_product_attention(
-            q_BHTC, k_BKTC, v_BKTC, is_causal=True, enable_gqa=self.is_grouped
+            q_BHTC,
+            k_BKSC,
+            v_BKSC,
+            mask_TS,
+            is_causal=mask_TS is None,
+            enable_gqa=self.is_grouped,
         )
         mixed: Tensor = self.o_proj(mixed_BHTC.transpose(1, 2).flatten(2))
         return mixed
@@ -92,9 +154,11 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.width, config.norm_epsilon)
         self.mlp = FeedForward(config)
 
-    def forward(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor], cache: BlockCache | None = None
+    ) -> Tensor:
         """Attention, then feed-forward, each added to its input."""
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotation)
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotation, cache)
         out: Tensor = x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
         return out
 
@@ -117,21 +181,37 @@ class PathNet(nn.Module):
         self.config = config
         with torch.device("meta"):  # no time is spent on values that are overwritten
             self.model = Trunk(config)
+            if not config.tied_embedding:
+                self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
         self.to_empty(device=device)
         self._rotations: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
 
-    def hidden(self, tokens_BT: Tensor) -> Tensor:
-        """Output [B, T, D] of the last block, before the final norm."""
+    def hidden(self, tokens_BT: Tensor, cache: Cache | None = None) -> Tensor:
+        """Output [B, T, D] of the last block, before the final norm.
+
+        With a cache, B is 1 and the tokens continue those that the cache has seen.
+        """
         x_BTD: Tensor = self.model.embed_tokens(tokens_BT)
-        rotation = self._rotation(tokens_BT.shape[1], tokens_BT.device)
-        for block in self.model.layers:
-            x_BTD = block(x_BTD, rotation)
+        num_tokens = tokens_BT.shape[1]
+        if cache is None:
+            rotation = self._rotation(num_tokens, tokens_BT.device)
+            for block in self.model.layers:
+                x_BTD = block(x_BTD, rotation)
+            return x_BTD
+        rotation = cache.advance(num_tokens)
+        for block, block_cache in zip(self.model.layers, cache.blocks, strict=True):
+            x_BTD = block(x_BTD, rotation, block_cache)
         return x_BTD
 
-    def forward(self, tokens_BT: Tensor) -> Tensor:
-        """Logits [B, T, V] of the token after each position."""
-        x_BTD = self.model.norm(self.hidden(tokens_BT))
-        return F.linear(x_BTD, self.model.embed_tokens.weight)
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of the token after each position, from its hidden [..., D]."""
+        tied = self.config.tied_embedding
+        head_VD = self.model.embed_tokens.weight if tied else self.lm_head.weight
+        return F.linear(self.model.norm(hidden), head_VD)
+
+    def forward(self, tokens_BT: Tensor, cache: Cache | None = None) -> Tensor:
+        """Logits [B, T, V] of the token after each position; `cache` as in `hidden`."""
+        return self.logits(self.hidden(tokens_BT, cache))
 
     def _rotation(self, num_tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
         if (num_tokens, device) not in self._rotations:
@@ -178,10 +258,9 @@ def parameter_shapes(
 ) -> dict[str, torch.Size]:
     """Name and shape of each parameter of a module, in canonical order; builds no network."""
     if module.level == 0:
-        return {
-            EMBEDDING: torch.Size([config.vocab_size, config.width]),
-            FINAL_NORM: torch.Size([config.width]),
-        }
+        matrix, norm = torch.Size([config.vocab_size, config.width]), torch.Size([config.width])
+        shapes = {EMBEDDING: matrix, FINAL_NORM: norm}
+        return shapes if config.tied_embedding else shapes | {HEAD: matrix}
     shapes = _block_shapes(config)
     return {
         f"model.layers.{block}.{name}": shape
@@ -216,13 +295,14 @@ def write_module(net: PathNet, topology: Topology, module: ModuleID, vector: Ten
 
 def _block_shapes(config: ModelConfig) -> dict[str, torch.Size]:
     width, ffn_width = config.width, config.ffn_width
+    q_width = config.num_heads * config.head_width
     kv_width = config.num_kv_heads * config.head_width
     shapes = {
         "input_layernorm.weight": (width,),
-        "self_attn.q_proj.weight": (width, width),
+        "self_attn.q_proj.weight": (q_width, width),
         "self_attn.k_proj.weight": (kv_width, width),
         "self_attn.v_proj.weight": (kv_width, width),
-        "self_attn.o_proj.weight": (width, width),
+        "self_attn.o_proj.weight": (width, q_width),
         "post_attention_layernorm.weight": (width,),
         "mlp.gate_proj.weight": (ffn_width, width),
         "mlp.up_proj.weight": (ffn_width, width),

@@ -1,6 +1,7 @@
 """Byte-level BPE, trained on the corpus: any text can be encoded, and decoded again exactly."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -36,6 +37,12 @@ class Tokenizer:
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of token ids; special tokens are left out."""
         return self._backend.decode(tokens)
+
+    def decoder(self, before: Sequence[int]) -> Callable[[int], str | None]:
+        """A function to call with each token after those `before`: gives the text that became
+        whole with it, None while a character is not.
+        """
+        return partial(decoders.DecodeStream(list(before), True).step, self._backend)
 
     def to_bytes(self) -> bytes:
         """The tokenizer as the JSON that Hugging Face's tools read (`tokenizer.json`)."""

@@ -6,6 +6,7 @@ import torch
 
 from dipaco.config import RunConfig, TopologyConfig
 from dipaco.model import (
+    Cache,
     PathNet,
     initialize,
     num_parameters,
@@ -58,19 +59,42 @@ def naive_logits(net: PathNet, tokens: torch.Tensor) -> torch.Tensor:
         h = norm(x, p + "post_attention_layernorm.weight")
         gate, up = (h @ weights[f"{p}mlp.{n}_proj.weight"].T for n in ("gate", "up"))
         x = x + (gate * gate.sigmoid() * up) @ weights[p + "mlp.down_proj.weight"].T
-    return norm(x, "model.norm.weight") @ weights["model.embed_tokens.weight"].T
+    head = "model.embed_tokens.weight" if config.tied_embedding else "lm_head.weight"
+    return norm(x, "model.norm.weight") @ weights[head].T
 
 
-def test_logits_are_those_of_a_llama_written_out(tiny: RunConfig) -> None:
-    config = replace(tiny, model=replace(tiny.model, num_heads=4, head_width=0, num_kv_heads=2))
-    net = a_net(config)
+def a_sharp_net(tiny: RunConfig, head_width: int, tied: bool) -> PathNet:
+    model = replace(
+        tiny.model, num_heads=4, head_width=head_width, num_kv_heads=2, tied_embedding=tied
+    )
+    net = a_net(replace(tiny, model=model))
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.mul_(4.0)  # so that attention is not nearly uniform
+    return net
+
+
+@pytest.mark.parametrize(("head_width", "tied"), [(0, True), (12, False)])
+def test_logits_are_those_of_a_llama_written_out(
+    tiny: RunConfig, head_width: int, tied: bool
+) -> None:
+    net = a_sharp_net(tiny, head_width, tied)
     tokens = torch.randint(0, 384, (2, 9), generator=torch.Generator().manual_seed(0))
     logits = net(tokens)
     for row in range(2):
         assert torch.allclose(logits[row].double(), naive_logits(net, tokens[row]), atol=1e-4)
+
+
+def test_a_cache_gives_the_logits_of_the_whole_sequence(tiny: RunConfig) -> None:
+    net = a_sharp_net(tiny, 12, tied=False)
+    longer = tiny.model.sequence_tokens + 6
+    tokens = torch.randint(0, 384, (1, longer), generator=torch.Generator().manual_seed(0))
+    cache = Cache(net, longer)
+    with torch.no_grad():
+        parts = [net(part, cache) for part in tokens.split([7, 1, 1, longer - 12, 1, 2], dim=1)]
+        assert torch.allclose(torch.cat(parts, dim=1), net(tokens), atol=1e-5)
+        with pytest.raises(ValueError, match="cache"):
+            net(tokens[:, :1], cache)
 
 
 def test_parameters_are_named_as_in_llama_checkpoints(tiny: RunConfig) -> None:
@@ -83,6 +107,8 @@ def test_parameters_are_named_as_in_llama_checkpoints(tiny: RunConfig) -> None:
         "model.norm.weight",
     } <= names
     assert len(names) == 2 + 9 * 2
+    untied = replace(tiny, model=replace(tiny.model, tied_embedding=False))
+    assert set(a_net(untied).state_dict()) == names | {"lm_head.weight"}
 
 
 @pytest.mark.parametrize("private", [False, True])
@@ -90,6 +116,7 @@ def test_modules_cover_the_network_and_move_it(tiny: RunConfig, private: bool) -
     topology_config = TopologyConfig(
         levels=(2,), path_specific_blocks=(1,), path_specific_embedding=private
     )
+    tiny = replace(tiny, model=replace(tiny.model, head_width=12, tied_embedding=private))
     topology = Topology.of(replace(tiny, topology=topology_config))
     source, target = a_net(tiny, 1), a_net(tiny, 2)
     modules = topology.modules_of(topology.paths[1])
