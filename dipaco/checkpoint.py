@@ -5,8 +5,11 @@ and outer momentum, float32, each one flat vector in the canonical order of `mod
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -67,12 +70,15 @@ def state_digest(state: ModuleState) -> str:
     return blob_digest(encode_state(state))
 
 
-def write_atomically(file: Path, data: bytes) -> None:
-    """Write a file so that a crash at any instant leaves the old one or the new one, whole."""
+@contextmanager
+def replacing(file: Path) -> Iterator[BinaryIO]:
+    """A stream for the new content of a file. A crash at any instant, or an error inside the
+    block, leaves the old file; the end of the block leaves the new one, whole.
+    """
     temporary = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:
         with temporary.open("wb") as stream:
-            stream.write(data)
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(file)
@@ -85,6 +91,12 @@ def write_atomically(file: Path, data: bytes) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_atomically(file: Path, data: bytes) -> None:
+    """Write a file so that a crash at any instant leaves the old one or the new one, whole."""
+    with replacing(file) as stream:
+        stream.write(data)
 
 
 def _layout(num_parameters: int) -> Layout:

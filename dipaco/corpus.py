@@ -15,8 +15,9 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dipaco.config import CorpusConfig
 from dipaco.errors import ConfigError
@@ -25,6 +26,9 @@ _NEVER_TEXT = frozenset({"__pycache__"})
 _NOT_LIBRARY = _NEVER_TEXT | {"site-packages", "dist-packages", "test", "tests"}
 # What a file holds beyond this is mostly generated tables, and slow to parse.
 _MAX_FILE_BYTES = 2**18
+
+
+Split = Literal["train", "valid", "test", "router"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,9 +57,17 @@ def load_documents(config: CorpusConfig) -> Iterator[Document]:
             return
 
 
-def is_validation(source: str, fraction: float) -> bool:
-    """Whether documents of this source are for validation: the same answer everywhere."""
-    return _hash(f"validation: {source}") < fraction * 2**64
+def split_of(source: str, config: CorpusConfig, router_fraction: float) -> Split:
+    """What documents of this source are for: the same answer everywhere.
+
+    A larger fraction takes sources only from the splits after it, and from training.
+    """
+    held_out: tuple[Split, ...] = ("valid", "test", "router")
+    ends = accumulate((config.valid_fraction, config.test_fraction, router_fraction))
+    place = _hash(f"validation: {source}")
+    return next(
+        (split for split, end in zip(held_out, ends, strict=True) if place < end * 2**64), "train"
+    )
 
 
 def _hash(text: str) -> int:

@@ -19,6 +19,7 @@ _NAMES = {
     torch.int64: "I64",
     torch.float32: "F32",
     torch.float16: "F16",
+    torch.bfloat16: "BF16",
     torch.uint16: "U16",
     torch.uint8: "U8",
 }
@@ -34,12 +35,32 @@ def encode_tensors(tensors: Mapping[str, Tensor]) -> bytes:
     """The tensors as safetensors; they must be on the CPU."""
     layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     bodies = [_bytes_of(tensors[name]) for name in _ordered(layout)]
-    return b"".join([_header(layout), *bodies])
+    return b"".join([encode_header(layout), *bodies])
+
+
+def encode_header(layout: Layout) -> bytes:
+    """What comes before the values, for writers who do not have all of them in memory: these
+    follow in the order of the dtypes' widths, widest first, then of the names.
+    """
+    entries = {}
+    start = 0
+    for name in _ordered(layout):
+        dtype, shape = layout[name]
+        end = start + _num_bytes(dtype, shape)
+        entries[name] = {
+            "dtype": _NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [start, end],
+        }
+        start = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT_BYTES)
+    return len(text).to_bytes(8, "little") + text
 
 
 def encoded_bytes(layout: Layout) -> int:
     """Exact length of `encode_tensors` of tensors of this layout."""
-    return len(_header(layout)) + sum(_num_bytes(*entry) for entry in layout.values())
+    return len(encode_header(layout)) + sum(_num_bytes(*entry) for entry in layout.values())
 
 
 def decode_tensors(raw: bytes | memoryview, layout: Layout) -> dict[str, Tensor]:
@@ -47,7 +68,7 @@ def decode_tensors(raw: bytes | memoryview, layout: Layout) -> dict[str, Tensor]
 
     The tensors own their memory. Their values are not looked at.
     """
-    header = _header(layout)
+    header = encode_header(layout)
     expected = encoded_bytes(layout)
     if len(raw) != expected:
         raise ValueError(f"{len(raw)} bytes, expected {expected}")
@@ -93,23 +114,6 @@ def _ordered(layout: Layout) -> list[str]:
 
 def _num_bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
     return dtype.itemsize * math.prod(shape)
-
-
-def _header(layout: Layout) -> bytes:
-    entries = {}
-    start = 0
-    for name in _ordered(layout):
-        dtype, shape = layout[name]
-        end = start + _num_bytes(dtype, shape)
-        entries[name] = {
-            "dtype": _NAMES[dtype],
-            "shape": list(shape),
-            "data_offsets": [start, end],
-        }
-        start = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _ALIGNMENT_BYTES)
-    return len(text).to_bytes(8, "little") + text
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -4,9 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dipaco.config import CorpusConfig
-from dipaco.corpus import Document, is_validation, load_documents
+from dipaco.corpus import Document, Split, load_documents, split_of
 from dipaco.errors import ConfigError
 
 EMBEDDED = CorpusConfig(source="python", max_documents=150, max_document_bytes=2048)
@@ -32,12 +34,14 @@ def test_embedded_text_comes_in_one_order(embedded: list[Document]) -> None:
     assert again == embedded[:60]
 
 
-def test_no_text_is_on_both_sides(embedded: list[Document]) -> None:
-    sides: dict[bool, set[str]] = {True: set(), False: set()}
+def test_no_source_is_in_two_splits(embedded: list[Document]) -> None:
+    config = replace(EMBEDDED, valid_fraction=0.2, test_fraction=0.2)
+    texts: dict[Split, set[str]] = {}
     for document in embedded:
-        sides[is_validation(document.source, 0.3)].add(document.text)
-    assert sides[True]
-    assert not sides[True] & sides[False]
+        split = split_of(document.source, config, router_fraction=0.2)
+        texts.setdefault(split, set()).add(document.text)
+    assert set(texts) == {"train", "valid", "test", "router"}
+    assert sum(len(part) for part in texts.values()) == len(set[str]().union(*texts.values()))
     sources = {document.source for document in embedded if document.kind == "code"}
     assert sources & {document.source for document in embedded if document.kind == "docstrings"}
 
@@ -87,9 +91,17 @@ def test_a_missing_file_is_a_config_error(tmp_path: Path) -> None:
         list(load_documents(config))
 
 
-def test_a_sample_of_the_corpus_has_its_share_of_validation_sources() -> None:
+def test_a_sample_of_the_corpus_has_its_share_of_every_split() -> None:
     """Sampling and splitting both go by hash; they must not be the same hash."""
-    sample = load_documents(CorpusConfig(source="python", max_documents=400))
-    sources = {document.source for document in sample}
-    share = sum(is_validation(source, 0.3) for source in sources) / len(sources)
-    assert 0.2 < share < 0.4
+    config = CorpusConfig(source="python", max_documents=400, valid_fraction=0.2, test_fraction=0.3)
+    sources = {document.source for document in load_documents(config)}
+    splits = Counter(split_of(source, config, router_fraction=0.25) for source in sources)
+    shares = {split: count / len(sources) for split, count in splits.items()}
+    wanted = {"train": 0.25, "valid": 0.2, "test": 0.3, "router": 0.25}
+    assert shares == pytest.approx(wanted, abs=0.1)
+
+
+@given(st.text(), st.floats(0, 0.5))
+def test_router_data_is_taken_from_training_only(source: str, router_fraction: float) -> None:
+    before, after = (split_of(source, EMBEDDED, fraction) for fraction in (0.0, router_fraction))
+    assert before == after or (before, after) == ("train", "router")

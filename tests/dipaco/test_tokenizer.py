@@ -2,8 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dipaco.errors import BadBytes, ConfigError
-from dipaco.sequences import rows_of
+from dipaco.errors import BadBytes
 from dipaco.tokenizer import Tokenizer, train_tokenizer
 
 END, PAD = 0, 1
@@ -35,21 +34,3 @@ def test_a_tokenizer_travels_as_bytes() -> None:
         Tokenizer.from_bytes(raw, vocab_size=270, end_token=END, pad_token=PAD)
     with pytest.raises(BadBytes):
         Tokenizer.from_bytes(raw, vocab_size=280, end_token=END, pad_token=5)
-
-
-def test_documents_become_rows_with_padded_tails() -> None:
-    rows = rows_of(
-        [[5] * 11, [6] * 8, [7] * 2],
-        sequence_tokens=8,
-        prefix_tokens=2,
-        end_token=END,
-        pad_token=PAD,
-    )
-    assert rows.dtype == "uint16"
-    assert rows.tolist() == [
-        [5] * 8,
-        [5, 5, 5, END, PAD, PAD, PAD, PAD],
-        [6] * 8,
-    ]
-    with pytest.raises(ConfigError, match="no document is as long"):
-        rows_of([[7]], sequence_tokens=8, prefix_tokens=2, end_token=END, pad_token=PAD)
