@@ -82,7 +82,7 @@ def token_nll(
     pad: int,
     batch_sequences: int,
 ) -> Tensor:
-    """Negative log-likelihood (nats) [N, T] of each token, on the CPU; 0 where it does not count."""
+    """Negative log-likelihood (nats) [N, T] of each token, on the CPU; 0 where none counts."""
     parts = [torch.empty(0, tokens_NT.shape[1])]
     for tokens_BT in torch.split(tokens_NT, batch_sequences):
         targets_BT = targets_of(tokens_BT, prefix_tokens=prefix_tokens, pad=pad)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dipaco.checkpoint import write_atomically
 from dipaco.config import InnerConfig, RunConfig
-from dipaco.evaluate import IGNORED, NOTHING, Evaluation, evaluate, targets_of
+from dipaco.evaluate import IGNORED, NOTHING, Evaluation, evaluate, targets_of, token_nll
 from dipaco.model import PathNet, read_module, write_module
 from dipaco.shards import Rows, Shard
 from dipaco.tensors import decode_tensors, encode_tensors, layout_of
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 OptimizerName = Literal["adamw", "adamw8bit"]
 
+SCORE_BATCH = 64  # sequences scored at a time
 _IDENTITY = "identity"
 # Parameters, gradients, and working space of activations besides the optimizer, in bytes per
 # parameter: 4 + 4, and as much again.
@@ -203,6 +204,21 @@ class PathTrainer:
             pad=self.config.model.pad_token,
             batch_sequences=self.config.inner.batch_sequences,
         )
+
+    def score_rows(self, rows: Rows) -> Tensor:
+        """Log-likelihood [n] (nats, float32, on the CPU) of each row's tokens after the prefix."""
+        parts = [torch.empty(0)]
+        for start in range(0, len(rows), SCORE_BATCH):
+            tokens = torch.from_numpy(rows[start : start + SCORE_BATCH].astype(np.int64))
+            nll_BT = token_nll(
+                self._forward,
+                tokens.to(self.device),
+                prefix_tokens=self.config.routing.prefix_tokens,
+                pad=self.config.model.pad_token,
+                batch_sequences=SCORE_BATCH,
+            )
+            parts.append(-nll_BT.sum(dim=1))
+        return torch.cat(parts)
 
     def save_optimizer(self, file: Path) -> None:
         """Write the optimizer's state and step count, whole or not at all."""

@@ -1,6 +1,6 @@
 """From a corpus to everything a run begins with, in stages, each of which can be resumed.
 
-    corpus -> tokenizer -> sequences -> dense start -> router -> shards
+    tokenizer -> sequences -> dense start -> states -> router -> shards
 
 A stage is named by what it depends on: the parts of the configuration it reads and the stage
 before. If a directory holds its result under that name, it is not done again, so an interrupted
@@ -9,32 +9,36 @@ preparation continues and a changed outer learning rate costs nothing.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
-from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from dipaco.checkpoint import ModuleState, encode_state, write_atomically
 from dipaco.config import RunConfig
-from dipaco.corpus import Document, is_validation, load_documents
-from dipaco.errors import BadBytes
+from dipaco.corpus import Split, load_documents, split_of
 from dipaco.inner import PathTrainer
+from dipaco.llama import read_llama
 from dipaco.model import PathNet, initialize, read_module, write_module
-from dipaco.routing import features, fit_router
-from dipaco.sequences import rows_of
-from dipaco.shards import Rows, Shard, split_into_shards
-from dipaco.start import RUN_FILE, SEQUENCES_FILE, START_FILE, Start, single_path
+from dipaco.routing import MAX_FIT_SEQUENCES, HashRouter, Router, fit_centers
+from dipaco.sequences import write_sequences
+from dipaco.sharding import shard_corpus
+from dipaco.shards import Rows, Shard
+from dipaco.start import RUN_FILE, START_FILE, Start, single_path
 from dipaco.tensors import decode_tensors, encode_tensors, layout_of
 from dipaco.tokenizer import train_tokenizer
-from dipaco.topology import ModuleID, PathID, Topology
+from dipaco.topology import ModuleID, Topology
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of a stage, the units done and the units in total."""
 
-_TOKENIZE_BATCH = 256
+DENSE_FILE = "dense.safetensors"
+_TOKENIZE_BATCH = 256  # documents
+_TOKENIZER_CHARACTERS = 100_000_000  # more text hardly changes a vocabulary
 
 
 def prepare_start(
@@ -47,14 +51,9 @@ def prepare_start(
     """Make `directory` hold the start of a run, doing only what is not done yet."""
     (directory / "shards").mkdir(parents=True, exist_ok=True)
     (directory / "states").mkdir(exist_ok=True)
-    preparation = _Preparation(config, directory, progress, torch.device(device))
-    shard_tokens = preparation.run()
+    _Preparation(config, directory, progress, torch.device(device)).run()
     write_atomically(directory / RUN_FILE, config.to_toml().encode())
-    listing = {
-        "fingerprint": config.fingerprint(),
-        "shard_tokens": {str(path): tokens for path, tokens in shard_tokens.items()},
-    }
-    write_atomically(directory / START_FILE, _json(listing))
+    write_atomically(directory / START_FILE, _json({"fingerprint": config.fingerprint()}))
     return Start.load(directory)
 
 
@@ -66,11 +65,10 @@ class _Preparation:
     ) -> None:
         self._config = config
         self._topology = Topology.of(config)
-        self._start = Start(config, directory, {})
+        self._start = Start(config, directory)
         self._directory = directory
         self._progress = progress
         self._device = device
-        self._documents = cache(self._read_documents)
 
     @property
     def _dense_steps(self) -> int:
@@ -88,20 +86,37 @@ class _Preparation:
         )
         return replace(single_path(self._config, dense.steps), inner=inner)
 
-    def run(self) -> dict[PathID, int]:
-        """All stages; returns the training tokens of each shard."""
-        model, topology = self._config.model, self._config.topology
-        key = self._stage("tokenizer", "", [self._config.corpus, model.vocab_size], self._tokenizer)
-        prefix = self._config.routing.prefix_tokens
-        key = self._stage("sequences", key, [model.sequence_tokens, prefix], self._sequences)
-        dense = [self._config.seed, model, topology, self._dense_config.inner, self._dense_steps]
+    def run(self) -> None:
+        """All stages."""
+        config, model, routing = self._config, self._config.model, self._config.routing
+        key = self._stage("tokenizer", "", self._tokenizer_inputs, self._tokenizer)
+        key = self._stage(
+            "sequences",
+            key,
+            [
+                model.sequence_tokens,
+                routing.prefix_tokens,
+                routing.router_fraction,
+                model.end_token,
+                model.pad_token,
+            ],
+            self._sequences,
+        )
+        dense = [config.seed, model, config.dense_start, self._dense_config.inner]
         key = self._stage("dense start", key, dense, self._dense_start)
-        key = self._stage("router", key, [self._config.routing], self._router)
-        self._stage("shards", key, [], self._shards)
-        return {
-            path: self._start.shard(path).num_tokens(model.pad_token)
-            for path in self._topology.paths
-        }
+        key = self._stage("states", key, [config.topology], self._states)
+        routed = replace(routing, overlap=1, phases=(1,) if routing.phases else ())
+        key = self._stage("router", key, [config.seed, routed], self._router)
+        self._stage("shards", key, [routing.overlap], self._shards)
+
+    @property
+    def _tokenizer_inputs(self) -> list[Any]:
+        return [
+            self._config.corpus,
+            self._config.model.vocab_size,
+            self._config.routing.router_fraction,
+            self._config.dense_start.checkpoint,
+        ]
 
     def _stage(
         self, name: str, before: str, inputs: list[Any], work: Callable[[], Iterable[Path]]
@@ -128,75 +143,69 @@ class _Preparation:
         except (OSError, ValueError, LookupError):
             return False
 
-    def _read_documents(self) -> list[Document]:
-        corpus = self._config.corpus
-        documents = []
-        for document in load_documents(corpus):
-            documents.append(document)
-            self._progress("corpus", len(documents), corpus.max_documents)
-        self._progress("corpus", corpus.max_documents, corpus.max_documents)
-        return documents
+    def _documents(self, stage: str) -> Iterator[tuple[Split, str]]:
+        """The split and text of every document; the corpus is read anew each time."""
+        corpus, fraction = self._config.corpus, self._config.routing.router_fraction
+        for number, document in enumerate(load_documents(corpus), start=1):
+            yield split_of(document.source, corpus, fraction), document.text
+            self._progress(stage, number, corpus.max_documents)
+        self._progress(stage, corpus.max_documents, corpus.max_documents)
 
     def _tokenizer(self) -> list[Path]:
-        fraction = self._config.corpus.valid_fraction
-        texts = [d.text for d in self._documents() if not is_validation(d.source, fraction)]
-        self._progress("tokenizer", 0, 1)
-        tokenizer = train_tokenizer(texts, self._config.model.vocab_size)
-        write_atomically(self._start.tokenizer_file, tokenizer.to_bytes())
-        self._progress("tokenizer", 1, 1)
+        checkpoint = self._config.dense_start.checkpoint
+        if checkpoint:
+            raw = (Path(checkpoint) / "tokenizer.json").read_bytes()
+        else:
+            raw = train_tokenizer(self._training_texts(), self._config.model.vocab_size).to_bytes()
+        write_atomically(self._start.tokenizer_file, raw)
+        self._start.tokenizer()  # of a checkpoint: is it one for this model?
         return [self._start.tokenizer_file]
 
-    def _sequences(self) -> list[Path]:
-        tokenizer = self._start.tokenizer()
-        documents = self._documents()
-        tokens: dict[str, list[list[int]]] = {"train": [], "valid": []}
-        for start in range(0, len(documents), _TOKENIZE_BATCH):
-            batch = documents[start : start + _TOKENIZE_BATCH]
-            encoded = tokenizer.encode_all([document.text for document in batch])
-            for document, ids in zip(batch, encoded, strict=True):
-                held_out = is_validation(document.source, self._config.corpus.valid_fraction)
-                tokens["valid" if held_out else "train"].append(ids)
-            self._progress("sequences", start + len(batch), len(documents))
-        rows = {
-            name: rows_of(
-                ids,
-                sequence_tokens=self._config.model.sequence_tokens,
-                prefix_tokens=self._config.routing.prefix_tokens,
-                end_token=self._config.model.end_token,
-                pad_token=self._config.model.pad_token,
-            )
-            for name, ids in tokens.items()
-        }
-        file = self._directory / SEQUENCES_FILE
-        write_atomically(
-            file, encode_tensors({name: torch.from_numpy(part) for name, part in rows.items()})
-        )
-        return [file]
+    def _training_texts(self) -> Iterator[str]:
+        """A sample of the training documents: documents come in an order that makes it fair."""
+        num_characters = 0
+        for split, text in self._documents("tokenizer"):
+            if split == "train":
+                yield text
+                num_characters += len(text)
+                if num_characters > _TOKENIZER_CHARACTERS:
+                    return
 
-    def _read_sequences(self) -> dict[str, Rows]:
-        raw = (self._directory / SEQUENCES_FILE).read_bytes()
-        try:
-            tensors = decode_tensors(raw, layout_of(raw))
-        except ValueError as error:
-            raise BadBytes(f"{SEQUENCES_FILE} is damaged: {error}", hint="delete it") from error
-        return {name: tensor.numpy() for name, tensor in tensors.items()}
+    def _sequences(self) -> list[Path]:
+        model = self._config.model
+        return write_sequences(
+            self._directory,
+            self._encoded_documents(),
+            sequence_tokens=model.sequence_tokens,
+            prefix_tokens=self._config.routing.prefix_tokens,
+            end_token=model.end_token,
+            pad_token=model.pad_token,
+        )
+
+    def _encoded_documents(self) -> Iterator[tuple[Split, list[int]]]:
+        tokenizer = self._start.tokenizer()
+        documents = self._documents("sequences")
+        while batch := list(islice(documents, _TOKENIZE_BATCH)):
+            encoded = tokenizer.encode_all([text for _, text in batch])
+            yield from zip((split for split, _ in batch), encoded, strict=True)
 
     def _dense_start(self) -> list[Path]:
-        net = self._train_dense_start(self._read_sequences())
-        files = []
-        for level in self._topology.levels:
-            vector = read_module(net, self._topology, ModuleID(level.index, 0))
-            files.append(self._start.state_file(level.index))
-            write_atomically(files[-1], encode_state(ModuleState.initial(vector)))
-        return files
+        net = self._train_dense_start()
+        file = self._directory / DENSE_FILE
+        tensors = {name: value.detach().cpu() for name, value in net.named_parameters()}
+        write_atomically(file, encode_tensors(tensors))
+        return [file]
 
-    def _train_dense_start(self, rows: dict[str, Rows]) -> PathNet:
+    def _train_dense_start(self) -> PathNet:
         config = self._dense_config
         topology = Topology.of(config)
         path = topology.paths[0]
         net = PathNet(config.model)
-        initialize(net, config.seed)
-        shard = Shard(path=path, train=rows["train"], valid=rows["valid"])
+        if config.dense_start.checkpoint:
+            net = read_llama(Path(config.dense_start.checkpoint), config.model)
+        else:
+            initialize(net, config.seed)
+        shard = Shard(path=path, train=self._start.rows("train"), valid=self._start.rows("valid"))
         trainer = PathTrainer(config, topology, path, shard, device=self._device)
         for module in trainer.modules:
             trainer.write_module(module, read_module(net, topology, module))
@@ -207,40 +216,60 @@ class _Preparation:
             write_module(net, topology, module, trainer.read_module(module))
         return net
 
-    def _features(self, rows: Rows, done: int, total: int) -> torch.Tensor:
-        return features(
-            self._start.net().to(self._device),
-            rows,
-            prefix_tokens=self._config.routing.prefix_tokens,
-            on_progress=lambda num_rows: self._progress("router", done + num_rows, total),
-        )
+    def _states(self) -> list[Path]:
+        raw = (self._directory / DENSE_FILE).read_bytes()
+        net = PathNet(self._config.model)
+        with torch.no_grad():
+            for name, value in decode_tensors(raw, layout_of(raw)).items():
+                net.get_parameter(name).copy_(value)
+        files = []
+        for level in self._topology.levels:
+            vector = read_module(net, self._topology, ModuleID(level.index, 0))
+            files.append(self._start.state_file(level.index))
+            write_atomically(files[-1], encode_state(ModuleState.initial(vector)))
+        return files
 
     def _router(self) -> list[Path]:
-        rows = self._read_sequences()
-        num_train = len(rows["train"])
-        total = num_train + len(rows["valid"])
-        parts = {
-            "train": self._features(rows["train"], 0, total),
-            "valid": self._features(rows["valid"], num_train, total),
-        }
-        router = fit_router(parts["train"], self._topology.num_paths, self._config.seed)
+        router = self._fit_router(self._start.rows("train"))
         write_atomically(self._start.router_file, router.to_bytes())
-        assigned = {name: torch.from_numpy(router.assign(part)) for name, part in parts.items()}
-        file = self._directory / "assignment.safetensors"
-        write_atomically(file, encode_tensors(assigned))
-        return [self._start.router_file, file]
+        self._progress("router", 1, 1)
+        return [self._start.router_file]
+
+    def _fit_router(self, rows: Rows) -> Router:
+        """The router that training begins with, fitted to a sample of the training rows."""
+        routing, num_paths = self._config.routing, self._topology.num_paths
+        if routing.method == "hash":
+            return HashRouter(num_paths=num_paths)
+        # Evenly spread, because neighbours are of one document.
+        picked = np.linspace(0, len(rows) - 1, min(len(rows), MAX_FIT_SEQUENCES)).astype(np.int64)
+        prefixes = rows[picked, : routing.prefix_tokens]
+        if routing.method == "tiny_lm":
+            from dipaco.tiny_lm import train_tiny_lm_router
+
+            return train_tiny_lm_router(
+                prefixes,
+                self._config,
+                on_progress=lambda done, total: self._progress("router", done, total),
+            )
+        self._progress("router", 0, 1)
+        features = self._start.feature_extractor(self._device)(prefixes)
+        by_level = routing.method in ("product_kmeans", "discriminative")
+        num_centers = self._topology.shape if by_level else (num_paths,)
+        return fit_centers(features, num_centers, self._config.seed)
 
     def _shards(self) -> list[Path]:
-        raw = (self._directory / "assignment.safetensors").read_bytes()
-        assigned = {name: t.numpy() for name, t in decode_tensors(raw, layout_of(raw)).items()}
-        rows = {name: (part, assigned[name]) for name, part in self._read_sequences().items()}
-        shards = split_into_shards(self._topology, rows, self._config.seed)
-        files = []
-        for number, (path, shard) in enumerate(shards.items(), start=1):
-            files.append(self._start.shard_file(path))
-            write_atomically(files[-1], shard.to_bytes())
-            self._progress("shards", number, len(shards))
-        return files
+        sharding = shard_corpus(
+            self._start,
+            self._config,
+            self._start.router(),
+            self._directory,
+            lambda done, total: self._progress("shards", done, total),
+            features=self._start.feature_extractor(self._device),
+        )
+        return [
+            sharding.listing_file,
+            *(self._start.shard_file(path) for path in self._topology.paths),
+        ]
 
 
 def _json(value: object) -> bytes:

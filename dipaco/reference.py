@@ -3,108 +3,280 @@
 The swarm does the same with the same functions, each path on another peer, and must end with
 the same bytes: `train` is the oracle that tests compare it with. Bit for bit that holds for
 float32 on the CPU, with the same number of torch threads.
+
+One path is in memory at a time, besides the modules. All else is on disk, a complete round at a
+time, so that an interrupted training loses at most the round it was in.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from dipaco.checkpoint import ModuleState, state_digest
 from dipaco.compression import compress_with_feedback, decode
+from dipaco.config import RunConfig
+from dipaco.discriminative import fit_linear_router
+from dipaco.errors import ConfigError
 from dipaco.evaluate import NOTHING, Evaluation
 from dipaco.inner import PathTrainer
 from dipaco.model import read_module
 from dipaco.outer import Contribution, apply_contributions, contribution_weights
-from dipaco.shards import union_of
+from dipaco.rounds import Evaluations, RoundFiles, RoundReport, latest_round, next_round
+from dipaco.sharding import Sharding, shard_corpus
+from dipaco.shards import Shard
 from dipaco.start import Start, single_path
 from dipaco.topology import ModuleID, PathID, Topology
 
-Evaluations = dict[PathID, Evaluation]
-"""Each path, scored on the validation part of its own shard."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RoundReport:
-    """What a round left behind: the last training loss of each path, and its evaluation."""
-
-    round: int
-    losses: dict[PathID, float]
-    evaluations: Evaluations
+States = dict[ModuleID, ModuleState]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReferenceResult:
     """The last version of every module, its digest, and evaluations before and after."""
 
-    states: dict[ModuleID, ModuleState]
+    states: States
     digests: dict[ModuleID, str]
     at_start: Evaluations
     at_end: Evaluations
 
 
-def train(
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """What the loop can do besides the algorithm of the configuration.
+
+    `replicas` peers train each path, each with batches of its own: with a single path this is
+    DiLoCo. With `early_stopping` each path is also kept as it was when it did best on its own
+    validation rows (paper 2.7).
+    """
+
+    replicas: int = 1
+    early_stopping: bool = False
+
+
+def train(  # noqa: PLR0913 - what to train, then what to do meanwhile
     start: Start,
+    directory: Path,
     *,
     num_rounds: int,
     device: torch.device | str = "cpu",
+    options: Options | None = None,
     on_step: Callable[[PathID, int], None] = lambda path, position: None,
     on_round: Callable[[RoundReport], None] = lambda report: None,
 ) -> ReferenceResult:
-    """Train all paths for `num_rounds` rounds from the start."""
-    config, topology = start.config, start.topology
-    inner_steps, wire_format = config.rounds.inner_steps, config.outer.wire_format
-    states = {module: start.module_state(module) for module in topology.modules}
-    trainers = {
-        path: PathTrainer(config, topology, path, start.shard(path), device=device)
-        for path in topology.paths
-    }
-    residuals: dict[tuple[PathID, ModuleID], Tensor | None] = {}
-    at_start = evaluations = _evaluate(trainers, states)
+    """Train until `num_rounds` rounds are done, from the start or the last round in `directory`."""
+    training = _Training(start, directory, device, options or Options(), on_step)
+    latest = latest_round(directory, start.config) or training.begin()
+    states = {module: latest.state(module) for module in start.topology.modules}
+    reports = latest.reports()
 
-    for round_ in range(num_rounds):
-        contributions: dict[ModuleID, list[Contribution]] = {m: [] for m in topology.modules}
-        losses = {}
+    for round_ in range(latest.number, num_rounds):
+        with next_round(directory, start.config) as files:
+            sharding = training.sharding(round_, states)
+            contributions: dict[ModuleID, list[Contribution]] = {m: [] for m in states}
+            losses = {}
 
-        # Each path trains on its own shard, from the modules as they are now.
-        for path, trainer in trainers.items():
-            for module in trainer.modules:
-                trainer.write_module(module, states[module].parameters)
-            for step in range(inner_steps):
-                position = round_ * inner_steps + step
-                loss = trainer.train_step(position)
-                on_step(path, position)
-            losses[path] = loss.item()
-            # ... and contributes, to each of its modules, how far that moved, old minus new.
-            for module in trainer.modules:
-                gradient = states[module].parameters - trainer.read_module(module)
-                raw, residuals[path, module] = compress_with_feedback(
-                    gradient, residuals.get((path, module)), wire_format
-                )
-                gradient = decode(raw, wire_format, num_parameters=gradient.numel())
-                tokens = inner_steps * trainer.tokens_per_step
-                contributions[module].append(
-                    Contribution(path=path, tokens=tokens, gradient=gradient)
-                )
+            # Each path trains on its own shard, from the modules as they are now, and contributes
+            # to each of its modules how far that moved.
+            paths = paths_of_round(start.config, start.topology, round_)
+            for path in paths:
+                parts, losses[path] = training.path(path, round_, sharding, states, files)
+                for module, part in parts:
+                    contributions[module].append(part)
 
-        # Each module takes one outer step, with the contributions in the order of the paths.
-        for module, parts in contributions.items():
-            weights = contribution_weights(
-                [(part.path, part.tokens) for part in parts], start.shard_tokens
+            # Each module takes one outer step, with the contributions in the order of the paths.
+            norm_ratios = {}
+            for module, trained in contributions.items():
+                if trained:
+                    weights = contribution_weights(
+                        [(part.path, part.tokens) for part in trained], sharding.shard_tokens
+                    )
+                    weighted = zip(weights, (part.gradient for part in trained), strict=True)
+                    num_paths = len({part.path for part in trained})
+                    update = apply_contributions(
+                        states[module], weighted, num_paths, start.config.outer
+                    )
+                    states[module], norm_ratios[module] = update.state, update.norm_ratio
+                    files.write_state(module, update.state)
+
+            evaluations = dict(reports[-1].evaluations)
+            for path in paths:
+                evaluations[path] = training.evaluate(path, sharding, states, files, reports)
+            report = RoundReport(
+                round=round_ + 1, losses=losses, evaluations=evaluations, norm_ratios=norm_ratios
             )
-            weighted = zip(weights, (part.gradient for part in parts), strict=True)
-            states[module] = apply_contributions(states[module], weighted, len(parts), config.outer)
-
-        evaluations = _evaluate(trainers, states)
-        on_round(RoundReport(round=round_, losses=losses, evaluations=evaluations))
+            reports.append(report)
+            files.write_reports(reports)
+        on_round(report)
 
     return ReferenceResult(
         states=states,
         digests={module: state_digest(state) for module, state in states.items()},
-        at_start=at_start,
-        at_end=evaluations,
+        at_start=reports[0].evaluations,
+        at_end=reports[-1].evaluations,
     )
+
+
+def paths_of_round(config: RunConfig, topology: Topology, round_: int) -> list[PathID]:
+    """The paths that train in a round, sorted: all, or a part, so that each gets its turn.
+
+    Every path trains once before any trains twice, in an order that follows from the seed
+    (paper 2.6.2 proposes to sample paths where there are too many).
+    """
+    count = config.rounds.paths_per_round or topology.num_paths
+    num_groups = -(-topology.num_paths // count)
+    epoch, group = divmod(round_, num_groups)
+    if num_groups == 1:
+        return list(topology.paths)
+    order = np.random.default_rng((config.seed, epoch)).permutation(topology.num_paths)
+    chosen = sorted(order[group * count : (group + 1) * count])
+    return [topology.path_at(int(number)) for number in chosen]
+
+
+class _Training:
+    """The parts of the loop that need the start, the device and the directory."""
+
+    def __init__(
+        self,
+        start: Start,
+        directory: Path,
+        device: torch.device | str,
+        options: Options,
+        on_step: Callable[[PathID, int], None],
+    ) -> None:
+        self._start = start
+        self._config = start.config
+        self._directory = directory
+        self._device = device
+        self._options = options
+        self._on_step = on_step
+
+    def begin(self) -> RoundFiles:
+        """Round 0: every module as it starts, and what each path is worth before any training."""
+        states = {
+            module: self._start.module_state(module) for module in self._start.topology.modules
+        }
+        with next_round(self._directory, self._config) as files:
+            for module, state in states.items():
+                files.write_state(module, state)
+            evaluations: Evaluations = {}
+            for path in self._start.topology.paths:
+                evaluations[path] = self.evaluate(path, self._start.sharding, states, files, [])
+            report = RoundReport(round=0, losses={}, evaluations=evaluations, norm_ratios={})
+            files.write_reports([report])
+        begun = latest_round(self._directory, self._config)
+        assert begun is not None
+        return begun
+
+    def sharding(self, round_: int, states: States) -> Sharding:
+        """The shards of a round: those of the start, or of the last discriminative phase."""
+        phases = [phase for phase in self._config.routing.phases if phase <= round_]
+        if not phases:
+            return self._start.sharding
+        sharding = phase_sharding(self._directory, self._config, phases[-1])
+        if not sharding.is_done:
+            self._discriminate(states, sharding.directory)
+        return sharding
+
+    def path(
+        self, path: PathID, round_: int, sharding: Sharding, states: States, files: RoundFiles
+    ) -> tuple[list[tuple[ModuleID, Contribution]], float]:
+        """The contributions of a path's replicas in a round, and their mean loss."""
+        inner_steps = self._config.rounds.inner_steps
+        contributions = []
+        losses = []
+        for replica in range(self._options.replicas):
+            trainer = self._trainer(path, sharding.shard(path), states, replica)
+            trainer.load_optimizer(files.optimizer_file(path, replica))
+            for step in range(inner_steps):
+                position = round_ * inner_steps + step
+                losses.append(trainer.train_step(position))
+                self._on_step(path, position)
+            trainer.save_optimizer(files.optimizer_file(path, replica))
+            gradients = self._outer_gradients(trainer, states, files, replica)
+            contributions += [
+                (
+                    module,
+                    Contribution(
+                        path=path, tokens=inner_steps * trainer.tokens_per_step, gradient=gradient
+                    ),
+                )
+                for module, gradient in gradients.items()
+            ]
+        return contributions, float(torch.stack(losses).mean())
+
+    def evaluate(
+        self,
+        path: PathID,
+        sharding: Sharding,
+        states: States,
+        files: RoundFiles,
+        reports: list[RoundReport],
+    ) -> Evaluation:
+        """A path with the modules as they are; kept, where asked for, if it was never better."""
+        trainer = self._trainer(path, sharding.shard(path), states)
+        evaluation = trainer.evaluate(self._config.rounds.eval_sequences)
+        if self._options.early_stopping:
+            # After a new sharding, what was measured before is of other data.
+            phase = max(
+                (p for p in self._config.routing.phases if p <= files.number - 1), default=0
+            )
+            before = [
+                r.evaluations[path].perplexity for r in reports if r.round > phase or not phase
+            ]
+            if evaluation.perplexity <= min(before, default=float("inf")):
+                parameters = {module: states[module].parameters for module in trainer.modules}
+                files.write_early_stopped(path, parameters)
+        return evaluation
+
+    def _trainer(self, path: PathID, shard: Shard, states: States, replica: int = 0) -> PathTrainer:
+        trainer = PathTrainer(
+            self._config, self._start.topology, path, shard, device=self._device, replica=replica
+        )
+        for module in trainer.modules:
+            trainer.write_module(module, states[module].parameters)
+        return trainer
+
+    def _outer_gradients(
+        self, trainer: PathTrainer, states: States, files: RoundFiles, replica: int
+    ) -> dict[ModuleID, torch.Tensor]:
+        """Old minus new, as it arrives after the wire."""
+        wire_format = self._config.outer.wire_format
+        residuals = files.residuals(trainer.path, replica)
+        gradients = {}
+        for module in trainer.modules:
+            gradient = states[module].parameters - trainer.read_module(module)
+            raw, residual = compress_with_feedback(gradient, residuals.get(module), wire_format)
+            if residual is not None:
+                residuals[module] = residual
+            gradients[module] = decode(raw, wire_format, num_parameters=gradient.numel())
+        files.write_residuals(trainer.path, replica, residuals)
+        return gradients
+
+    def _discriminate(self, states: States, directory: Path) -> None:
+        """Shard the corpus anew, by the path that predicts the router data best (paper 2.4.2)."""
+        rows = self._start.rows("router")
+        if not len(rows):
+            raise ConfigError(
+                "there is no router data", hint="raise routing.router_fraction or the corpus"
+            )
+        features = self._start.feature_extractor(self._device)
+        scores = []
+        for path in self._start.topology.paths:
+            shard = Shard(path=path, train=rows, valid=rows)
+            scores.append(self._trainer(path, shard, states).score_rows(rows))
+        prefixes = rows[:, : self._config.routing.prefix_tokens]
+        router = fit_linear_router(
+            features(prefixes), torch.stack(scores, dim=1), self._config.seed
+        )
+        shard_corpus(self._start, self._config, router, directory, features=features)
+
+
+def phase_sharding(directory: Path, config: RunConfig, phase: int) -> Sharding:
+    """The sharding that a discriminative phase after `phase` rounds left in a training."""
+    return Sharding(config, directory / f"sharding-{phase:06}")
 
 
 def train_dense(
@@ -113,37 +285,33 @@ def train_dense(
     *,
     device: torch.device | str = "cpu",
     on_step: Callable[[int], None] = lambda step: None,
-) -> Evaluations:
-    """What a DiPaCo is compared with: one network of a path's size on the union of the shards.
+) -> PathTrainer:
+    """What a DiPaCo is compared with: one network of a path's size on all of the training data.
 
     Plain AdamW from the same start, with a path's batch and schedule, for `num_steps` steps.
-    Returns its evaluations on the same validation sequences.
     """
     config = single_path(start.config, num_steps)
     topology = Topology.of(config)
-    shards = {path: start.shard(path) for path in start.topology.paths}
-    trainer = PathTrainer(config, topology, topology.paths[0], union_of(shards), device=device)
+    shard = Shard(path=topology.paths[0], train=start.rows("train"), valid=start.rows("valid"))
+    trainer = PathTrainer(config, topology, shard.path, shard, device=device)
     net = start.net()
     for module in trainer.modules:
         trainer.write_module(module, read_module(net, topology, module))
     for step in range(num_steps):
         trainer.train_step(step)
         on_step(step)
+    return trainer
+
+
+def evaluate_dense(start: Start, dense: PathTrainer) -> Evaluations:
+    """The dense model on the sequences that each path is evaluated on."""
     num_rows = start.config.rounds.eval_sequences
-    return {path: trainer.evaluate_rows(shard.valid[:num_rows]) for path, shard in shards.items()}
+    return {
+        path: dense.evaluate_rows(start.shard(path).valid[:num_rows])
+        for path in start.topology.paths
+    }
 
 
 def total(evaluations: Evaluations) -> Evaluation:
     """The whole model: every sequence through the path that the router gives it."""
     return sum(evaluations.values(), NOTHING)
-
-
-def _evaluate(
-    trainers: dict[PathID, PathTrainer], states: dict[ModuleID, ModuleState]
-) -> Evaluations:
-    evaluations = {}
-    for path, trainer in trainers.items():
-        for module in trainer.modules:
-            trainer.write_module(module, states[module].parameters)
-        evaluations[path] = trainer.evaluate(trainer.config.rounds.eval_sequences)
-    return evaluations

@@ -6,7 +6,7 @@ the last `prefix_tokens` tokens before the boundary as if they began a sequence;
 token-level router that was trained for it (`dipaco.token_router`).
 """
 
-# ruff: noqa: N803, N806 - arrays carry their shape in their name: N sequences, T tokens, C chunks
+# ruff: noqa: N806 - arrays carry their shape in their name: N sequences, T tokens, C chunks
 
 from collections.abc import Callable, Sequence
 
@@ -50,7 +50,7 @@ def choices_of_router(
     return np.concatenate(chosen, axis=1)
 
 
-def evaluate_choices(
+def evaluate_choices(  # noqa: PLR0913 - what scores, what is scored, and how
     forward_of: Callable[[int], Callable[[Tensor], Tensor]],
     rows: Rows,
     choices: Choices,

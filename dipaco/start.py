@@ -5,21 +5,24 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+import torch
+
 from dipaco.checkpoint import ModuleState, decode_state
-from dipaco.config import RoundsConfig, RunConfig, TopologyConfig
+from dipaco.config import RoundsConfig, RoutingConfig, RunConfig, TopologyConfig
+from dipaco.corpus import Split
 from dipaco.digest import BlobIndex, index_of_file
 from dipaco.errors import ConfigError
 from dipaco.model import PathNet, num_parameters, write_module
-from dipaco.routing import Router
-from dipaco.shards import Shard
+from dipaco.routing import FeatureExtractor, Router, feature_extractor
+from dipaco.sequences import read_split
+from dipaco.sharding import Sharding
+from dipaco.shards import Rows, Shard
 from dipaco.tokenizer import Tokenizer
 from dipaco.topology import ModuleID, PathID, Topology
 
 RUN_FILE = "run.toml"
 START_FILE = "start.json"
 TOKENIZER_FILE = "tokenizer.json"
-SEQUENCES_FILE = "sequences.safetensors"
-ROUTER_FILE = "router.safetensors"
 
 
 @dataclass(frozen=True)
@@ -28,16 +31,13 @@ class Start:
 
     config: RunConfig
     directory: Path
-    shard_tokens: dict[PathID, int]
 
     @classmethod
     def load(cls, directory: Path) -> "Start":
         """A finished preparation; ConfigError if there is none, or it is of another version."""
         try:
             config = RunConfig.from_toml((directory / RUN_FILE).read_text())
-            listing = json.loads((directory / START_FILE).read_text())
-            shard_tokens = {PathID.parse(p): int(n) for p, n in listing["shard_tokens"].items()}
-            fingerprint = listing["fingerprint"]
+            fingerprint = json.loads((directory / START_FILE).read_text())["fingerprint"]
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise ConfigError(
                 f"{directory} holds no finished preparation", hint="prepare the run again"
@@ -47,12 +47,22 @@ class Start:
                 f"{RUN_FILE} in {directory} was changed after the preparation",
                 hint="prepare the run again; finished stages are kept",
             )
-        return cls(config, directory, shard_tokens)
+        return cls(config, directory)
 
     @cached_property
     def topology(self) -> Topology:
         """The run's topology."""
         return Topology.of(self.config)
+
+    @cached_property
+    def sharding(self) -> Sharding:
+        """The router and the shards that training begins with."""
+        return Sharding(self.config, self.directory)
+
+    @property
+    def shard_tokens(self) -> dict[PathID, int]:
+        """Training tokens of each path's shard."""
+        return self.sharding.shard_tokens
 
     @property
     def tokenizer_file(self) -> Path:
@@ -62,11 +72,11 @@ class Start:
     @property
     def router_file(self) -> Path:
         """The router, a blob."""
-        return self.directory / ROUTER_FILE
+        return self.sharding.router_file
 
     def shard_file(self, path: PathID) -> Path:
         """The shard of a path, a blob."""
-        return self.directory / "shards" / f"{path}.safetensors"
+        return self.sharding.shard_file(path)
 
     def state_file(self, level: int) -> Path:
         """The state that all modules of a level start from, a blob."""
@@ -78,31 +88,25 @@ class Start:
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer."""
-        raw = self.tokenizer_file.read_bytes()
         model = self.config.model
         return Tokenizer.from_bytes(
-            raw,
+            self.tokenizer_file.read_bytes(),
             vocab_size=model.vocab_size,
             end_token=model.end_token,
             pad_token=model.pad_token,
         )
 
+    def rows(self, split: Split) -> Rows:
+        """All sequences [n, T] of a split, read from disk as they are used."""
+        return read_split(self.directory, split)
+
     def router(self) -> Router:
         """The router."""
-        return Router.from_bytes(
-            self.router_file.read_bytes(),
-            num_paths=self.topology.num_paths,
-            width=self.config.model.width,
-        )
+        return self.sharding.router()
 
     def shard(self, path: PathID) -> Shard:
         """The shard of a path."""
-        return Shard.from_bytes(
-            self.shard_file(path).read_bytes(),
-            path=path,
-            sequence_tokens=self.config.model.sequence_tokens,
-            vocab_size=self.config.model.vocab_size,
-        )
+        return self.sharding.shard(path)
 
     def module_state(self, module: ModuleID) -> ModuleState:
         """Version 0 of a module."""
@@ -117,8 +121,13 @@ class Start:
             write_module(net, self.topology, module, self.module_state(module).parameters)
         return net
 
+    def feature_extractor(self, device: torch.device | str = "cpu") -> FeatureExtractor:
+        """What routers see of a prefix, computed by the dense start on a device."""
+        return feature_extractor(self.net().to(device))
+
 
 def single_path(config: RunConfig, num_steps: int) -> RunConfig:
     """The run in which one path is the whole network: a dense model, for `num_steps` steps."""
     rounds = RoundsConfig(num_rounds=1, inner_steps=max(num_steps, 1), round_seconds=1.0)
-    return replace(config, topology=TopologyConfig(levels=(1,)), rounds=rounds)
+    routing = RoutingConfig(prefix_tokens=config.routing.prefix_tokens)
+    return replace(config, topology=TopologyConfig(levels=(1,)), rounds=rounds, routing=routing)

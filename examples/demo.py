@@ -28,7 +28,8 @@ from rich.text import Text
 from dipaco.checkpoint import decode_state
 from dipaco.inner import PathTrainer
 from dipaco.model import num_parameters
-from dipaco.reference import Evaluations, total, train_dense
+from dipaco.reference import evaluate_dense, total, train_dense
+from dipaco.rounds import Evaluations
 from dipaco.start import Start
 from dipaco.topology import ModuleID
 from peer.store import BlobStore
@@ -290,7 +291,8 @@ class Demo:
             console=self.console,
         ) as progress:
             task = progress.add_task("dense", total=steps)
-            return train_dense(self._start, steps, on_step=lambda step: progress.advance(task))
+            dense = train_dense(self._start, steps, on_step=lambda step: progress.advance(task))
+        return evaluate_dense(self._start, dense)
 
 
 def newest_versions(volunteers: list[Volunteer]) -> dict[str, int]:

@@ -24,7 +24,6 @@ def test_train_prints_perplexities_and_digests(start: Start, tmp_path: Path) -> 
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "validation perplexity" in done.stdout
-    assert len(list((start.directory / "final").iterdir())) == len(start.topology.modules)
     assert "round 3" in done.stderr
 
 

@@ -46,7 +46,7 @@ def test_the_swarm_reproduces_the_oracle(tmp_path: Path, wire_format: str) -> No
     states = asyncio.run(run_swarm(tmp_path))
     assert {version for _, version in states} == set(range(1, NUM_ROUNDS + 1))
     assert all(len(digests) == 1 for digests in states.values())
-    oracle = train(start, num_rounds=NUM_ROUNDS)
+    oracle = train(start, tmp_path / "oracle", num_rounds=NUM_ROUNDS)
     final = {m: digests for (m, version), digests in states.items() if version == NUM_ROUNDS}
     assert final == {str(module): {digest} for module, digest in oracle.digests.items()}
 

@@ -1,0 +1,206 @@
+"""What each round of a training on one machine leaves on disk: whole, or not there at all.
+
+    round-000012/  modules/  optimizers/  residuals/  early-stopped/  reports.json
+
+A round is written next to the one before, which it replaces only when it is complete. So an
+interrupted training continues at the round it was in, bit for bit. Files that a round does not
+change are links to those of the round before.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dipaco.checkpoint import ModuleState, decode_state, encode_state, write_atomically
+from dipaco.config import RunConfig
+from dipaco.errors import BadBytes
+from dipaco.evaluate import Evaluation
+from dipaco.model import num_parameters
+from dipaco.tensors import decode_tensors, encode_tensors
+from dipaco.topology import ModuleID, PathID, Topology
+
+Evaluations = dict[PathID, Evaluation]
+"""Each path, scored on the validation part of its own shard."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoundReport:
+    """What there is to say of a round; `round` 0 is the start, before any training.
+
+    Mean training loss (nats per token) of the paths that trained, the last evaluation of every
+    path, and for each module that took a step the ratio that `dipaco.outer.Reduced` explains.
+    """
+
+    round: int
+    losses: dict[PathID, float]
+    evaluations: Evaluations
+    norm_ratios: dict[ModuleID, float]
+
+
+class RoundFiles:
+    """The files of one round."""
+
+    def __init__(self, directory: Path, config: RunConfig) -> None:
+        self.directory = directory
+        self._config = config
+        self._topology = Topology.of(config)
+
+    @property
+    def number(self) -> int:
+        """How many rounds were trained."""
+        return int(self.directory.name.removesuffix(_PARTIAL).removeprefix(_ROUND))
+
+    def state(self, module: ModuleID) -> ModuleState:
+        """A module after this round; BadBytes if it is damaged."""
+        size = num_parameters(self._config.model, self._topology, module)
+        try:
+            return decode_state(self._module_file(module).read_bytes(), num_parameters=size)
+        except FileNotFoundError as error:
+            raise BadBytes(f"{self.directory} has no module {module}", hint=_HINT) from error
+
+    def write_state(self, module: ModuleID, state: ModuleState) -> None:
+        """Keep a module."""
+        write_atomically(self._module_file(module), encode_state(state))
+
+    def optimizer_file(self, path: PathID, replica: int) -> Path:
+        """The optimizer's state of one replica of a path; it may not be there."""
+        return self.directory / "optimizers" / f"{path}-{replica}.safetensors"
+
+    def residuals(self, path: PathID, replica: int) -> dict[ModuleID, Tensor]:
+        """What a replica's outer gradients lost in compression so far, by module."""
+        sizes = {
+            module: num_parameters(self._config.model, self._topology, module)
+            for module in self._topology.modules_of(path)
+        }
+        layout = {str(module): (torch.float32, (size,)) for module, size in sizes.items()}
+        try:
+            tensors = decode_tensors(self._residual_file(path, replica).read_bytes(), layout)
+        except FileNotFoundError:
+            return {}
+        except ValueError as error:
+            raise BadBytes(f"residuals of path {path} are damaged", hint=_HINT) from error
+        return {ModuleID.parse(name): residual for name, residual in tensors.items()}
+
+    def write_residuals(
+        self, path: PathID, replica: int, residuals: dict[ModuleID, Tensor]
+    ) -> None:
+        """Keep the residuals of a replica; nothing is written if there are none."""
+        if residuals:
+            tensors = {str(module): residual for module, residual in residuals.items()}
+            write_atomically(self._residual_file(path, replica), encode_tensors(tensors))
+
+    def early_stopped(self, path: PathID) -> dict[ModuleID, Tensor]:
+        """The parameters with which a path did best on its validation rows, by module."""
+        sizes = {
+            module: num_parameters(self._config.model, self._topology, module)
+            for module in self._topology.modules_of(path)
+        }
+        layout = {str(module): (torch.float32, (size,)) for module, size in sizes.items()}
+        try:
+            tensors = decode_tensors(self._early_stopped_file(path).read_bytes(), layout)
+        except (OSError, ValueError) as error:
+            raise BadBytes(
+                f"{self.directory} has no early-stopped path {path}",
+                hint="train with --early-stopping",
+            ) from error
+        return {ModuleID.parse(name): parameters for name, parameters in tensors.items()}
+
+    def write_early_stopped(self, path: PathID, parameters: dict[ModuleID, Tensor]) -> None:
+        """Keep a path as it is."""
+        tensors = {str(module): vector for module, vector in parameters.items()}
+        write_atomically(self._early_stopped_file(path), encode_tensors(tensors))
+
+    def reports(self) -> list[RoundReport]:
+        """What was reported of every round so far."""
+        try:
+            return [_report_of(entry) for entry in json.loads(self._report_file.read_text())]
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise BadBytes(f"{self._report_file} is damaged", hint=_HINT) from error
+
+    def write_reports(self, reports: list[RoundReport]) -> None:
+        """Keep the reports."""
+        text = json.dumps([_plain(report) for report in reports], indent=1)
+        write_atomically(self._report_file, (text + "\n").encode())
+
+    @property
+    def _report_file(self) -> Path:
+        return self.directory / "reports.json"
+
+    def _module_file(self, module: ModuleID) -> Path:
+        return self.directory / "modules" / f"{module}.safetensors"
+
+    def _residual_file(self, path: PathID, replica: int) -> Path:
+        return self.directory / "residuals" / f"{path}-{replica}.safetensors"
+
+    def _early_stopped_file(self, path: PathID) -> Path:
+        return self.directory / "early-stopped" / f"{path}.safetensors"
+
+
+_ROUND = "round-"
+_PARTIAL = ".partial"
+_FOLDERS = ("modules", "optimizers", "residuals", "early-stopped")
+_HINT = "delete that folder to train from the start"
+
+
+def latest_round(directory: Path, config: RunConfig) -> RoundFiles | None:
+    """The last complete round in a training's directory; None if there is none."""
+    rounds = sorted(
+        folder for folder in directory.glob(f"{_ROUND}*") if not folder.name.endswith(_PARTIAL)
+    )
+    return RoundFiles(rounds[-1], config) if rounds else None
+
+
+@contextmanager
+def next_round(directory: Path, config: RunConfig) -> Iterator[RoundFiles]:
+    """The round after the latest, or round 0: becomes the latest when the context ends well.
+
+    Begins as a copy of the latest round, which is deleted afterwards.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    for leftover in directory.glob(f"*{_PARTIAL}"):
+        shutil.rmtree(leftover)
+    before = latest_round(directory, config)
+    number = 0 if before is None else before.number + 1
+    partial = directory / f"{_ROUND}{number:06}{_PARTIAL}"
+    if before is None:
+        partial.mkdir()
+    else:
+        shutil.copytree(before.directory, partial, copy_function=os.link)
+    for folder in _FOLDERS:
+        (partial / folder).mkdir(exist_ok=True)
+    yield RoundFiles(partial, config)
+    partial.rename(partial.with_name(partial.name.removesuffix(_PARTIAL)))
+    if before is not None:
+        shutil.rmtree(before.directory)
+
+
+def _plain(report: RoundReport) -> dict[str, object]:
+    return {
+        "round": report.round,
+        "losses": {str(path): loss for path, loss in report.losses.items()},
+        "evaluations": {
+            str(path): [evaluation.nll_sum, evaluation.num_tokens]
+            for path, evaluation in report.evaluations.items()
+        },
+        "norm_ratios": {str(module): ratio for module, ratio in report.norm_ratios.items()},
+    }
+
+
+def _report_of(entry: dict[str, Any]) -> RoundReport:
+    return RoundReport(
+        round=int(entry["round"]),
+        losses={PathID.parse(path): float(v) for path, v in entry["losses"].items()},
+        evaluations={
+            PathID.parse(path): Evaluation(nll_sum=nll_sum, num_tokens=int(num_tokens))
+            for path, (nll_sum, num_tokens) in entry["evaluations"].items()
+        },
+        norm_ratios={ModuleID.parse(m): float(v) for m, v in entry["norm_ratios"].items()},
+    )

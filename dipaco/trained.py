@@ -1,0 +1,241 @@
+"""What a training left, for those who use the model: one path at a time, never the whole.
+
+A directory holds a preparation and, next to it, one training per configuration. The router needs
+the dense start, which has one path's size; everything else is loaded path by path.
+"""
+
+# ruff: noqa: N806 - arrays carry their shape in their name: N sequences, T tokens, P paths
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dipaco.checkpoint import write_atomically
+from dipaco.config import RunConfig
+from dipaco.corpus import Split
+from dipaco.errors import ConfigError
+from dipaco.evaluate import Evaluation, token_nll
+from dipaco.model import PathNet, write_module
+from dipaco.preparation import Progress
+from dipaco.reference import phase_sharding
+from dipaco.rerouting import boundaries, choices_of_router, evaluate_choices
+from dipaco.rounds import RoundFiles, latest_round
+from dipaco.routing import FeatureExtractor, Router, ranking
+from dipaco.sharding import Sharding
+from dipaco.start import Start
+from dipaco.topology import PathID
+
+if TYPE_CHECKING:
+    from dipaco.token_router import TokenRouter
+
+TOKEN_ROUTER_FILE = "token-router.safetensors"
+_EVALUATION_BATCH = 64
+
+
+def training_directory(directory: Path, config: RunConfig) -> Path:
+    """Where a training of this configuration lies: another configuration, another place."""
+    return directory / f"training-{config.fingerprint()[:12]}"
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """The modules after the last complete round, the router in force, and the tokenizer."""
+
+    start: Start
+    files: RoundFiles
+    device: torch.device
+
+    @classmethod
+    def load(cls, directory: Path, device: torch.device | str = "cpu") -> "TrainedModel":
+        """The training of the configuration that `directory` was last prepared for.
+
+        ConfigError if there is none.
+        """
+        start = Start.load(directory)
+        files = latest_round(training_directory(directory, start.config), start.config)
+        if files is None:
+            raise ConfigError(
+                f"{directory} holds no training of {start.config.name}",
+                hint=f"train it: `dipaco train CONFIG --dir {directory}`",
+            )
+        return cls(start, files, torch.device(device))
+
+    @property
+    def config(self) -> RunConfig:
+        """The run's configuration."""
+        return self.start.config
+
+    @property
+    def round(self) -> int:
+        """Number of rounds that were trained."""
+        return self.files.number
+
+    @property
+    def token_router_file(self) -> Path:
+        """Where the token-level router of this training lies, if there is one."""
+        return self.files.directory.parent / TOKEN_ROUTER_FILE
+
+    @cached_property
+    def sharding(self) -> Sharding:
+        """The router and shards of the last round."""
+        phases = [phase for phase in self.config.routing.phases if phase < self.round]
+        if not phases:
+            return self.start.sharding
+        return phase_sharding(self.files.directory.parent, self.config, phases[-1])
+
+    @cached_property
+    def router(self) -> Router:
+        """What chooses the path of a prefix."""
+        return self.sharding.router()
+
+    @cached_property
+    def features(self) -> FeatureExtractor:
+        """What the router sees."""
+        return self.start.feature_extractor(self.device)
+
+    @cached_property
+    def token_router(self) -> "TokenRouter":
+        """What chooses the path at any token; ConfigError if it was not trained."""
+        try:
+            raw = self.token_router_file.read_bytes()
+        except FileNotFoundError as error:
+            raise ConfigError(
+                "this training has no token-level router",
+                hint=f"train it: `dipaco train-router {self.start.directory}`",
+            ) from error
+        from dipaco.token_router import TokenRouter
+
+        return TokenRouter.from_bytes(raw, self.config)
+
+    def net(self, number: int, *, early_stopped: bool = False) -> PathNet:
+        """The network of a path, by its number; early-stopped, if it was trained so."""
+        topology = self.start.topology
+        path = topology.path_at(number)
+        net = PathNet(self.config.model)
+        if early_stopped:
+            parameters = self.files.early_stopped(path)
+        else:
+            modules = topology.modules_of(path)
+            parameters = {module: self.files.state(module).parameters for module in modules}
+        for module, vector in parameters.items():
+            write_module(net, topology, module, vector)
+        return net.to(self.device)
+
+    def choose(self, tokens: Sequence[int]) -> int:
+        """The number of the path for what follows `tokens`, by their last `prefix_tokens`.
+
+        A shorter text is repeated to that length, because the router only knows such prefixes.
+        """
+        prefix_tokens = self.config.routing.prefix_tokens
+        if not tokens:
+            raise ConfigError("the prompt is empty", hint="the prompt chooses the path: write some")
+        window = np.resize(np.array(tokens[-prefix_tokens:], dtype=np.uint16), (1, prefix_tokens))
+        best = ranking(self.router, window, self.features, prefix_tokens=prefix_tokens, num_best=1)
+        return int(best[0, 0])
+
+    def path(self, name: str) -> PathID:
+        """The path of that name; ConfigError if there is none."""
+        topology = self.start.topology
+        try:
+            path = PathID.parse(name)
+        except ValueError:
+            path = PathID((-1,))
+        if not topology.has_path(path):
+            raise ConfigError(
+                f"there is no path {name!r}",
+                hint=f"paths go from {topology.paths[0]} to {topology.paths[-1]}",
+            )
+        return path
+
+
+def evaluate_model(
+    model: TrainedModel,
+    split: Split,
+    *,
+    every: int = 0,
+    by_token: bool = False,
+    early_stopped: bool = False,
+    on_path: Progress = lambda stage, done, total: None,
+) -> dict[int, Evaluation]:
+    """Score the sequences of a split, by path number, re-routed every `every` tokens unless 0.
+
+    The first path is always the router's. `by_token` lets the token-level router choose the ones
+    after it. ConfigError if the split is empty.
+    """
+    rows = model.start.rows(split)
+    if not len(rows):
+        raise ConfigError(
+            f"the {split} part of the corpus is empty", hint=f"raise corpus.{split}_fraction"
+        )
+    config = model.config
+    prefix_tokens = config.routing.prefix_tokens
+    at = boundaries(
+        prefix_tokens=prefix_tokens, sequence_tokens=config.model.sequence_tokens, every=every
+    )
+    routed = at[:1] if by_token else at
+    choices = choices_of_router(
+        model.router, rows, model.features, prefix_tokens=prefix_tokens, at=routed
+    )
+    if by_token:
+        choices = np.concatenate([choices, model.token_router.choose(rows, at[1:])], axis=1)
+    numbers = np.unique(choices)
+    stage = f"every {every} tokens" if every else "once per sequence"
+    done = count(1)
+
+    def forward_of(number: int) -> Callable[[Tensor], Tensor]:
+        on_path(stage, next(done), len(numbers))
+        return model.net(number, early_stopped=early_stopped)
+
+    return evaluate_choices(
+        forward_of,
+        rows,
+        choices,
+        at=at,
+        pad=config.model.pad_token,
+        batch_sequences=_EVALUATION_BATCH,
+        device=model.device,
+    )
+
+
+def train_token_router_of(
+    model: TrainedModel, num_steps: int, progress: Progress = lambda stage, done, total: None
+) -> "TokenRouter":
+    """Train the token-level router for the paths as they are, and keep it (paper 7.2.2).
+
+    Scores the router data under one path after another. ConfigError if there is none.
+    """
+    rows = model.start.rows("router")
+    if not len(rows):
+        raise ConfigError("there is no router data", hint="raise routing.router_fraction")
+    num_paths = model.config.topology.num_paths
+    scores_NTP = np.empty((*rows.shape, num_paths), dtype=np.float32)
+    tokens_NT = torch.from_numpy(rows.astype(np.int64)).to(model.device)
+    for number in range(num_paths):
+        nll_NT = token_nll(
+            model.net(number),
+            tokens_NT,
+            prefix_tokens=model.config.routing.prefix_tokens,
+            pad=model.config.model.pad_token,
+            batch_sequences=_EVALUATION_BATCH,
+        )
+        scores_NTP[:, :, number] = -nll_NT.numpy()
+        progress("router data", number + 1, num_paths)
+    from dipaco.token_router import train_token_router
+
+    router = train_token_router(
+        model.start.net().to(model.device),
+        rows,
+        scores_NTP,
+        config=model.config,
+        num_steps=num_steps,
+        on_progress=lambda done, total: progress("token-level router", done, total),
+    )
+    write_atomically(model.token_router_file, router.to_bytes())
+    return router

@@ -1,0 +1,210 @@
+"""`dipaco evaluate`, `generate` and `export`: a trained model in use, path by path."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from dipaco.command_options import (
+    device_option,
+    early_stopped_option,
+    open_device,
+    threads_option,
+    token_router_option,
+    trained_dir,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from dipaco.evaluate import Evaluation
+    from dipaco.trained import TrainedModel
+
+
+@click.command()
+@trained_dir
+@click.option(
+    "--split",
+    type=click.Choice(["test", "valid"]),
+    default="test",
+    show_default=True,
+    help="Text that nothing was trained on; of `valid`, early stopping has seen a part.",
+)
+@click.option(
+    "--reroute",
+    "every",
+    type=click.IntRange(1),
+    multiple=True,
+    metavar="W",
+    help="Also choose the path anew every W tokens. May be given several times.",
+)
+@token_router_option
+@early_stopped_option
+@click.option("--json", "as_json", is_flag=True, help="Print figures for programs.")
+@device_option
+@threads_option
+def evaluate(  # noqa: PLR0913 - one parameter per option
+    directory: Path,
+    split: str,
+    every: "tuple[int, ...]",
+    token_router: bool,
+    early_stopped: bool,
+    as_json: bool,
+    device_name: str,
+    threads: int,
+) -> None:
+    """Perplexity of a trained model: the whole, each path, and re-routed.
+
+    DIR is what `dipaco train --dir` filled. The first tokens of a sequence, which choose its
+    path, are not counted. Paths are loaded one after another.
+    """
+    from rich.console import Console
+
+    from dipaco.progress import StageBars, progress_bars
+    from dipaco.rerouting import whole
+    from dipaco.trained import TrainedModel, evaluate_model
+
+    device = open_device(device_name, threads)
+    model = TrainedModel.load(directory, device)
+    results = {}
+    with progress_bars(Console(stderr=True)) as progress:
+        bars = StageBars(progress)
+        for interval in (0, *every):
+            results[interval] = evaluate_model(
+                model,
+                "valid" if split == "valid" else "test",
+                every=interval,
+                by_token=token_router and interval > 0,
+                early_stopped=early_stopped,
+                on_path=bars.update,
+            )
+    if as_json:
+        topology = model.start.topology
+        figures = {
+            "round": model.round,
+            "perplexity": {str(n): whole(result).perplexity for n, result in results.items()},
+            "tokens": whole(results[0]).num_tokens,
+            "paths": {
+                str(topology.path_at(number)): evaluation.perplexity
+                for number, evaluation in results[0].items()
+            },
+        }
+        click.echo(json.dumps(figures, indent=1))
+    else:
+        _print_evaluations(model, results)
+
+
+def _print_evaluations(model: "TrainedModel", results: "dict[int, dict[int, Evaluation]]") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from dipaco.rerouting import whole
+
+    names = ["once per sequence", *(f"every {interval} tokens" for interval in results if interval)]
+    table = Table("path", "tokens", *names, title=f"perplexity after round {model.round}")
+    numbers = sorted({number for result in results.values() for number in result})
+    for number in numbers:
+        cells = [
+            f"{result[number].perplexity:.2f}" if number in result else "-"
+            for result in results.values()
+        ]
+        tokens = f"{results[0][number].num_tokens:,}" if number in results[0] else "0"
+        table.add_row(str(model.start.topology.path_at(number)), tokens, *cells)
+    table.add_section()
+    cells = [f"{whole(result).perplexity:.2f}" for result in results.values()]
+    table.add_row("all", f"{whole(results[0]).num_tokens:,}", *cells)
+    Console().print(table)
+
+
+@click.command()
+@trained_dir
+@click.argument("prompt")
+@click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(0.0),
+    default=0.8,
+    show_default=True,
+    help="0 takes the likeliest token each time.",
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--path", "path_name", metavar="PATH", help="Use this path instead of routing.")
+@click.option(
+    "--reroute", "every", type=click.IntRange(1), metavar="W", help="Choose anew every W tokens."
+)
+@token_router_option
+@early_stopped_option
+@device_option
+@threads_option
+def generate(  # noqa: PLR0913 - one parameter per option
+    directory: Path,
+    prompt: str,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    path_name: str | None,
+    every: int | None,
+    token_router: bool,
+    early_stopped: bool,
+    device_name: str,
+    threads: int,
+) -> None:
+    """Continue PROMPT: the router chooses a path, which is loaded and writes.
+
+    DIR is what `dipaco train --dir` filled. Text goes to stdout as it comes, which paths wrote it
+    to stderr.
+    """
+    from dipaco.generate import generate as tokens_of
+    from dipaco.generate import stream_text
+    from dipaco.trained import TrainedModel
+
+    model = TrainedModel.load(directory, open_device(device_name, threads))
+    tokenizer = model.start.tokenizer()
+    prompt_tokens = tokenizer.encode(prompt)
+    tokens = tokens_of(
+        prompt_tokens,
+        net_of=lambda number: model.net(number, early_stopped=early_stopped),
+        choose=_chooser(model, path_name, token_router),
+        reroute_every=every or 0,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        end_token=model.config.model.end_token,
+    )
+    click.echo(prompt, nl=False)
+    for text in stream_text(prompt_tokens, tokens, tokenizer):
+        click.echo(text, nl=False)
+    click.echo()
+    taken = ", ".join(str(model.start.topology.path_at(number)) for number in tokens.paths)
+    click.echo(f"[path {taken}; {tokens.num_switches} switches]", err=True)
+
+
+def _chooser(
+    model: "TrainedModel", path_name: str | None, token_router: bool
+) -> "Callable[[Sequence[int]], int]":
+    if path_name is not None:
+        number = model.start.topology.path_index(model.path(path_name))
+        return lambda tokens: number
+    return model.token_router.next_path if token_router else model.choose
+
+
+@click.command()
+@trained_dir
+@click.argument("path_name", metavar="PATH")
+@click.argument("target", type=click.Path(path_type=Path), metavar="TARGET")
+@early_stopped_option
+def export(directory: Path, path_name: str, target: Path, early_stopped: bool) -> None:
+    """Write one path as a model directory for the `transformers` library.
+
+    DIR is what `dipaco train --dir` filled, PATH a path such as 0.1. TARGET is a directory that
+    is empty or not there; it gets configuration, weights and tokenizer.
+    """
+    from dipaco.llama import export_llama
+    from dipaco.trained import TrainedModel
+
+    model = TrainedModel.load(directory)
+    path = model.path(path_name)
+    net = model.net(model.start.topology.path_index(path), early_stopped=early_stopped)
+    export_llama(net, model.start.tokenizer_file.read_bytes(), target)
+    click.echo(f"path {path} after round {model.round} is in {target}")

@@ -1,0 +1,211 @@
+"""The parts of the loop on one machine beyond Algorithm 1: resuming, phases, turns, evaluation."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dipaco.config import RoutingConfig, RunConfig, TopologyConfig
+from dipaco.errors import ConfigError
+from dipaco.evaluate import Evaluation
+from dipaco.preparation import prepare_start
+from dipaco.reference import Options, paths_of_round, total, train
+from dipaco.rerouting import boundaries, evaluate_choices, whole
+from dipaco.rounds import latest_round
+from dipaco.start import Start
+from dipaco.topology import PathID, Topology
+from dipaco.trained import TrainedModel, evaluate_model, training_directory
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error
+    pass
+
+
+@pytest.fixture(scope="module")
+def phased(tiny: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Start:
+    """A run that shards its data anew after its first round, with 8-bit outer gradients."""
+    routing = replace(
+        tiny.routing, method="discriminative", phases=(1,), router_fraction=0.1, overlap=2
+    )
+    corpus = replace(tiny.corpus, test_fraction=0.1)
+    outer = replace(tiny.outer, wire_format="int8")
+    config = replace(tiny, routing=routing, corpus=corpus, outer=outer)
+    return prepare_start(config, tmp_path_factory.mktemp("phased"))
+
+
+@pytest.fixture(scope="module")
+def trained(phased: Start) -> TrainedModel:
+    directory = training_directory(phased.directory, phased.config)
+    train(phased, directory, num_rounds=3, options=Options(early_stopping=True))
+    return TrainedModel.load(phased.directory)
+
+
+@pytest.mark.parametrize("interrupted_at", [1, 22, 40])
+def test_an_interrupted_training_continues_bit_for_bit(
+    phased: Start, trained: TrainedModel, interrupted_at: int, tmp_path: Path
+) -> None:
+    """Interrupted at any step: in the first round, before or after the new sharding."""
+    done = 0
+
+    def interrupt(path: PathID, position: int) -> None:
+        nonlocal done
+        done += 1
+        if done == interrupted_at:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train(phased, tmp_path, num_rounds=3, on_step=interrupt)
+    steps: list[int] = []
+    result = train(
+        phased, tmp_path, num_rounds=3, on_step=lambda path, position: steps.append(position)
+    )
+    steps_per_round = phased.config.rounds.inner_steps * phased.topology.num_paths
+    assert len(steps) == 3 * steps_per_round - (interrupted_at - 1) // steps_per_round * (
+        steps_per_round
+    )
+    for module, state in result.states.items():
+        assert torch.equal(state.parameters, trained.files.state(module).parameters)
+        assert torch.equal(state.momentum, trained.files.state(module).momentum)
+
+
+def test_a_phase_shards_anew_by_what_the_paths_predict_best(
+    phased: Start, trained: TrainedModel
+) -> None:
+    before, after = phased.sharding, trained.sharding
+    assert before.router_file.read_bytes() != after.router_file.read_bytes()
+    num_rows = len(phased.rows("train"))
+    for sharding in (before, after):
+        shards = [sharding.shard(path) for path in phased.topology.paths]
+        # Each sequence lies in the shards of its two best paths; validation in one only.
+        assert sum(len(shard.train) for shard in shards) >= 2 * num_rows
+        assert sum(len(shard.valid) for shard in shards) == len(phased.rows("valid"))
+
+
+def test_router_data_is_trained_on_by_nobody(phased: Start) -> None:
+    router = {row.tobytes() for row in phased.rows("router")}
+    assert router
+    for path in phased.topology.paths:
+        assert not router & {row.tobytes() for row in phased.shard(path).train}
+
+
+def test_each_path_gets_its_turn(tiny: RunConfig) -> None:
+    topology = TopologyConfig(levels=(8, 8, 8))
+    model = replace(tiny.model, num_blocks=3)
+    rounds = replace(tiny.rounds, paths_per_round=100)
+    config = replace(tiny, topology=topology, model=model, rounds=rounds)
+    cut = Topology.of(config)
+    turns = [paths_of_round(config, cut, round_) for round_ in range(6)]
+    assert sorted(path for turn in turns for path in turn) == list(cut.paths)
+    assert turns[0] != paths_of_round(config, cut, 6)
+
+
+def test_a_part_of_the_paths_trains_in_a_round(start: Start, tmp_path: Path) -> None:
+    rounds = replace(start.config.rounds, paths_per_round=1)
+    some = prepare_start(replace(start.config, rounds=rounds), start.directory)
+    reports = []
+    result = train(some, tmp_path, num_rounds=1, on_round=reports.append)
+    (path,) = reports[0].losses
+    assert set(reports[0].norm_ratios) == set(some.topology.modules_of(path))
+    moved = {module for module, state in result.states.items() if state.momentum.any()}
+    assert moved == set(some.topology.modules_of(path))
+
+
+def test_replicas_of_one_path_are_diloco(tiny: RunConfig, tmp_path: Path) -> None:
+    """Replicas see different batches, and their outer gradients are averaged."""
+    config = replace(tiny, topology=TopologyConfig(levels=(1,)))
+    single = prepare_start(config, tmp_path / "start")
+    ratios = []
+    for replicas in (1, 3):
+        files = tmp_path / str(replicas)
+        train(single, files, num_rounds=1, options=Options(replicas=replicas))
+        latest = latest_round(files, config)
+        assert latest is not None
+        ratios.append(max(latest.reports()[-1].norm_ratios.values()))
+    assert ratios[0] == pytest.approx(1.0)
+    assert ratios[1] < 0.99
+
+
+def test_early_stopping_keeps_each_path_at_its_best(trained: TrainedModel) -> None:
+    reports = trained.files.reports()
+    for number, path in enumerate(trained.start.topology.paths):
+        best = min(report.evaluations[path].perplexity for report in reports[2:])
+        rows = trained.sharding.shard(path).valid[: trained.config.rounds.eval_sequences]
+        net = trained.net(number, early_stopped=True)
+        found = evaluate_choices(
+            lambda number, net=net: net,  # type: ignore[misc]
+            rows,
+            np.zeros((len(rows), 1), dtype=np.int64),
+            at=[trained.config.routing.prefix_tokens],
+            pad=trained.config.model.pad_token,
+            batch_sequences=8,
+        )
+        assert whole(found).perplexity == pytest.approx(best, rel=1e-5)
+
+
+def test_rerouting_scores_every_token_once(trained: TrainedModel) -> None:
+    once = whole(evaluate_model(trained, "test"))
+    often = evaluate_model(trained, "test", every=8)
+    assert whole(often).num_tokens == once.num_tokens > 0
+    assert len(often) > 1
+
+
+def test_evaluation_loads_one_path_at_a_time_and_agrees_with_training(
+    trained: TrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scored by the shards' own rows, or routed anew: the same whole."""
+    monkeypatch.setattr(TrainedModel, "net", counted(TrainedModel.net, loaded := []))
+    routed = whole(evaluate_model(trained, "valid"))
+    assert len(loaded) == len(set(loaded)) <= trained.start.topology.num_paths
+    by_shard = []
+    for number, path in enumerate(trained.start.topology.paths):
+        rows = trained.sharding.shard(path).valid
+        found = evaluate_choices(
+            trained.net,
+            rows,
+            np.full((len(rows), 1), number),
+            at=[trained.config.routing.prefix_tokens],
+            pad=trained.config.model.pad_token,
+            batch_sequences=8,
+        )
+        by_shard.append(whole(found))
+    together: Evaluation = sum(by_shard[1:], by_shard[0])
+    assert together.num_tokens == routed.num_tokens
+    assert together.perplexity == pytest.approx(routed.perplexity, rel=1e-3)
+
+
+def counted(
+    function: Callable[..., torch.nn.Module], calls: list[int]
+) -> Callable[..., torch.nn.Module]:
+    def call(self: TrainedModel, number: int, **options: bool) -> torch.nn.Module:
+        calls.append(number)
+        return function(self, number, **options)
+
+    return call
+
+
+def test_boundaries_begin_after_the_prefix() -> None:
+    assert boundaries(prefix_tokens=32, sequence_tokens=128, every=0) == [32]
+    assert boundaries(prefix_tokens=32, sequence_tokens=128, every=40) == [32, 72, 112]
+
+
+def test_a_prompt_of_any_length_has_a_path(trained: TrainedModel) -> None:
+    tokens = [int(token) for token in trained.start.rows("test")[0]]
+    for length in (1, 31, 64):
+        assert 0 <= trained.choose(tokens[:length]) < 4
+    with pytest.raises(ConfigError, match="prompt is empty"):
+        trained.choose([])
+
+
+def test_without_router_data_there_is_no_phase(tiny: RunConfig) -> None:
+    with pytest.raises(ConfigError, match="without a phase or router data"):
+        RoutingConfig(method="discriminative", phases=(2,))
+    with pytest.raises(ConfigError, match=r"phases is \[4, 2\]"):
+        RoutingConfig(method="discriminative", phases=(4, 2), router_fraction=0.1)
+
+
+def test_the_whole_learns(trained: TrainedModel) -> None:
+    first, *_, last = trained.files.reports()
+    assert total(last.evaluations).perplexity < total(first.evaluations).perplexity
