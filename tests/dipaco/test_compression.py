@@ -15,17 +15,28 @@ from dipaco.compression import (
     dynamic_table,
     encode,
     encoded_bytes,
+    four_bit_table,
 )
 from dipaco.errors import BadContribution
-from dipaco.tensors import decode_tensors, layout_of
+from dipaco.tensors import decode_tensors, encode_tensors, layout_of
 
-FORMATS: list[WireFormat] = ["float32", "float16", "int8"]
-SIZES = [1, 255, 256, 257, 5000]
+FORMATS: list[WireFormat] = ["float32", "float16", "int8", "int4"]
+# The largest error, as a share of the largest magnitude in a block: half of the widest gap in the
+# table, or all of it where nothing stands for -1; and for 4 bits, what rounds the scale and values.
+MAX_ERROR = {"int8": 0.04, "int4": 0.135}
+SIZES = [1, 63, 64, 65, 255, 256, 257, 5000, 2**17 + 1]
 
 
 def a_vector(size: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(size, generator=generator) * torch.logspace(-8, 2, size)
+
+
+def scale_of(vector: torch.Tensor, wire_format: WireFormat) -> torch.Tensor:
+    """The largest magnitude in the block of each value."""
+    block_values = BLOCK_VALUES[wire_format]
+    largest = [block.abs().max() for block in torch.split(vector, block_values)]
+    return torch.tensor(largest).repeat_interleave(block_values)[: len(vector)]
 
 
 @pytest.mark.parametrize("wire_format", FORMATS)
@@ -35,10 +46,9 @@ def test_sizes_are_exact_and_errors_are_small(wire_format: WireFormat, size: int
     raw = encode(vector, wire_format)
     assert len(raw) == encoded_bytes(wire_format, size)
     decoded = decode(raw, wire_format, num_parameters=size)
-    if wire_format == "int8":
-        scale = torch.tensor([block.abs().max() for block in torch.split(vector, BLOCK_VALUES)])
-        error = (decoded - vector).abs() / scale.repeat_interleave(BLOCK_VALUES)[:size]
-        assert error.max() <= 0.04
+    if wire_format in BLOCK_VALUES:
+        scale = scale_of(vector, wire_format)
+        assert ((decoded - vector).abs() / scale).max() <= MAX_ERROR[wire_format]
     else:
         assert torch.equal(decoded, vector.to(getattr(torch, wire_format)).float())
 
@@ -53,10 +63,48 @@ def test_decoding_gives_the_bits_of_the_kernels(size: int) -> None:
     raw = encode(a_vector(size), "int8")
     tensors = decode_tensors(raw, layout_of(raw))
     state = QuantState(
-        tensors["scales"], code=dynamic_table(), blocksize=BLOCK_VALUES, dtype=torch.float32
+        tensors["scales"], code=dynamic_table(), blocksize=BLOCK_VALUES["int8"], dtype=torch.float32
     )
     expected = dequantize_blockwise(tensors["values"], state)
     assert torch.equal(decode(raw, "int8", num_parameters=size), expected)
+
+
+@given(
+    st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=300),
+    st.integers(-126, 120),
+)
+def test_four_bits_take_any_finite_values(values: list[float], exponent: int) -> None:
+    """Denormal ones, the largest ones, zeros, and blocks of both or of one scale alone."""
+    some = torch.tensor(values)
+    alike = torch.linspace(-1, 1, len(values)) * 2.0**exponent
+    for vector in (some, alike):
+        raw = encode(vector, "int4")
+        assert raw == encode(vector, "int4")
+        decoded = decode(raw, "int4", num_parameters=len(vector))
+        allowed = scale_of(vector, "int4").double() * MAX_ERROR["int4"] + 2.0**-100
+        assert ((decoded.double() - vector.double()).abs() <= allowed).all()
+
+
+def test_four_bits_stand_for_the_same_values_everywhere() -> None:
+    codes = torch.arange(256, dtype=torch.uint8)
+    scales = torch.tensor([1.0, -0.3125, 2.0**100, 0.0, 1e-30, -7.0, 3.0, 1.0]).bfloat16()
+    decoded = decode(
+        encode_tensors({"values": codes, "scales": scales}), "int4", num_parameters=512
+    )
+    table = [x / 256 for x in (-224, -179, -142, -110, -80, -53, -26, 0)]
+    table += [x / 256 for x in (25, 50, 77, 104, 133, 166, 205, 256)]
+    pairs = [value for byte in range(256) for value in (table[byte % 16], table[byte // 16])]
+    expected = torch.tensor(pairs) * scales.float().repeat_interleave(64)
+    assert torch.equal(decoded, expected)
+
+
+def test_four_bits_lose_little_of_values_with_heavy_tails() -> None:
+    generator = torch.Generator().manual_seed(0)
+    vector = torch.randn(2**16, generator=generator) * torch.randn(2**16, generator=generator)
+    decoded = decode(encode(vector, "int4"), "int4", num_parameters=2**16)
+    assert (decoded - vector).norm() / vector.norm() < 0.12
+    assert encoded_bytes("int4", 2**16) / 2**16 < 0.54
+    assert torch.equal(four_bit_table(), four_bit_table().sort().values)
 
 
 @pytest.mark.parametrize("wire_format", FORMATS)
@@ -89,9 +137,10 @@ def test_values_that_are_not_finite_are_refused_on_both_sides(wire_format: WireF
     with pytest.raises(BadContribution, match="not finite"):
         encode(torch.tensor([1.0, float("nan")]), wire_format)
     raw = bytearray(encode(torch.ones(4), wire_format))
-    scale_or_last = -8 if wire_format == "int8" else -4
-    nan = b"\x00\x00\xc0\x7f" if wire_format != "float16" else b"\x00\x7e\x00\x7e"
-    raw[scale_or_last : scale_or_last + 4 or None] = nan
+    # The last value, or the last scale: values are bytes, and lie behind the scales.
+    end = len(raw) - {"int8": 4, "int4": 2}.get(wire_format, 0)
+    nan = {"float16": b"\x00\x7e", "int4": b"\xc0\x7f"}.get(wire_format, b"\x00\x00\xc0\x7f")
+    raw[end - len(nan) : end] = nan
     with pytest.raises(BadContribution, match="not finite"):
         decode(bytes(raw), wire_format, num_parameters=4)
 
