@@ -10,7 +10,6 @@ from pathlib import Path
 
 from bootstrap.prepare import START_DIR, load_or_sign_manifest
 from dht.errors import LocalFault
-from dipaco.digest import blob_digest
 from dipaco.errors import ConfigError
 from dipaco.start import Start
 from peer.config import PeerConfig
@@ -34,10 +33,9 @@ async def serve(directory: Path, config: PeerConfig, display: Display, *, start_
     manifest = load_or_sign_manifest(directory, start, start_time=time.time() + start_in)
     raw = manifest.to_bytes()
     async with open_network(config) as network:
-        run = blob_digest(raw)
-        node = make_node(
-            network, run=run, manifest=manifest, run_dir=run_directory(config.state_dir, run)
-        )
+        run = manifest.digest
+        run_dir = run_directory(config.state_dir, run)
+        node = make_node(network, manifest=manifest, run_dir=run_dir)
         display.say("run", f"{manifest.name} ({run[:12]})")
         await asyncio.to_thread(lambda: load_blobs(node.store, start, raw))
         keeper = Keeper(node, Providers(node.swarm, node.store, node.blobs), keep_all=True)

@@ -44,9 +44,8 @@ class CatchUp:
         await self.refresh(module)
         if module in node.log.held:
             return True
-        ref = node.manifest.start_state(module)
         try:
-            await self._providers.obtain(ref)
+            await self._providers.obtain(node.history.origin(module).state)
         except SwarmError:
             return False
         node.log.adopt(module, [])
@@ -57,7 +56,8 @@ class CatchUp:
         async with self._locks.setdefault(module, asyncio.Lock()):
             heads = await self._heads.read(module, max_age_seconds=0.0)
             held = self._node.log.held.get(module)
-            version = held.version if held is not None else 0
+            origin = self._node.history.origin(module)
+            version = held.version if held is not None else origin.version
             ours = held.certificate.digest if held is not None and held.certificate else ""
             claims = [
                 head
@@ -66,7 +66,7 @@ class CatchUp:
                 and (
                     head.version > version or (head.version == version and head.certificate != ours)
                 )
-                and head.version > 0
+                and head.version > origin.version
             ]
             for head in claims[:MAX_HOLDERS_TRIED]:
                 try:
@@ -80,21 +80,22 @@ class CatchUp:
         """Take up the history that `head`'s peer shows, if it is one and better than ours."""
         node = self._node
         held = node.log.held.get(module)
+        origin = node.history.origin(module)
         chain = list(held.chain) if held is not None else []
-        theirs = await self._chain(module, head.peer, first_version=max(1, len(chain)))
+        newest = chain[-1].version if chain else origin.version + 1
+        theirs = await self._chain(module, head.peer, first_version=newest)
         if chain and theirs and theirs[0].digest != chain[-1].digest:
-            theirs = await self._chain(module, head.peer, first_version=1)
+            theirs = await self._chain(module, head.peer, first_version=origin.version + 1)
             chain = _common(chain, theirs)
+            theirs = theirs[len(chain) :]
         elif chain and theirs:
             theirs = theirs[1:]
-        theirs = [certificate for certificate in theirs if certificate.version > len(chain)]
         if theirs and held is not None and theirs[-1].version < held.version:
             return False  # versions only grow (promise P2)
         if not theirs or not self._is_better(module, chain, theirs):
             return False
-        start = node.manifest.start_state(module).digest
         parent = chain[-1] if chain else None
-        await node.offload(lambda: check_chain(theirs, parent, start_state=start, sender=head.peer))
+        await node.offload(lambda: check_chain(theirs, parent, origin=origin, sender=head.peer))
         if any(certificate.proposal.run != node.run or certificate.module != str(module)
                for certificate in theirs):  # fmt: skip
             raise BadMessage(head.peer, "certificates of another run or module")
@@ -126,7 +127,7 @@ class CatchUp:
 
     async def _chain(self, module: ModuleID, peer: str, *, first_version: int) -> list[Certificate]:
         """Certificates from `first_version` on; as many requests as it takes, each bounded."""
-        limit = self._node.manifest.run_config.rounds.num_rounds
+        limit = self._node.history.newest.run_config.rounds.num_rounds
         chain: list[Certificate] = []
         while len(chain) <= limit:
             request = ChainRequest(

@@ -1,15 +1,17 @@
 """When is a certificate one: the rules that make a module a replicated log. Pure functions.
 
 A certificate is believed when a strict majority of *its own* roster signed the same result in the
-same ballot, and when that roster is the one its parent named. Version 0 has no certificate: it is
-the start state in the signed manifest. A rebuilt roster (after two slots without a commit, or at
-version 1) cannot be checked against the parent; it is accepted when the certificate says so, and
-two certificates that arise from it resolve by `preferred`.
+same ballot, and when that roster is the one its parent named. A module's origin (version 0, or the
+version it was born at) has no certificate: a signed manifest names its state. A rebuilt roster
+(after two slots without a commit, or next to the origin) cannot be checked against the parent; it
+is accepted when the certificate says so, and two certificates that arise from it resolve by
+`preferred`.
 """
 
 from collections.abc import Sequence
 
 from dht.errors import BadMessage
+from peer.manifest import Origin
 from peer.messages import Certificate, Commitment, Member, Proposal, Vote
 
 SLOTS_BEFORE_REBUILD = 2  # slots without a commit after which a roster may be rebuilt
@@ -54,6 +56,8 @@ def check_proposal(proposal: Proposal, *, sender: str) -> None:
             commitment.base_version == proposal.version - 1, "a contribution to another version"
         )
         require(commitment.base_state == first.base_state, "contributions to different states")
+        require(commitment.slot == first.slot, "contributions of different slots")
+        require(commitment.manifest == first.manifest, "contributions under different manifests")
         require(commitment.is_authentic, "a forged contribution")
 
 
@@ -73,11 +77,11 @@ def check_certificate(certificate: Certificate, *, sender: str) -> None:
 
 
 def check_link(
-    certificate: Certificate, parent: Certificate | None, *, start_state: str, sender: str
+    certificate: Certificate, parent: Certificate | None, *, origin: Origin, sender: str
 ) -> None:
-    """Raise `BadMessage` unless `certificate` continues `parent` (None: the start state)."""
+    """Raise `BadMessage` unless `certificate` continues `parent` (None: the module's origin)."""
     proposal = certificate.proposal
-    version, digest, state = (0, start_state, start_state)
+    version, digest, state = (origin.version, origin.state.digest, origin.state.digest)
     if parent is not None:
         version, digest, state = (parent.version, parent.digest, parent.result)
     if proposal.version != version + 1 or proposal.parent != digest:
@@ -104,13 +108,13 @@ def check_chain(
     certificates: Sequence[Certificate],
     parent: Certificate | None,
     *,
-    start_state: str,
+    origin: Origin,
     sender: str,
 ) -> None:
     """Raise `BadMessage` unless each certificate holds and continues the one before it."""
     for certificate in certificates:
         check_certificate(certificate, sender=sender)
-        check_link(certificate, parent, start_state=start_state, sender=sender)
+        check_link(certificate, parent, origin=origin, sender=sender)
         parent = certificate
 
 

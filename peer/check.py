@@ -10,7 +10,7 @@ from peer.config import PeerConfig
 from peer.devices import choose_device
 from peer.hello import clock_skew_seconds, say_hello
 from peer.join import check_disk, reachable_addresses
-from peer.session import fetch_manifest, find_run, open_network, run_directory
+from peer.session import enter_run, find_run, open_network, run_directory
 
 MIN_OPEN_FILES = 1024  # one per stream and blob, p2pd's own not counted
 
@@ -33,12 +33,14 @@ async def run_checks(config: PeerConfig) -> AsyncIterator[Finding]:
             yield Finding(name="swarm", ok=True, text="entered through the given address")
             found = await find_run(network, config.initial_peers)
             asked_at = network.swarm.now()
-            reply = await say_hello(network.transport, found.told_by[0])
+            reply = await say_hello(network.transport, next(iter(found.newest)))
             skew = clock_skew_seconds(reply, asked_at=asked_at, answered_at=network.swarm.now())
             yield Finding(name="clock", ok=True, text=f"{abs(skew):.1f} s off the swarm's")
             yield check_reachability(await reachable_addresses(network))
             run_dir = run_directory(config.state_dir, found.run)
-            manifest = await fetch_manifest(network, found, run_dir)
+            node = await enter_run(network, found, run_dir)
+            node.events.close()
+            manifest = node.manifest
             yield Finding(name="run", ok=True, text=f"{manifest.name} ({found.run[:12]})")
             check_disk(config, manifest)
             free = shutil.disk_usage(config.state_dir).free

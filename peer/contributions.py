@@ -1,12 +1,14 @@
 """The contributions that a member knows of: commitments, and which of their bytes it holds.
 
 The first commitment of a peer for a (module, slot) counts; a second, different one is evidence
-against its signer. Bytes are pulled as soon as a commitment arrives, and are counted as held only
-after their size, digest, schema and values were checked.
+against its signer. One that was made under another manifest than the one in force in its slot is
+left aside: its signer has not heard of a later version, or we have not. Bytes are pulled as soon as
+a commitment arrives, and are counted as held only after their size, digest, schema and values were
+checked.
 """
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from dht.errors import BadMessage, PeerFault, SwarmError
 from dipaco.compression import decode, encoded_bytes
@@ -14,6 +16,7 @@ from dipaco.errors import DipacoError
 from dipaco.topology import ModuleID, PathID
 from peer.certificate import contribution_order
 from peer.changes import Changes
+from peer.manifest import Manifest
 from peer.messages import MAX_CONTRIBUTIONS, Commitment
 from peer.node import Node
 
@@ -25,9 +28,12 @@ PULL_TIMEOUT_SECONDS = 120.0
 class Contributions:
     """Commitments of the last slots, by module and slot."""
 
-    def __init__(self, node: Node, changes: Changes) -> None:
+    def __init__(
+        self, node: Node, changes: Changes, *, on_manifest: Callable[[str, str], None]
+    ) -> None:
         self._node = node
         self._changes = changes
+        self._on_manifest = on_manifest
         self._known: dict[tuple[str, int], dict[str, Commitment]] = {}
         self._held: set[str] = set()
         self._pulls: dict[str, asyncio.Task[None]] = {}
@@ -41,13 +47,16 @@ class Contributions:
         """Those whose bytes are here and were found good."""
         return [commitment for commitment in commitments if commitment.blob in self._held]
 
-    def add(self, commitment: Commitment, *, sender: str, also_from: Iterable[str] = ()) -> None:
+    def add(self, commitment: Commitment, *, sender: str, also_from: Iterable[str] = ()) -> bool:
         """Check a commitment, remember it, and begin to pull its bytes.
 
-        Raises `BadMessage` naming the sender if it is not what its signer could rightly send.
-        `also_from` are further peers that may have the bytes.
+        False if it was made under another manifest than the one in force in its slot. Raises
+        `BadMessage` naming the sender if it is not what its signer could rightly send. `also_from`
+        are further peers that may have the bytes.
         """
-        self._check(commitment, sender)
+        manifest = self._checked(commitment, sender)
+        if manifest is None or manifest is not self._node.history.at(commitment.slot):
+            return False
         known = self._known.setdefault((commitment.module, commitment.slot), {})
         first = known.get(commitment.peer)
         if first is not None and first != commitment:
@@ -60,6 +69,7 @@ class Contributions:
             known[commitment.peer] = commitment
             self._changes.notify()
         self._pull(commitment, [commitment.peer, sender, *also_from])
+        return True
 
     def add_own(self, commitment: Commitment) -> None:
         """Remember our own contribution, whose blob is in the store."""
@@ -74,7 +84,8 @@ class Contributions:
         """Have the bytes of all `commitments`, pulling what is missing; False if that fails."""
         wanted = list(commitments)
         for commitment in wanted:
-            self._check(commitment, commitment.peer)
+            if self._checked(commitment, commitment.peer) is None:
+                return False
             self._pull(commitment, [commitment.peer, *sources])
         return await self._changes.until(
             lambda: (
@@ -102,24 +113,34 @@ class Contributions:
             task.cancel()
         await asyncio.gather(*self._pulls.values(), return_exceptions=True)
 
-    def _check(self, commitment: Commitment, sender: str) -> None:
+    def _checked(self, commitment: Commitment, sender: str) -> Manifest | None:
+        """The manifest that a sound commitment was made under.
+
+        None if that is not known here: then it is searched for.
+        """
         node = self._node
-        try:
-            module, path = ModuleID.parse(commitment.module), PathID.parse(commitment.path)
-            on_path = module in node.manifest.topology.modules_of(path)
-        except (ValueError, LookupError) as error:
-            raise BadMessage(
-                sender, "commitment to a module or path that does not exist"
-            ) from error
-        size = encoded_bytes(
-            node.manifest.run_config.outer.wire_format, node.log.num_parameters(module)
-        )
-        if commitment.run != node.run or not on_path or commitment.blob_bytes != size:
-            raise BadMessage(sender, "commitment that does not fit the run")
+        if commitment.run != node.run:
+            raise BadMessage(sender, "commitment to another run")
         if abs(commitment.slot - node.slot) > SLOTS_KEPT:
             raise BadMessage(sender, "commitment for a slot long past or far ahead")
         if not commitment.is_authentic:
             raise BadMessage(sender, "forged commitment")
+        manifest = node.history.get(commitment.manifest)
+        if manifest is None:
+            self._on_manifest(commitment.manifest, sender)
+            return None
+        try:
+            module, path = ModuleID.parse(commitment.module), PathID.parse(commitment.path)
+            on_path = module in manifest.topology.modules_of(path)
+        except (ValueError, LookupError) as error:
+            raise BadMessage(
+                sender, "commitment to a module or path that does not exist"
+            ) from error
+        wire_format = manifest.run_config.outer.wire_format
+        size = encoded_bytes(wire_format, node.log.num_parameters(module)) if on_path else 0
+        if commitment.blob_bytes != size:
+            raise BadMessage(sender, "commitment that does not fit the run")
+        return manifest
 
     def _pull(self, commitment: Commitment, sources: list[str]) -> None:
         if commitment.blob in self._held or commitment.blob in self._pulls:
@@ -154,7 +175,8 @@ class Contributions:
         """Raise `BadContribution` unless the blob is a finite vector of the module's length."""
         raw = self._node.store.read(commitment.blob)
         if raw is not None:
-            module = ModuleID.parse(commitment.module)
-            outer = self._node.manifest.run_config.outer
-            num_parameters = self._node.log.num_parameters(module)
+            manifest = self._node.history.get(commitment.manifest)
+            assert manifest is not None, "bytes are pulled only under a manifest that is here"
+            num_parameters = self._node.log.num_parameters(ModuleID.parse(commitment.module))
+            outer = manifest.run_config.outer
             decode(raw, outer.wire_format, num_parameters=num_parameters)

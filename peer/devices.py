@@ -1,7 +1,6 @@
 """Which device trains, which optimizer fits it, and why, in words for the volunteer."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -12,8 +11,8 @@ from dipaco.model import num_parameters
 from dipaco.shards import Shard
 from dipaco.topology import PathID, Topology
 from peer.config import PeerConfig
-from peer.path_work import PathWork
-from peer.volunteer import WorkFactory
+from peer.manifest import Manifest
+from peer.volunteer import TrainerFactory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,19 +50,18 @@ def path_parameters(run: RunConfig, topology: Topology) -> int:
     return sum(num_parameters(run.model, topology, module) for module in modules)
 
 
-def work_factory(run: RunConfig, topology: Topology, choice: DeviceChoice) -> WorkFactory:
-    """A `volunteer.WorkFactory` for this device."""
+def trainer_factory(choice: DeviceChoice) -> TrainerFactory:
+    """A `volunteer.TrainerFactory` for this device."""
 
-    def make(path: PathID, shard: Shard, replica: int, directory: Path) -> PathWork:
-        trainer = PathTrainer(
-            run,
-            topology,
+    def make(manifest: Manifest, path: PathID, shard: Shard, replica: int) -> PathTrainer:
+        return PathTrainer(
+            manifest.run_config,
+            manifest.topology,
             path,
             shard,
             device=choice.device,
             optimizer=choice.optimizer,
             replica=replica,
         )
-        return PathWork(trainer, directory)
 
     return make

@@ -42,28 +42,31 @@ class Display:
             self.say(entry["event"], " ".join(f"{key}={value}" for key, value in details.items()))
 
 
+_LINES = {
+    "first step": ("train", "first inner step on path {path}"),
+    "moved": ("path", "moved from path {former}, which has enough peers"),
+    "caught up": ("module", "caught up with module {module} version {version}"),
+    "diverged": ("module", "module {module}: own result differed from the certified one"),
+    "path not to be had": ("path", "path {path} cannot be had: {why}"),
+    "manifest": ("run", "version {version} of the manifest, in force from slot {first_slot} on"),
+    "manifest in force": ("run", "training by version {version} of the manifest"),
+    "error": ("error", "{where}: {why}"),
+}
+
+
 def describe(entry: dict[str, Any]) -> tuple[str, str] | None:
     """(tag, text) of an event that a volunteer wants to read, or None."""
     match entry["event"]:
         case "path":
             how = "continuing" if entry["resumed"] else "training"
             return "path", f"{how} path {entry['path']} from round {entry['round']}"
-        case "first step":
-            return "train", f"first inner step on path {entry['path']}"
-        case "moved":
-            return "path", f"moved from path {entry['former']}, which has enough peers"
         case "round":
             return "round", _round_text(entry)
-        case "caught up":
-            return "module", f"caught up with module {entry['module']} version {entry['version']}"
         case "fork" if entry["lost"]:
             return "module", f"module {entry['module']} had two histories; took the other one"
-        case "diverged":
-            return "module", f"module {entry['module']}: own result differed from the certified one"
-        case "path not to be had":
-            return "path", f"path {entry['path']} cannot be had: {entry['why']}"
-        case "error":
-            return "error", f"{entry['where']}: {entry['why']}"
+        case event if event in _LINES:
+            tag, text = _LINES[event]
+            return tag, text.format(**entry)
         case _:
             return None
 

@@ -24,7 +24,7 @@ async def serve_hello(node: Node) -> None:
         yield HelloReply(
             protocol=PROTOCOL_VERSION,
             run=node.run,
-            manifest=node.run,
+            manifest=node.history.newest.digest,
             now=node.now(),
             client="dipaco/0.1",
         ).to_bytes()

@@ -14,7 +14,7 @@ import torch
 from dht.errors import LocalFault
 from dipaco.checkpoint import state_bytes
 from peer.config import PeerConfig
-from peer.devices import choose_device, path_parameters, work_factory
+from peer.devices import choose_device, path_parameters, trainer_factory
 from peer.display import Display
 from peer.keeper import Keeper
 from peer.manifest import Manifest
@@ -35,8 +35,7 @@ async def join(config: PeerConfig, display: Display) -> None:
     display.say("network", "starting p2pd and entering the swarm")
     async with open_node(config) as (node, providers, network):
         manifest = node.manifest
-        run, topology = manifest.run_config, manifest.topology
-        choice = choose_device(config, run, topology)
+        choice = choose_device(config, manifest.run_config, manifest.topology)
         check_disk(config, manifest)
         addresses = await reachable_addresses(network)
         display.introduce(
@@ -49,7 +48,7 @@ async def join(config: PeerConfig, display: Display) -> None:
         write_address_file(config.state_dir, addresses)
         node.events.listen(display.show)
         keeper = Keeper(node, providers)
-        volunteer = Volunteer(keeper, work_factory(run, topology, choice))
+        volunteer = Volunteer(keeper, trainer_factory(choice))
         stop_on_signals(volunteer.stop.set, display)
         async with keeper.running():
             await _train_until_stopped(volunteer)

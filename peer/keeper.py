@@ -14,12 +14,14 @@ from contextlib import asynccontextmanager
 from dht.errors import SwarmError
 from dipaco.errors import DipacoError
 from dipaco.topology import ModuleID, PathID
-from peer.assignment import Snapshot, keeps, module_name, shard_name
+from peer.assignment import Snapshot, assign_paths, keeps, module_name, shard_name
 from peer.blobs import BlobServer
 from peer.catchup import CatchUp
 from peer.changes import Changes
+from peer.discovery import Discovery
 from peer.heads import Heads
 from peer.hello import serve_hello
+from peer.manifest import BlobRef, Manifest
 from peer.member import Member
 from peer.messages import Certificate
 from peer.modules import STATES_KEPT
@@ -39,7 +41,7 @@ class Keeper:
     """Runs one peer's part in the rounds of every module that it holds."""
 
     def __init__(self, node: Node, providers: Providers, *, keep_all: bool = False) -> None:
-        round_seconds = node.manifest.run_config.rounds.round_seconds
+        round_seconds = node.history.first.run_config.rounds.round_seconds
         self.node = node
         self.providers = providers
         self.snapshot = Snapshot(training={}, progress={})
@@ -54,8 +56,13 @@ class Keeper:
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_running = False
         self.heads = Heads(node.swarm, node.run, memory_seconds=round_seconds)
+        self.discovery = Discovery(node)
         self.member = Member(
-            node, self.heads, on_version=self._on_version, on_behind=self._on_behind
+            node,
+            self.heads,
+            on_version=self._on_version,
+            on_behind=self._on_behind,
+            on_manifest=self._on_manifest,
         )
         self.presence = Presence(node, retiring=self.member.retiring)
         self.rounds = Rounds(node, self.member, self.heads)
@@ -70,6 +77,7 @@ class Keeper:
         self._is_running = True
         self.start(self._attend_slots(), "rounds")
         self.start(self._do_duties(), "duties")
+        self.start(self._watch_manifests(), "manifests")
         self.start(self._renew(), "presence")
         try:
             yield
@@ -98,6 +106,11 @@ class Keeper:
         """A fresh snapshot of who trains what."""
         self.snapshot = await self.presence.snapshot()
         return self.snapshot
+
+    async def look_for_manifest(self) -> None:
+        """Take up the newest manifest that anyone points to, and point to it."""
+        if await self.discovery.look():
+            await self.presence.point_to_manifest()
 
     def start(self, coroutine: Coroutine[object, object, object], name: str) -> None:
         """Run something in the background until this peer leaves."""
@@ -136,17 +149,31 @@ class Keeper:
     def _on_behind(self, module: ModuleID) -> None:
         self.start(self.catch_up.refresh(module), f"catch-up of {module}")
 
+    def _on_manifest(self, digest: str, peer: str) -> None:
+        self.start(self._ask_for_manifest(digest, peer), "manifest")
+
+    async def _ask_for_manifest(self, digest: str, peer: str) -> None:
+        if await self.discovery.ask(digest, peer):
+            await self.presence.point_to_manifest()
+
+    async def _watch_manifests(self) -> None:
+        """Every slot, since a later version says in which slot it comes into force."""
+        round_seconds = self.node.history.first.run_config.rounds.round_seconds
+        while True:
+            await self._guard(self.look_for_manifest(), "manifests")
+            await asyncio.sleep(min(round_seconds, DUTY_SECONDS_MAX))
+
     async def _attend_slots(self) -> None:
         node = self.node
         while True:
             slot = node.slot
-            num_rounds = node.manifest.run_config.rounds.num_rounds
+            num_rounds = node.history.at(slot).run_config.rounds.num_rounds
             for module, held in list(node.log.held.items()):
                 if slot >= 0 and self._attended.get(module) != slot and held.version < num_rounds:
                     self._attended[module] = slot
                     self.start(self.rounds.attend(module, slot), f"round of {module}")
             self.member.contributions.forget_before(slot)
-            pause = node.manifest.slot_start(slot + 1) - node.now()
+            pause = node.history.first.slot_start(slot + 1) - node.now()
             attended = set(node.log.held)
             await self._held_changed.until(
                 lambda attended=attended: set(node.log.held) != attended,  # type: ignore[misc]
@@ -155,15 +182,15 @@ class Keeper:
 
     async def _do_duties(self) -> None:
         """Every slot: see who is there, keep what falls to us, catch up where we fell behind."""
-        round_seconds = self.node.manifest.run_config.rounds.round_seconds
+        round_seconds = self.node.history.first.run_config.rounds.round_seconds
         while True:
             await self._guard(self._do_duties_once(), "duties")
             await asyncio.sleep(min(round_seconds, DUTY_SECONDS_MAX))
 
     async def _do_duties_once(self) -> None:
         node = self.node
-        training = (await self.look_around()).training
-        topology = node.manifest.topology
+        snapshot = await self.look_around()
+        training, topology = snapshot.training, node.manifest.topology
         trained = {peer: set(topology.modules_of(path)) for peer, path in training.items()}
         duties = {
             module
@@ -178,14 +205,27 @@ class Keeper:
                 await self.catch_up.refresh(module)
             else:
                 await self._retire(module)
-        for path in node.manifest.topology.paths:
-            others = [peer for peer, theirs in training.items() if theirs != path]
-            if path == self._own_shard or self._keeps(shard_name(path), others):
-                await self.providers.obtain(node.manifest.shard(path).blob)
-        await self.providers.obtain(node.manifest.tokenizer)
-        await self.providers.obtain(node.manifest.router)
+        # The next versions' data too, so that it is there when they come into force.
+        for manifest in node.history.since(node.slot):
+            for ref in self._wanted(manifest, snapshot):
+                await self.providers.obtain(ref)
         await self.providers.announce([node.run])
         await node.offload(self._sweep)
+
+    def _wanted(self, manifest: Manifest, snapshot: Snapshot) -> list[BlobRef]:
+        """What this peer should have of a version's blobs: for itself, and for others."""
+        wanted = [manifest.tokenizer, manifest.router]
+        own = self._own_shard
+        if own is not None and manifest is not self.node.manifest:
+            own = assign_paths(snapshot, manifest.topology.paths).get(self.node.peer_id, own)
+        for path in manifest.topology.paths:
+            others = [peer for peer, theirs in snapshot.training.items() if theirs != path]
+            if path == own or self._keeps(shard_name(path), others):
+                wanted.append(manifest.shard(path).blob)
+        # Who holds the module that another one is born from has that state, or had it lately.
+        held = {str(module) for module in self.node.log.held}
+        wanted += [birth.state for birth in manifest.births if birth.source in held]
+        return list(dict.fromkeys(wanted))
 
     async def _retire(self, module: ModuleID) -> None:
         """Give up a duty: first leave the next roster, and only later the present one."""
@@ -223,16 +263,17 @@ class Keeper:
         except (SwarmError, TimeoutError):
             pass  # the records expire by themselves
         await self.member.close()
+        await self.discovery.close()
         await self.node.blobs.close()
 
     def _sweep(self) -> None:
         """Delete blobs that nothing refers to: votes that came to nothing, old contributions."""
         node = self.node
-        manifest = node.manifest
-        kept = {node.run, manifest.tokenizer.digest, manifest.router.digest}
-        kept.update(ref.digest for ref in manifest.starts)
-        kept.update(shard.blob.digest for shard in manifest.shards)
+        kept = {manifest.digest for manifest in node.history.versions}
+        for manifest in node.history.since(node.slot):
+            kept.update(ref.digest for ref in (*manifest.data, *manifest.origins))
         for held in list(node.log.held.values()):
+            kept.add(held.state)
             kept.update(certificate.result for certificate in held.chain[-STATES_KEPT:])
         for digest in node.store.digests():
             file = node.store.file(digest)

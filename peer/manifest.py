@@ -2,9 +2,11 @@
 
 The operator's key signs it once; then any peer can hand it to a newcomer, because its digest
 names the run and the signature inside proves who made it. A volunteer's own choices (device, disk,
-bandwidth) are never in it.
+bandwidth) are never in it. Later versions name the one before (`peer.succession`); which of them is
+in force in a slot, `peer.history` says.
 """
 
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any
 
@@ -13,18 +15,21 @@ from pydantic import Field
 from dht.errors import BadMessage, RunMismatch
 from dipaco.config import RunConfig
 from dipaco.digest import blob_digest
-from dipaco.topology import ModuleID, PathID, Topology
+from dipaco.topology import PathID, Topology
 from peer.messages import (
     PROTOCOL_VERSION,
     Digest,
     Message,
+    ModuleName,
     PathName,
     SignedMessage,
+    Slot,
     Version,
 )
 
 # One shard reference is about 200 bytes; this is room for 64k paths.
 MAX_MANIFEST_BYTES = 16 * 2**20
+MAX_VERSIONS = 100  # of one run's manifest: what a newcomer may have to fetch
 
 
 class BlobRef(Message):
@@ -42,12 +47,35 @@ class ShardRef(Message):
     tokens: Annotated[int, Field(ge=1, le=2**53)]  # training tokens: the path's weight
 
 
+class Birth(Message):
+    """A module that a version of the manifest adds: it begins as a certified version of another."""
+
+    module: ModuleName
+    source: ModuleName
+    version: Version  # of the source, and the one at which the new module's log begins
+    state: BlobRef
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Origin:
+    """Where a module's log begins: a version and a state that the operator's signature vouches for.
+
+    Version 0 and a start state, or what a module that was added later was born from.
+    """
+
+    version: int
+    state: BlobRef
+
+
 class Manifest(SignedMessage):
     """One version of a run's description; `peer` is the operator."""
 
     protocol: Annotated[int, Field(ge=0, le=2**31)]
     name: Annotated[str, Field(min_length=1, max_length=64)]
-    version: Version
+    version: Annotated[int, Field(ge=1, le=MAX_VERSIONS)]
+    predecessor: Digest | None = None  # the version before; None for the first, which names the run
+    first_slot: Slot = 0  # from whose start it is in force
+    num_phases: Annotated[int, Field(ge=0, le=MAX_VERSIONS)] = 0  # of routing.phases, behind it
     start_time: Annotated[
         float, Field(ge=0, le=1e11, allow_inf_nan=False)
     ]  # of slot 0, Unix seconds
@@ -55,8 +83,15 @@ class Manifest(SignedMessage):
     config: dict[str, Any]
     tokenizer: BlobRef
     router: BlobRef
+    router_data: BlobRef | None = None  # rows that no path trains on, for a discriminative router
     shards: Annotated[tuple[ShardRef, ...], Field(min_length=1, max_length=2**16)]
     starts: Annotated[tuple[BlobRef, ...], Field(min_length=1, max_length=2**10)]  # state per level
+    births: Annotated[tuple[Birth, ...], Field(max_length=2**16)] = ()  # of this version's modules
+
+    @cached_property
+    def digest(self) -> str:
+        """Its name as a blob."""
+        return blob_digest(self.to_bytes())
 
     @cached_property
     def run_config(self) -> RunConfig:
@@ -81,9 +116,16 @@ class Manifest(SignedMessage):
     def _shard_by_name(self) -> dict[str, ShardRef]:
         return {shard.path: shard for shard in self.shards}
 
-    def start_state(self, module: ModuleID) -> BlobRef:
-        """Version 0 of a module: all modules of a level start equal (paper, Algorithm 1)."""
-        return self.starts[module.level]
+    @property
+    def origins(self) -> tuple[BlobRef, ...]:
+        """The states that this version vouches for."""
+        return (*self.starts, *(birth.state for birth in self.births))
+
+    @property
+    def data(self) -> tuple[BlobRef, ...]:
+        """The blobs that training under this version needs, besides states."""
+        router_data = () if self.router_data is None else (self.router_data,)
+        return (self.tokenizer, self.router, *router_data, *(s.blob for s in self.shards))
 
     def slot_at(self, now: float) -> int:
         """The slot of the common clock at `now`; negative before the run starts."""
@@ -103,6 +145,8 @@ def parse_manifest(raw: bytes, *, digest: str, sender: str) -> Manifest:
     if blob_digest(raw) != digest:
         raise BadMessage(sender, "manifest does not have the digest that was asked for")
     manifest = Manifest.from_bytes(raw, sender=sender, max_bytes=MAX_MANIFEST_BYTES)
+    if manifest.digest != digest:  # or anyone could make many of one
+        raise BadMessage(sender, "manifest is not in canonical form")
     if not manifest.is_authentic:
         raise BadMessage(sender, "manifest is not signed by its operator")
     check_protocol(manifest.protocol, "the run")
@@ -111,11 +155,14 @@ def parse_manifest(raw: bytes, *, digest: str, sender: str) -> Manifest:
         paths = {str(path) for path in manifest.topology.paths}
     except Exception as error:
         raise BadMessage(sender, "manifest holds no usable run configuration") from error
-    levels = len(manifest.topology.levels)
+    follows_nothing = manifest.predecessor is None and not (
+        manifest.first_slot or manifest.num_phases or manifest.births
+    )
     if (
         not consistent
         or paths != {s.path for s in manifest.shards}
-        or levels != len(manifest.starts)
+        or len(manifest.topology.levels) != len(manifest.starts)
+        or follows_nothing != (manifest.version == 1)
     ):
         raise BadMessage(sender, "manifest contradicts itself")
     return manifest

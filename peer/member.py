@@ -6,6 +6,7 @@ computes is `dipaco.outer`. A version is applied only with a certificate (promis
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -59,6 +60,14 @@ FRESH_SECONDS = 1.0  # how old the heads may be by which a rebuilt roster is jud
 OBTAIN_TIMEOUT_SECONDS = 60.0
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Result:
+    """What a proposal makes of a module, and how well its contributions agree."""
+
+    state: str  # digest
+    norm_ratio: float  # see `dipaco.outer.Reduced`
+
+
 class Member:
     """Answers the round's messages for every module that this peer holds."""
 
@@ -69,17 +78,18 @@ class Member:
         *,
         on_version: Callable[[ModuleID, Certificate], None],
         on_behind: Callable[[ModuleID], None],
+        on_manifest: Callable[[str, str], None],
     ) -> None:
         self._node = node
         self._heads = heads
         self._on_version = on_version
         self._on_behind = on_behind
         self._acceptor = Acceptor(node.state_dir / "promises")
-        self._results: dict[str, str] = {}  # proposal digest -> result we computed ourselves
+        self._results: dict[str, _Result] = {}  # by proposal digest: what we computed ourselves
         self._locks: dict[ModuleID, asyncio.Lock] = {}
         self.retiring: set[ModuleID] = set()  # held still, but only until the next roster
         self.changes = Changes()
-        self.contributions = Contributions(node, self.changes)
+        self.contributions = Contributions(node, self.changes, on_manifest=on_manifest)
 
     async def serve(self) -> None:
         """Start answering."""
@@ -112,7 +122,7 @@ class Member:
                 promised=False,
                 held=(),
                 commitments=(),
-                certificate=held.chain[request.version - 1],
+                certificate=_next(held, request.version - 1),
             )
         if held.version != request.version - 1 or held.parent != request.parent:
             self._on_behind(module)
@@ -142,11 +152,14 @@ class Member:
         node = self._node
         module, held = self._held(proposal.module, proposal.run, sender)
         if held.version >= proposal.version:
-            return ProposeReply(reason="done already", certificate=held.chain[proposal.version - 1])
+            done = _next(held, proposal.version - 1)
+            return ProposeReply(reason="done already", certificate=done)
         if held.version != proposal.version - 1 or held.parent != proposal.parent:
             self._on_behind(module)
             return ProposeReply(reason="this member is at another version")
         check_proposal(proposal, sender=sender)
+        if not self._is_manifest_in_force(proposal, ballot.slot):
+            return ProposeReply(reason="not by the manifest that this member knows to be in force")
         if not await self._roster_is_right(proposal, held, ballot.slot):
             return ProposeReply(reason="not the roster this member knows")
         if node.peer_id not in {member.peer for member in proposal.roster}:
@@ -157,7 +170,7 @@ class Member:
         if not self._acceptor.accept(proposal, ballot):
             return ProposeReply(reason="promised a later ballot")
         vote = sign(
-            Vote(peer=node.peer_id, ballot=ballot, proposal=proposal.digest, result=result),
+            Vote(peer=node.peer_id, ballot=ballot, proposal=proposal.digest, result=result.state),
             node.identity,
         )
         return ProposeReply(vote=vote)
@@ -166,18 +179,19 @@ class Member:
         """Apply a certificate if it is the next one; True if this peer is now at its version."""
         module, held = self._held(certificate.module, certificate.proposal.run, sender)
         if held.version >= certificate.version:
-            if held.chain[certificate.version - 1].digest != certificate.digest:
+            ours = _next(held, certificate.version - 1)
+            if ours is not None and ours.digest != certificate.digest:
                 self._on_behind(module)  # another history: let catch-up compare the two
             return held.version == certificate.version
         if held.version != certificate.version - 1 or held.parent != certificate.proposal.parent:
             self._on_behind(module)
             return False
         check_certificate(certificate, sender=sender)
-        check_link(certificate, held.certificate, start_state=held.start_state, sender=sender)
+        check_link(certificate, held.certificate, origin=held.origin, sender=sender)
         result = await self._compute(module, certificate.proposal, sources=[sender])
-        if result is not None and result != certificate.result:
+        if result is not None and result.state != certificate.result:
             self._node.events.write(
-                "diverged", module=str(module), ours=result, certified=certificate.result
+                "diverged", module=str(module), ours=result.state, certified=certificate.result
             )
         if certificate.result not in self._node.store:
             self._on_behind(module)
@@ -187,11 +201,10 @@ class Member:
     def _add(self, commitment: Commitment, sender: str) -> bool:
         """Take in a commitment; a bad one is counted against whoever it speaks against."""
         try:
-            self.contributions.add(commitment, sender=sender)
+            return self.contributions.add(commitment, sender=sender)
         except BadMessage as error:
             self._node.faults.count(error, error.peer_id)
             return False
-        return True
 
     def _may_lead(self, ballot: Ballot, held: Held) -> bool:
         """Whether a promise to this ballot could not be used to block the module for good."""
@@ -209,8 +222,7 @@ class Member:
             return held.version == certificate.version
         node.log.adopt(module, [*held.chain, certificate])
         proposal = certificate.proposal
-        for digest in [d for d, result in self._results.items() if result == certificate.result]:
-            del self._results[digest]
+        result = self._results.pop(proposal.digest, None)
         node.events.write(
             "version",
             module=str(module),
@@ -223,6 +235,8 @@ class Member:
             votes=len(certificate.votes),
             roster=len(proposal.roster),
             rebuilt=proposal.rebuilt,
+            manifest=proposal.manifest,
+            norm_ratio=round(result.norm_ratio, 4) if result is not None else None,
         )
         self._on_version(module, certificate)
         self.changes.notify()
@@ -230,11 +244,11 @@ class Member:
 
     async def _compute(
         self, module: ModuleID, proposal: Proposal, *, sources: list[str]
-    ) -> str | None:
-        """Reduce a proposal by ourselves; the result's digest, its state being in the store."""
+    ) -> _Result | None:
+        """Reduce a proposal by ourselves; the new state is then in the store."""
         async with self._locks.setdefault(module, asyncio.Lock()):
             known = self._results.get(proposal.digest)
-            if known is not None and known in self._node.store:
+            if known is not None and known.state in self._node.store:
                 return known
             seats = [member.peer for member in proposal.roster]
             if not await self.contributions.obtain(
@@ -251,15 +265,17 @@ class Member:
             self._results[proposal.digest] = result
             return result
 
-    def _reduce(self, module: ModuleID, proposal: Proposal) -> str:
+    def _reduce(self, module: ModuleID, proposal: Proposal) -> _Result:
         """Paper, Algorithm 1 lines 13-14, contribution by contribution in the proposal's order."""
         node = self._node
-        outer = node.manifest.run_config.outer
+        manifest = node.history.get(proposal.manifest)
+        assert manifest is not None, "contributions are pulled only under a manifest that is here"
+        outer = manifest.run_config.outer
         num_parameters = node.log.num_parameters(module)
         paths = [PathID.parse(c.path) for c in proposal.contributions]
         weights = contribution_weights(
             [(path, c.tokens) for path, c in zip(paths, proposal.contributions, strict=True)],
-            node.manifest.shard_tokens,
+            manifest.shard_tokens,
         )
 
         def weighted() -> Iterator[tuple[float, Tensor]]:
@@ -270,10 +286,21 @@ class Member:
                 yield weight, decode(raw, outer.wire_format, num_parameters=num_parameters)
 
         before = node.log.load_state(module)
-        state = apply_contributions(before, weighted(), len(set(paths)), outer).state
-        digest = node.store.add(encode_state(state))
-        node.log.remember(digest, state)
-        return digest
+        update = apply_contributions(before, weighted(), len(set(paths)), outer)
+        digest = node.store.add(encode_state(update.state))
+        node.log.remember(digest, update.state)
+        return _Result(state=digest, norm_ratio=update.norm_ratio)
+
+    def _is_manifest_in_force(self, proposal: Proposal, slot: int) -> bool:
+        """Whether the contributions were made under the manifest of their slot.
+
+        One that is not known here is searched for when they are pulled. What is proposed again in a
+        later slot may have been voted for before somebody heard of a later manifest: refusing that
+        would stop the module for good.
+        """
+        history = self._node.history
+        manifest = history.get(proposal.manifest)
+        return manifest is None or proposal.slot < slot or manifest is history.at(proposal.slot)
 
     async def _roster_is_right(self, proposal: Proposal, held: Held, slot: int) -> bool:
         """A rebuilt roster must have everyone in it whom we see, so that two leaders with partial
@@ -338,7 +365,13 @@ class Member:
     async def _on_chain(self, peer_id: str, payload: bytes) -> Message:
         request = ChainRequest.from_bytes(payload, sender=peer_id)
         _, held = self._held(request.module, request.run, peer_id)
-        return _chain_reply(held.chain[max(request.first_version, 1) - 1 :])
+        return _chain_reply(held.after(request.first_version - 1))
+
+
+def _next(held: Held, version: int) -> Certificate | None:
+    """The certificate of the version after `version`; None if that is not later than the origin."""
+    after = held.after(version)
+    return after[0] if after and after[0].version == version + 1 else None
 
 
 def _chain_reply(certificates: list[Certificate]) -> ChainReply:

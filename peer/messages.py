@@ -98,6 +98,7 @@ class Commitment(SignedMessage):
     """
 
     run: Digest
+    manifest: Digest  # the version in force in the slot, as the signer knows it
     module: ModuleName
     slot: Slot
     base_version: Version
@@ -134,7 +135,7 @@ class Proposal(Hashed):
     run: Digest
     module: ModuleName
     version: Annotated[int, Field(ge=1, le=2**31)]
-    parent: Digest  # digest of the certificate of version - 1; of the start state for version 1
+    parent: Digest  # digest of the certificate of version - 1; of the origin's state if none is
     contributions: Annotated[
         tuple[Commitment, ...], Field(min_length=1, max_length=MAX_CONTRIBUTIONS)
     ]
@@ -146,6 +147,16 @@ class Proposal(Hashed):
     def quorum(self) -> int:
         """Votes needed: a strict majority of the roster."""
         return len(self.roster) // 2 + 1
+
+    @property
+    def slot(self) -> int:
+        """The slot that its contributions were trained in."""
+        return self.contributions[0].slot
+
+    @property
+    def manifest(self) -> str:
+        """Digest of the manifest by which its contributions are weighed."""
+        return self.contributions[0].manifest
 
     @property
     def tokens(self) -> int:
@@ -258,7 +269,7 @@ class HelloReply(Message):
 
     protocol: Annotated[int, Field(ge=0, le=2**31)]
     run: Digest
-    manifest: Digest
+    manifest: Digest  # the newest version
     now: Annotated[float, Field(ge=0, le=1e11, allow_inf_nan=False)]
     client: Annotated[str, Field(max_length=64)]
 

@@ -15,7 +15,8 @@ from dipaco.checkpoint import ModuleState, decode_state, state_bytes, write_atom
 from dipaco.errors import BadState
 from dipaco.model import num_parameters
 from dipaco.topology import ModuleID
-from peer.manifest import Manifest
+from peer.history import History
+from peer.manifest import Origin
 from peer.messages import Certificate
 from peer.store import BlobStore
 
@@ -28,36 +29,40 @@ class Held:
     """One module as this peer holds it."""
 
     module: ModuleID
-    start_state: str
-    chain: list[Certificate] = field(default_factory=list)  # versions 1, 2, ...
+    origin: Origin
+    chain: list[Certificate] = field(default_factory=list)  # the versions after the origin's
 
     @property
     def certificate(self) -> Certificate | None:
-        """The newest certificate; None at version 0."""
+        """The newest certificate; None at the origin."""
         return self.chain[-1] if self.chain else None
 
     @property
     def version(self) -> int:
         """The current version."""
-        return len(self.chain)
+        return self.origin.version + len(self.chain)
 
     @property
     def state(self) -> str:
         """Digest of the current state."""
-        return self.chain[-1].result if self.chain else self.start_state
+        return self.chain[-1].result if self.chain else self.origin.state.digest
 
     @property
     def parent(self) -> str:
         """What the next certificate must name as its parent."""
-        return self.chain[-1].digest if self.chain else self.start_state
+        return self.chain[-1].digest if self.chain else self.origin.state.digest
+
+    def after(self, version: int) -> list[Certificate]:
+        """The certificates of all versions later than `version`, oldest first."""
+        return self.chain[max(0, version - self.origin.version) :]
 
 
 class ModuleLog:
     """All modules that this peer holds, in memory and on disk."""
 
-    def __init__(self, directory: Path, manifest: Manifest, store: BlobStore) -> None:
+    def __init__(self, directory: Path, history: History, store: BlobStore) -> None:
         self._directory = directory
-        self._manifest = manifest
+        self._history = history
         self._store = store
         self.held: dict[ModuleID, Held] = {}
         self._recent: OrderedDict[str, ModuleState] = OrderedDict()
@@ -65,14 +70,15 @@ class ModuleLog:
 
     def num_parameters(self, module: ModuleID) -> int:
         """Length of the module's flat vector."""
-        return num_parameters(self._manifest.run_config.model, self._manifest.topology, module)
+        manifest = self._history.newest
+        return num_parameters(manifest.run_config.model, manifest.topology, module)
 
     def open(self, module: ModuleID) -> Held | None:
         """Take up what the disk has of `module`; None if there is no intact version of it."""
-        start = self._manifest.start_state(module).digest
-        chain = self._read_chain(module)
+        origin = self._history.origin(module)
+        chain = self._read_chain(module, origin)
         while True:
-            held = Held(module=module, start_state=start, chain=chain)
+            held = Held(module=module, origin=origin, chain=chain)
             if self._store.read(held.state) is not None:
                 self.held[module] = held
                 return held
@@ -82,19 +88,17 @@ class ModuleLog:
             chain = chain[:-1]
 
     def adopt(self, module: ModuleID, chain: list[Certificate]) -> Held:
-        """Make `chain` (checked, from version 1) this module's; its last state is in the store."""
+        """Make `chain` (checked, from the origin) this module's; its last state is in the store."""
         held = self.held.get(module)
         before = held.chain if held is not None else []
-        new = Held(
-            module=module, start_state=self._manifest.start_state(module).digest, chain=list(chain)
-        )
+        new = Held(module=module, origin=self._history.origin(module), chain=list(chain))
         assert new.state in self._store, "a version becomes current after its state is on disk"
-        for certificate in chain:
-            version = certificate.version
-            if version > len(before) or before[version - 1] is not certificate:
-                write_atomically(self._certificate_file(module, version), certificate.to_bytes())
-        for version in range(len(chain) + 1, len(before) + 1):
-            self._certificate_file(module, version).unlink(missing_ok=True)
+        for position, certificate in enumerate(chain):
+            if position >= len(before) or before[position] is not certificate:
+                file = self._certificate_file(module, certificate.version)
+                write_atomically(file, certificate.to_bytes())
+        for certificate in before[len(chain) :]:
+            self._certificate_file(module, certificate.version).unlink(missing_ok=True)
         self.held[module] = new
         self._forget_states(before, new)
         return new
@@ -131,8 +135,8 @@ class ModuleLog:
                 total_bytes -= state_bytes(oldest.num_parameters)
 
     def _forget_states(self, before: list[Certificate], new: Held | None) -> None:
-        """Delete the states of versions that nobody will ask for; shared start states stay."""
-        kept = {ref.digest for ref in self._manifest.starts}
+        """Delete the states of versions that nobody will ask for; shared origins stay."""
+        kept = {ref.digest for manifest in self._history.versions for ref in manifest.origins}
         for held in [*self.held.values(), *([new] if new else [])]:
             kept.update(certificate.result for certificate in held.chain[-STATES_KEPT:])
         candidates = [*before, *(new.chain if new else [])][-2 * STATES_KEPT - 2 :]
@@ -145,14 +149,14 @@ class ModuleLog:
         directory.mkdir(parents=True, exist_ok=True)
         return directory / f"{version:08d}.json"
 
-    def _read_chain(self, module: ModuleID) -> list[Certificate]:
+    def _read_chain(self, module: ModuleID, origin: Origin) -> list[Certificate]:
         chain: list[Certificate] = []
         for file in sorted((self._directory / str(module)).glob("*.json")):
             try:
                 certificate = Certificate.from_bytes(file.read_bytes(), sender="disk")
             except BadMessage:
                 break  # damaged: the version before it is the current one
-            if certificate.version != len(chain) + 1:
+            if certificate.version != origin.version + len(chain) + 1:
                 break
             chain.append(certificate)
         return chain

@@ -10,6 +10,7 @@ from dht.swarm import Swarm
 from peer.blobs import BlobClient
 from peer.events import EventLog
 from peer.faults import Faults
+from peer.history import History
 from peer.manifest import Manifest
 from peer.modules import ModuleLog
 from peer.store import BlobStore
@@ -30,8 +31,7 @@ class Node:
     """One peer's means; holds no decisions of its own."""
 
     identity: Identity
-    run: str  # digest of the run's first manifest
-    manifest: Manifest
+    history: History
     swarm: Swarm
     transport: Transport
     store: BlobStore
@@ -47,6 +47,16 @@ class Node:
         """This peer's libp2p ID."""
         return self.identity.peer_id
 
+    @property
+    def run(self) -> str:
+        """The run's name: the digest of its first manifest."""
+        return self.history.first.digest
+
+    @property
+    def manifest(self) -> Manifest:
+        """The version of the manifest that is in force now."""
+        return self.history.at(self.slot)
+
     def now(self) -> float:
         """The common clock, Unix seconds."""
         return self.swarm.now()
@@ -54,4 +64,4 @@ class Node:
     @property
     def slot(self) -> int:
         """The current slot; negative before the run starts."""
-        return self.manifest.slot_at(self.now())
+        return self.history.first.slot_at(self.now())

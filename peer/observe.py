@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 
 from peer.config import PeerConfig
-from peer.session import fetch_manifest, find_run, open_network, run_directory
+from peer.session import enter_run, find_run, open_network, run_directory
 from peer.status import SwarmStatus, read_status
 
 
@@ -19,5 +19,8 @@ async def observe(initial_peers: tuple[str, ...]) -> SwarmStatus:
         async with open_network(config) as network:
             found = await find_run(network, initial_peers)
             run_dir = run_directory(config.state_dir, found.run)
-            manifest = await fetch_manifest(network, found, run_dir)
-            return await read_status(network.swarm, found.run, manifest)
+            node = await enter_run(network, found, run_dir)
+            try:
+                return await read_status(network.swarm, found.run, node.manifest)
+            finally:
+                node.events.close()

@@ -7,7 +7,7 @@ nothing is counted twice.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dipaco.checkpoint import ModuleState, write_atomically
 from dipaco.compression import compress_with_feedback
+from dipaco.config import RunConfig
 from dipaco.evaluate import Evaluation
 from dipaco.inner import PathTrainer
 from dipaco.tensors import decode_tensors, encode_tensors
@@ -92,6 +93,20 @@ class PathWork:
         self._bases[module] = _Base(version, digest, state.parameters)
         self.trainer.write_module(module, state.parameters)
 
+    def change_trainer(self, make: Callable[[], PathTrainer]) -> None:
+        """Go on with another trainer of the same path; what it was trained stays.
+
+        The old one is let go before the new one is made, since a device may have no room for two.
+        The optimizer's state goes along, if the new trainer takes it.
+        """
+        self.save()
+        parameters = {module: self.trainer.read_module(module) for module in self._bases}
+        del self.trainer
+        self.trainer = make()
+        self.trainer.load_optimizer(self._optimizer_file)
+        for module, vector in parameters.items():
+            self.trainer.write_module(module, vector)
+
     def train(self, *, seconds: float, max_steps: int, first_step: int) -> int:
         """Take inner steps for about `seconds` (at least one), `max_steps` at most.
 
@@ -113,9 +128,11 @@ class PathWork:
         self.train_seconds += time.monotonic() - start
         return steps
 
-    def offers(self, slot: int) -> list[Offer]:
-        """Take the outer gradient (old minus new) of every module that was trained, encoded."""
-        config = self.trainer.config
+    def offers(self, slot: int, config: RunConfig) -> list[Offer]:
+        """Take the outer gradient (old minus new) of every module that was trained, encoded.
+
+        `config` is the one in force in `slot`.
+        """
         offers = []
         for module, base in self._bases.items():
             if base.tokens == 0 or base.version >= config.rounds.num_rounds:
@@ -161,6 +178,7 @@ class PathWork:
         since, tokens = base.parameters, base.tokens
         if offered:
             since, tokens = offered[0].parameters, base.tokens - offered[0].tokens
+            self._residuals.pop(module, None)
             if offered[0].residual is not None:
                 self._residuals[module] = offered[0].residual
         parameters = state.parameters

@@ -41,7 +41,7 @@ class Presence:
         self._retiring = retiring  # modules held still, but no longer announced
         self.path: PathID | None = None
         self.progress = Progress()
-        round_seconds = node.manifest.run_config.rounds.round_seconds
+        round_seconds = node.history.first.run_config.rounds.round_seconds
         self.lifetime_seconds = min(
             MAX_LIFETIME_SECONDS, max(MIN_LIFETIME_SECONDS, 1.5 * round_seconds)
         )
@@ -53,13 +53,18 @@ class Presence:
             await self.announce()
         for module in list(self._node.log.held):
             await self.publish_head(module)
+        await self.point_to_manifest()
+
+    async def point_to_manifest(self) -> None:
+        """Say which version of the manifest is the newest."""
+        newest = self._node.history.newest
         await self._store(
             ManifestPointer(
                 peer=self._node.peer_id,
                 run=self._node.run,
-                name=self._node.manifest.name,
-                version=self._node.manifest.version,
-                manifest=self._node.run,
+                name=newest.name,
+                version=newest.version,
+                manifest=newest.digest,
             )
         )
 
@@ -98,14 +103,14 @@ class Presence:
 
     async def snapshot(self) -> Snapshot:
         """Who trains what, from all announcements; this peer's own line as it knows it."""
-        node = self._node
+        node, manifest = self._node, self._node.manifest
         training: dict[str, PathID] = {}
         progress: dict[PathID, float] = {}
-        for path in node.manifest.topology.paths:
+        for path in manifest.topology.paths:
             for record in await node.swarm.read(announcement_key(node.run, str(path))):
                 if isinstance(record, Announcement):
                     training[record.peer] = path
-                    epochs = record.path_tokens / node.manifest.shard_tokens[path]
+                    epochs = record.path_tokens / manifest.shard_tokens[path]
                     progress[path] = max(progress.get(path, 0.0), epochs)
         training.pop(node.peer_id, None)
         if self.path is not None:
@@ -138,7 +143,7 @@ class Presence:
         held = node.log.held.get(module)
         if held is None:
             return None
-        topology = node.manifest.topology
+        topology = node.history.newest.topology
         trains = self.path is not None and module in topology.modules_of(self.path)
         return Head(
             peer=node.peer_id,

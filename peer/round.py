@@ -86,13 +86,13 @@ class Rounds:
         self._node = node
         self._member = member
         self._heads = heads
-        self._slot_seconds = node.manifest.run_config.rounds.round_seconds
+        self._slot_seconds = node.history.first.run_config.rounds.round_seconds
         self.attempt_seconds = min(MAX_WAIT_SECONDS, self._slot_seconds / (ATTEMPTS_PER_SLOT + 1))
 
     async def attend(self, module: ModuleID, slot: int) -> None:
         """See one slot of one module through: lead when it is our turn, until it has a version."""
         node = self._node
-        slot_end = node.manifest.slot_start(slot + 1)
+        slot_end = node.history.first.slot_start(slot + 1)
         await self._collect(module, slot, until=slot_end + COLLECT_SHARE * self.attempt_seconds)
         for attempt in range(ATTEMPTS_PER_SLOT):
             begin = slot_end + attempt * self.attempt_seconds
@@ -116,6 +116,7 @@ class Rounds:
             commitment = Commitment(
                 peer=node.peer_id,
                 run=node.run,
+                manifest=node.history.at(slot).digest,
                 module=str(offer.module),
                 slot=slot,
                 base_version=offer.base_version,
@@ -218,7 +219,7 @@ class Rounds:
             self._failed(held, ballot, f"{len(promises)} of {len(roster)} members promised")
             return
         proposal = _locked(promises.values(), roster) or await self._propose(
-            held, roster, promises, rebuilt=rebuilt
+            held, ballot.slot, roster, promises, rebuilt=rebuilt
         )
         if proposal is None:
             self._failed(held, ballot, "no contribution is held by a quorum")
@@ -240,7 +241,7 @@ class Rounds:
         When all have committed before the slot is over (in an exact run), there is all the rest of
         it for them to pull.
         """
-        left = self._node.manifest.slot_start(ballot.slot + 1) - self._node.now()
+        left = self._node.history.first.slot_start(ballot.slot + 1) - self._node.now()
         wait = min(MAX_WAIT_SECONDS, max(left, HAVE_SHARE * self.attempt_seconds))
         window = wait + ANSWER_SHARE * self.attempt_seconds
         request = HaveRequest(
@@ -260,6 +261,7 @@ class Rounds:
     async def _propose(
         self,
         held: Held,
+        slot: int,
         roster: tuple[Seat, ...],
         promises: dict[str, HaveReply],
         *,
@@ -270,8 +272,13 @@ class Rounds:
         A member that did not answer loses its seat until it announces itself to a later leader: the
         majority that certifies this is a majority of the *old* roster, so shrinking is safe.
         """
+        manifest = self._node.history.at(slot).digest
         known = {c.digest: c for reply in promises.values() for c in reply.commitments}
-        usable = [c for c in known.values() if c.base_state == held.state]
+        usable = [
+            c
+            for c in known.values()
+            if (c.base_state, c.manifest, c.slot) == (held.state, manifest, slot)
+        ]
         contributions = agreed_contributions(
             usable, [reply.held for reply in promises.values()], len(roster) // 2 + 1
         )
@@ -302,7 +309,7 @@ class Rounds:
 
         One that committed to an older version has been overtaken, and has nothing to be waited for.
         """
-        if not self._node.manifest.run_config.rounds.blocking:
+        if not self._node.history.at(proposal.slot).run_config.rounds.blocking:
             return []
         trainers = {seat.peer for seat in proposal.next_roster if seat.path is not None}
         there = {commitment.peer for commitment in proposal.contributions}

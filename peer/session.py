@@ -17,9 +17,11 @@ from dht.errors import LocalFault, PeerFault, RunMismatch, Unreachable
 from dht.identity import Identity
 from peer.blobs import BlobClient
 from peer.config import PeerConfig
+from peer.discovery import Discovery
 from peer.events import EventLog
 from peer.faults import Faults
 from peer.hello import say_hello
+from peer.history import History
 from peer.manifest import MAX_MANIFEST_BYTES, Manifest, check_protocol, parse_manifest
 from peer.modules import ModuleLog
 from peer.node import Node
@@ -69,10 +71,10 @@ async def open_network(config: PeerConfig) -> AsyncIterator[Network]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FoundRun:
-    """The run that an address belongs to, and who told us."""
+    """The run that an address belongs to, and who told us: peer ID and its newest manifest."""
 
     run: str
-    told_by: tuple[str, ...]
+    newest: dict[str, str]
 
 
 async def find_run(network: Network, initial_peers: tuple[str, ...]) -> FoundRun:
@@ -93,22 +95,35 @@ async def find_run(network: Network, initial_peers: tuple[str, ...]) -> FoundRun
             raise reply
         else:
             check_protocol(reply.protocol, "that peer")
-            answers[name] = reply.run
+            answers[name] = reply
     if not answers:
         raise Unreachable(
             f"no answer about its run: {problems[0] if problems else 'no address was given'}",
             hint="use the address that `dipaco-bootstrap serve`, or a running peer, prints",
         )
-    if len(set(answers.values())) > 1:
+    runs = {reply.run for reply in answers.values()}
+    if len(runs) > 1:
         raise RunMismatch(
             "these addresses belong to different runs",
-            hint="give addresses of one run only: " + ", ".join(sorted(set(answers.values()))),
+            hint="give addresses of one run only: " + ", ".join(sorted(runs)),
         )
-    return FoundRun(run=next(iter(answers.values())), told_by=tuple(answers))
+    newest = {name: reply.manifest for name, reply in answers.items()}
+    return FoundRun(run=runs.pop(), newest=newest)
 
 
-async def fetch_manifest(network: Network, found: FoundRun, run_dir: Path) -> Manifest:
-    """The run's manifest, from disk or from whoever told us of the run, verified."""
+async def enter_run(network: Network, found: FoundRun, run_dir: Path) -> Node:
+    """Fetch the run's manifest, and its newest version; returns what a peer of it works with."""
+    manifest = await _fetch_first(network, found, run_dir)
+    node = make_node(network, manifest=manifest, run_dir=run_dir)
+    discovery = Discovery(node)
+    for peer, digest in found.newest.items():
+        await discovery.ask(digest, peer)
+    await discovery.look()
+    return node
+
+
+async def _fetch_first(network: Network, found: FoundRun, run_dir: Path) -> Manifest:
+    """The manifest that names the run, from disk or from whoever told us of it, verified."""
     store = BlobStore(run_dir / "blobs")
     if found.run not in store:
         events = EventLog(run_dir / "events.jsonl", network.swarm.now)
@@ -116,7 +131,7 @@ async def fetch_manifest(network: Network, found: FoundRun, run_dir: Path) -> Ma
         try:
             await client.fetch(
                 found.run,
-                found.told_by,
+                list(found.newest),
                 max_bytes=MAX_MANIFEST_BYTES,
                 timeout_seconds=MANIFEST_TIMEOUT_SECONDS,
             )
@@ -125,7 +140,7 @@ async def fetch_manifest(network: Network, found: FoundRun, run_dir: Path) -> Ma
     raw = store.read(found.run)
     if raw is None:
         raise Unreachable("the manifest was damaged on disk", hint="start again to fetch it anew")
-    return parse_manifest(raw, digest=found.run, sender=found.told_by[0])
+    return parse_manifest(raw, digest=found.run, sender=next(iter(found.newest)))
 
 
 def run_directory(state_dir: Path, run: str) -> Path:
@@ -135,20 +150,20 @@ def run_directory(state_dir: Path, run: str) -> Path:
     return directory
 
 
-def make_node(network: Network, *, run: str, manifest: Manifest, run_dir: Path) -> Node:
-    """Everything a peer works with, for one run."""
+def make_node(network: Network, *, manifest: Manifest, run_dir: Path) -> Node:
+    """Everything a peer works with, for the run of this first manifest."""
     events = EventLog(run_dir / "events.jsonl", network.swarm.now)
     store = BlobStore(run_dir / "blobs")
     faults = Faults(events)
+    history = History(manifest, store, run_dir / "manifests")
     return Node(
         identity=network.identity,
-        run=run,
-        manifest=manifest,
+        history=history,
         swarm=network.swarm,
         transport=network.transport,
         store=store,
         blobs=BlobClient(store, network.transport, faults),
-        log=ModuleLog(run_dir / "modules", manifest, store),
+        log=ModuleLog(run_dir / "modules", history, store),
         events=events,
         faults=faults,
         offload=asyncio.to_thread,
@@ -162,10 +177,9 @@ async def open_node(config: PeerConfig) -> AsyncIterator[tuple[Node, Providers, 
     async with open_network(config) as network:
         found = await find_run(network, config.initial_peers)
         run_dir = run_directory(config.state_dir, found.run)
-        manifest = await fetch_manifest(network, found, run_dir)
-        node = make_node(network, run=found.run, manifest=manifest, run_dir=run_dir)
+        node = await enter_run(network, found, run_dir)
         providers = Providers(node.swarm, node.store, node.blobs)
-        providers.hints.extend(found.told_by)
+        providers.hints.extend(found.newest)
         try:
             yield node, providers, network
         finally:

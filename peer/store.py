@@ -84,6 +84,18 @@ class BlobStore:
             return None
         return data
 
+    def intact_file(self, digest: str) -> Path | None:
+        """Where the blob lies, verified without reading it into memory; None as `read`."""
+        index, file = self.index(digest), self.file(digest)
+        try:
+            is_intact = index is not None and index_of_file(file) == index
+        except FileNotFoundError:
+            return None
+        if not is_intact:
+            self.remove(digest)
+            return None
+        return file
+
     def read_chunk(self, digest: str, chunk: int) -> bytes | None:
         """One verified chunk; None if the blob is absent, has no such chunk, or has rotted."""
         index = self.index(digest)

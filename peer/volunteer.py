@@ -2,26 +2,28 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from functools import partial
 
 from dht.errors import SwarmError, Unreachable
 from dipaco.checkpoint import ModuleState
 from dipaco.compression import warm_up
 from dipaco.config import RunConfig
 from dipaco.errors import DipacoError
+from dipaco.inner import PathTrainer
 from dipaco.shards import Shard
 from dipaco.topology import ModuleID, PathID
 from peer.assignment import Snapshot, assign_paths, choose_path
 from peer.keeper import Keeper
+from peer.manifest import Manifest
 from peer.messages import Certificate
 from peer.path_work import PathWork
 
 BURST_SECONDS = 0.5  # of inner steps between two looks at the clock and at new versions
 SETTLE_SECONDS = 1.0  # between two looks at who else is there, before the run starts
 
-WorkFactory = Callable[[PathID, Shard, int, Path], PathWork]
-"""Makes the work of (path, shard, replica, directory) on this machine's device."""
+TrainerFactory = Callable[[Manifest, PathID, Shard, int], PathTrainer]
+"""Makes the trainer of (manifest, path, shard, replica) on this machine's device."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,16 +34,29 @@ class Pace:
     burst_steps: int = 1_000_000
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Footing:
+    """What the work was set up with."""
+
+    manifest: Manifest
+    shard: Shard
+    shard_digest: str
+    replica: int
+
+
 class Volunteer:
     """Trains paths until the run is over or `stop` is set."""
 
-    def __init__(self, keeper: Keeper, make_work: WorkFactory, *, pace: Pace | None = None) -> None:
+    def __init__(
+        self, keeper: Keeper, make_trainer: TrainerFactory, *, pace: Pace | None = None
+    ) -> None:
         self.keeper = keeper
         self.stop = asyncio.Event()
         self._node = keeper.node
-        self._make_work = make_work
+        self._make_trainer = make_trainer
         self._pace = pace or Pace()
         self._work: PathWork | None = None
+        self._footing: _Footing | None = None
         self._first_step_time: float | None = None
         self._train_seconds = 0.0
         self._steps = 0
@@ -60,6 +75,7 @@ class Volunteer:
         while not self.stop.is_set() and not self._is_finished():
             await self._train_slot(max(0, self._node.slot))
             await self._maybe_move()
+            await self._follow_manifest()
         if self._work is not None:
             await self._node.offload(self._work.save)
             if self._is_finished():
@@ -68,10 +84,11 @@ class Volunteer:
     async def _settle(self) -> None:
         """Take a path; until the run starts, make room for others that took the same."""
         node = self._node
+        await self.keeper.look_for_manifest()
         snapshot = await self.keeper.look_around()
         await self._take_any(snapshot_order(node.peer_id, snapshot, node.manifest.topology.paths))
         while node.slot < 0 and not self.stop.is_set():
-            left = node.manifest.start_time - node.now()
+            left = node.history.first.start_time - node.now()
             await self._pause(min(SETTLE_SECONDS, max(0.0, left)))
             await self.keeper.look_around()
             await self._maybe_move()
@@ -93,8 +110,9 @@ class Volunteer:
     async def _take(self, path: PathID) -> None:
         """Fetch what a path needs, announce it, and put its modules under a trainer."""
         node, keeper = self._node, self.keeper
-        modules = node.manifest.topology.modules_of(path)
-        ref = node.manifest.shard(path).blob
+        manifest = node.manifest
+        modules = manifest.topology.modules_of(path)
+        ref = manifest.shard(path).blob
         await keeper.presence.change_path(path)
         await keeper.providers.obtain(ref)
         keeper.own(modules, path)
@@ -102,8 +120,11 @@ class Volunteer:
             raise Unreachable(f"a module of path {path} has no holder that answers")
         shard = await node.offload(lambda: self._read_shard(path, ref.digest))
         replica = self._replica(path)
-        directory = node.state_dir / "paths"
-        work = await node.offload(lambda: self._make_work(path, shard, replica, directory))
+        work = await node.offload(
+            lambda: PathWork(
+                self._make_trainer(manifest, path, shard, replica), node.state_dir / "paths"
+            )
+        )
         for module in modules:
             held = node.log.held[module]
             state = await self._state(module)
@@ -112,6 +133,9 @@ class Volunteer:
         if self._work is not None:
             await node.offload(self._work.save)
         self._work = work
+        self._footing = _Footing(
+            manifest=manifest, shard=shard, shard_digest=ref.digest, replica=replica
+        )
         self._evaluated_round = work.round
         node.events.write(
             "path",
@@ -119,17 +143,51 @@ class Volunteer:
             round=work.round,
             replica=replica,
             resumed=work.resumed,
+            manifest=manifest.version,
             shard_sequences=len(shard.train),
         )
 
-    def _read_shard(self, path: PathID, digest: str) -> Shard:
-        raw = self._node.store.read(digest)
-        if raw is None:
-            raise Unreachable(f"the shard of path {path} was damaged on disk")
-        model = self._config.model
-        return Shard.from_bytes(
-            raw, path=path, sequence_tokens=model.sequence_tokens, vocab_size=model.vocab_size
+    async def _follow_manifest(self) -> None:
+        """Go on under the manifest in force now: by its settings, on the shard that it names.
+
+        A shard that is not here yet is not waited for: the old one serves for another slot.
+        """
+        node, work, footing = self._node, self._work, self._footing
+        if work is None or footing is None or self.stop.is_set() or self._is_finished():
+            return
+        manifest, path = node.manifest, work.trainer.path
+        ref = manifest.shard(path).blob
+        shard, shard_digest = footing.shard, footing.shard_digest
+        if ref.digest != shard_digest:
+            try:
+                shard = await node.offload(lambda: self._read_shard(path, ref.digest))
+                shard_digest = ref.digest
+            except Unreachable:
+                self.keeper.start(self.keeper.providers.obtain(ref), f"shard of {path}")
+        if manifest is footing.manifest and shard is footing.shard:
+            return
+        make = partial(self._make_trainer, manifest, path, shard, footing.replica)
+        await node.offload(lambda: work.change_trainer(make))
+        self._footing = replace(footing, manifest=manifest, shard=shard, shard_digest=shard_digest)
+        node.events.write(
+            "manifest in force",
+            version=manifest.version,
+            slot=node.slot,
+            path=str(path),
+            shard=shard_digest,
         )
+
+    def _read_shard(self, path: PathID, digest: str) -> Shard:
+        file = self._node.store.intact_file(digest)
+        if file is None:
+            raise Unreachable(f"the shard of path {path} is not on disk, or damaged")
+        model = self._config.model
+        try:
+            return Shard.load(
+                file, path=path, sequence_tokens=model.sequence_tokens, vocab_size=model.vocab_size
+            )
+        except DipacoError as error:
+            raise Unreachable(str(error)) from error
 
     def _replica(self, path: PathID) -> int:
         """Our place among the peers on a path, so that each trains on other batches."""
@@ -139,7 +197,7 @@ class Volunteer:
     async def _train_slot(self, slot: int) -> None:
         """Inner steps until the slot is over, then one contribution per module."""
         node = self._node
-        end = node.manifest.slot_start(slot + 1)
+        end = node.history.first.slot_start(slot + 1)
         rounds = self._config.rounds
         steps = 0
         while not self.stop.is_set() and node.now() < end:
@@ -176,7 +234,8 @@ class Volunteer:
     async def _contribute(self, slot: int) -> None:
         """Take the outer gradients, and commit to them before anyone sees them."""
         node, work = self._node, self._the_work()
-        offers = await node.offload(lambda: work.offers(slot))
+        config = node.history.at(slot).run_config
+        offers = await node.offload(lambda: work.offers(slot, config))
         commitments = await self.keeper.rounds.prepare(offers, path=work.trainer.path, slot=slot)
         node.events.write(
             "contributed",
@@ -197,7 +256,7 @@ class Volunteer:
         node, work = self._node, self._the_work()
         modules = work.trainer.modules
         before = {module: work.version(module) for module in modules}
-        deadline = node.manifest.slot_start(slot + 2)
+        deadline = node.history.first.slot_start(slot + 2)
         await self.keeper.versions.until(
             lambda: (
                 self.stop.is_set()
@@ -207,7 +266,7 @@ class Volunteer:
         )
         await self._apply_versions()
         if not self._is_finished():
-            await self._pause(max(0.0, node.manifest.slot_start(slot + 1) - node.now()))
+            await self._pause(max(0.0, node.history.first.slot_start(slot + 1) - node.now()))
 
     async def _apply_versions(self) -> None:
         """Put every new version under the path; after a whole new round, evaluate and announce."""
@@ -215,7 +274,7 @@ class Volunteer:
         for module in work.trainer.modules:
             held, version = node.log.held[module], work.version(module)
             if held.version > version:
-                counted = _counted_slot(held.chain[version:], node.peer_id)
+                counted = _counted_slot(held.after(version), node.peer_id)
                 state = await self._state(module)
                 await node.offload(
                     lambda m=module, h=held, s=state, c=counted: work.rebase(  # type: ignore[misc]
@@ -294,17 +353,18 @@ class Volunteer:
     def _certificates(self) -> list[Certificate]:
         """The history of the path's module with the fewest other paths."""
         work = self._the_work()
-        topology = self._node.manifest.topology
+        topology = self._node.history.newest.topology
         module = min(work.trainer.modules, key=topology.num_paths_through)
         return self._node.log.held[module].chain
 
     def _path_tokens(self) -> int:
-        path = str(self._the_work().trainer.path)
+        """Counted tokens of the path since the manifest in force began: its shard may be new."""
+        path, first_slot = str(self._the_work().trainer.path), self._node.manifest.first_slot
         return sum(
             commitment.tokens
             for certificate in self._certificates()
             for commitment in certificate.proposal.contributions
-            if commitment.path == path
+            if commitment.path == path and commitment.slot >= first_slot
         )
 
     def _commits(self) -> int:

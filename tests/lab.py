@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from bootstrap.operator import issue
 from dht.identity import Identity
 from dht.memory import MemoryDHT, MemorySwarm
 from dipaco.checkpoint import ModuleState, encode_state
@@ -33,15 +34,16 @@ from dipaco.topology import ModuleID, PathID, Topology
 from peer.blobs import BlobClient
 from peer.events import EventLog
 from peer.faults import Faults
+from peer.history import History
 from peer.keeper import Keeper
 from peer.manifest import BlobRef, Manifest, ShardRef
 from peer.memory import MemoryNetwork
 from peer.messages import PROTOCOL_VERSION, sign
 from peer.modules import ModuleLog
 from peer.node import Node
-from peer.path_work import PathWork
 from peer.providers import Providers
 from peer.store import BlobStore
+from peer.succession import Draft
 from peer.volunteer import Pace, Volunteer
 
 T = TypeVar("T")
@@ -96,20 +98,12 @@ class Run:
 
 def make_run(config: RunConfig, *, operator: Identity, start_time: float) -> Run:
     topology = Topology.of(config)
-    generator = np.random.default_rng(config.seed)
-    shards = {}
-    for number, path in enumerate(topology.paths):
-        rows = [
-            generator.integers(2, config.model.vocab_size, (n, config.model.sequence_tokens))
-            for n in (12 + number, 4)
-        ]
-        train, valid = (part.astype(np.uint16) for part in rows)
-        shards[path] = Shard(path=path, train=train, valid=valid)
+    shards = make_shards(config, seed=config.seed)
     net = PathNet(config.model)
     initialize(net, config.seed)
     starts = {m: ModuleState.initial(read_module(net, topology, m)) for m in topology.modules}
     by_level = {module.level: encode_state(state) for module, state in starts.items()}
-    raw_shards = {path: shard.to_bytes() for path, shard in shards.items()}
+    raw_shards = [shard.to_bytes() for shard in shards.values()]
     tokenizer, router = b"a tokenizer", b"a router"
     manifest = sign(
         Manifest(
@@ -122,22 +116,40 @@ def make_run(config: RunConfig, *, operator: Identity, start_time: float) -> Run
             config=config.to_dict(),
             tokenizer=_ref(tokenizer),
             router=_ref(router),
-            shards=tuple(
-                ShardRef(
-                    path=str(path),
-                    blob=_ref(raw),
-                    tokens=shards[path].num_tokens(config.model.pad_token),
-                )
-                for path, raw in raw_shards.items()
-            ),
+            shards=shard_refs(config, shards),
             starts=tuple(_ref(by_level[level]) for level in sorted(by_level)),
         ),
         operator,
     )
     raw = manifest.to_bytes()
-    blobs = [raw, tokenizer, router, *raw_shards.values(), *by_level.values()]
+    blobs = [raw, tokenizer, router, *raw_shards, *by_level.values()]
     return Run(
         manifest=manifest, digest=blob_digest(raw), blobs=blobs, shards=shards, starts=starts
+    )
+
+
+def make_shards(config: RunConfig, *, seed: int) -> dict[PathID, Shard]:
+    """Random rows, more for each path than for the one before."""
+    generator = np.random.default_rng(seed)
+    shards = {}
+    for number, path in enumerate(Topology.of(config).paths):
+        rows = [
+            generator.integers(2, config.model.vocab_size, (n, config.model.sequence_tokens))
+            for n in (12 + number, 4)
+        ]
+        train, valid = (part.astype(np.uint16) for part in rows)
+        shards[path] = Shard(path=path, train=train, valid=valid)
+    return shards
+
+
+def shard_refs(config: RunConfig, shards: dict[PathID, Shard]) -> tuple[ShardRef, ...]:
+    return tuple(
+        ShardRef(
+            path=str(path),
+            blob=_ref(shard.to_bytes()),
+            tokens=shard.num_tokens(config.model.pad_token),
+        )
+        for path, shard in shards.items()
     )
 
 
@@ -197,14 +209,26 @@ class Lab:
         """A volunteer; its state directory survives `kill`, so joining again is a restart."""
         number = self.numbers.setdefault(name, 2 + len(self.numbers))
         peer = await self._start(name, number, keep_all=False, trains=True)
-        node = peer.keeper.node
         peer.keeper.providers.hints.append(self.peers[through].peer_id)
-        if node.run not in node.store:
-            node.store.add(self.run.manifest.to_bytes())
         await peer.stack.enter_async_context(peer.keeper.running())
         assert peer.volunteer is not None
         peer.task = asyncio.create_task(peer.volunteer.run())
         return peer
+
+    async def issue(self, config: RunConfig, *, seed: int) -> Manifest:
+        """The operator gives the run its next manifest: `config`, on new shards."""
+        keeper = self.peers["bootstrap"].keeper
+        shards = make_shards(config, seed=seed)
+        for shard in shards.values():
+            keeper.node.store.add(shard.to_bytes())
+        router = b"another router"
+        keeper.node.store.add(router)
+        draft = Draft(
+            config=config, router=_ref(router), shards=shard_refs(config, shards), num_phases=0
+        )
+        manifest = issue(keeper.node, draft)
+        await keeper.presence.point_to_manifest()
+        return manifest
 
     async def leave(self, name: str) -> None:
         """What Ctrl-C does."""
@@ -255,15 +279,15 @@ class Lab:
         events.listen(logged.append)
         store = BlobStore(state_dir / "blobs")
         faults = Faults(events)
+        history = History(self.run.manifest, store, state_dir / "manifests")
         node = Node(
             identity=key,
-            run=self.run.digest,
-            manifest=self.run.manifest,
+            history=history,
             swarm=swarm,
             transport=transport,
             store=store,
             blobs=BlobClient(store, transport, faults),
-            log=ModuleLog(state_dir / "modules", self.run.manifest, store),
+            log=ModuleLog(state_dir / "modules", history, store),
             events=events,
             faults=faults,
             offload=offload_inline,
@@ -273,7 +297,7 @@ class Lab:
         volunteer = None
         if trains:
             pace = Pace(burst_steps=1)
-            volunteer = Volunteer(keeper, self._make_work, pace=pace)
+            volunteer = Volunteer(keeper, make_trainer, pace=pace)
         peer = LabPeer(name=name, keeper=keeper, volunteer=volunteer, events=logged)
         self.peers[name] = peer
         peer.stack.callback(events.close)
@@ -281,10 +305,9 @@ class Lab:
         peer.stack.push_async_callback(transport.close)
         return peer
 
-    def _make_work(self, path: PathID, shard: Shard, replica: int, directory: Path) -> PathWork:
-        manifest = self.run.manifest
-        trainer = PathTrainer(manifest.run_config, manifest.topology, path, shard, replica=replica)
-        return PathWork(trainer, directory)
+
+def make_trainer(manifest: Manifest, path: PathID, shard: Shard, replica: int) -> PathTrainer:
+    return PathTrainer(manifest.run_config, manifest.topology, path, shard, replica=replica)
 
 
 async def offload_inline(function: Callable[[], T]) -> T:

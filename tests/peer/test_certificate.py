@@ -5,10 +5,12 @@ import pytest
 from dht.errors import BadMessage
 from dht.identity import Identity
 from peer.certificate import check_certificate, check_link, check_proposal, preferred, quorum_votes
+from peer.manifest import BlobRef, Origin
 from peer.messages import Ballot, Certificate, Commitment, Member, Proposal, Vote, sign
 
 PEERS = sorted((Identity(bytes([n]) * 32) for n in range(1, 6)), key=lambda i: i.peer_id)
 RUN, START, RESULT = "a" * 64, "b" * 64, "c" * 64
+ORIGIN = Origin(version=0, state=BlobRef(digest=START, num_bytes=1))
 
 
 def commitment(
@@ -17,6 +19,7 @@ def commitment(
     values = {
         "peer": who.peer_id,
         "run": RUN,
+        "manifest": RUN,
         "module": "1.0",
         "slot": 3,
         "base_version": 0,
@@ -81,7 +84,7 @@ def test_a_sound_certificate_passes_and_each_forgery_does_not() -> None:
     what = proposal(PEERS[:3])
     good = certificate(what, PEERS[:2])
     check_certificate(good, sender="x")
-    check_link(good, None, start_state=START, sender="x")
+    check_link(good, None, origin=ORIGIN, sender="x")
     forged_vote = good.votes[0].model_copy(update={"signature": "0" * 128})
     forgeries = [
         good.model_copy(update={"votes": good.votes[:1]}),
@@ -101,20 +104,20 @@ def test_a_link_needs_the_right_parent_base_and_roster() -> None:
     changes = {"version": 2, "parent": first.digest, "rebuilt": False}
     contribution = commitment(PEERS[0], base_version=1, base_state=RESULT)
     second = certificate(proposal(PEERS[:3], contributions=(contribution,), **changes), PEERS[:2])
-    check_link(second, first, start_state=START, sender="x")
+    check_link(second, first, origin=ORIGIN, sender="x")
     with pytest.raises(BadMessage, match="wrong parent"):
-        check_link(second, None, start_state=START, sender="x")
+        check_link(second, None, origin=ORIGIN, sender="x")
     other_roster = certificate(
         proposal(PEERS[:1], contributions=(contribution,), **changes), PEERS[:1]
     )
     with pytest.raises(BadMessage, match="wrong roster"):
-        check_link(other_roster, first, start_state=START, sender="x")
+        check_link(other_roster, first, origin=ORIGIN, sender="x")
     stale = commitment(PEERS[0], base_version=1, base_state=START)
     with pytest.raises(BadMessage, match="wrong base"):
         check_link(
             certificate(proposal(PEERS[:3], contributions=(stale,), **changes), PEERS[:2]),
             first,
-            start_state=START,
+            origin=ORIGIN,
             sender="x",
         )
 

@@ -7,6 +7,7 @@ import torch
 
 from dipaco.checkpoint import ModuleState, encode_state
 from dipaco.topology import ModuleID
+from peer.history import History
 from peer.messages import Certificate
 from peer.modules import ModuleLog
 from peer.store import BlobStore
@@ -27,9 +28,9 @@ class Place:
         self.log.adopt(MODULE, [])
 
     def reopened(self) -> ModuleLog:
-        return ModuleLog(
-            self.directory / "modules", RUN.manifest, BlobStore(self.directory / "blobs")
-        )
+        store = BlobStore(self.directory / "blobs")
+        history = History(RUN.manifest, store, self.directory / "manifests")
+        return ModuleLog(self.directory / "modules", history, store)
 
     def advance(self) -> Certificate:
         """One more version, with some state."""
@@ -81,4 +82,4 @@ def test_old_states_are_deleted_and_the_start_is_kept(place: Place) -> None:
     versions = [place.advance() for _ in range(5)]
     kept = [certificate.result in place.store for certificate in versions]
     assert kept == [False, False, False, True, True]
-    assert RUN.manifest.start_state(MODULE).digest in place.store
+    assert RUN.manifest.starts[MODULE.level].digest in place.store

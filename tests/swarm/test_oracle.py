@@ -15,10 +15,9 @@ import torch
 from bootstrap.node import load_blobs
 from bootstrap.prepare import load_or_sign_manifest, prepare_run
 from dipaco.config import RunConfig
-from dipaco.digest import blob_digest
 from dipaco.reference import train
 from peer.config import PeerConfig
-from peer.devices import choose_device, work_factory
+from peer.devices import choose_device, trainer_factory
 from peer.keeper import Keeper
 from peer.providers import Providers
 from peer.session import Network, make_node
@@ -67,11 +66,10 @@ async def run_swarm(directory: Path) -> dict[tuple[str, int], set[str]]:
         manifest = load_or_sign_manifest(
             directory / "run", start, start_time=time.time() + START_IN_SECONDS
         )
-        run = blob_digest(manifest.to_bytes())
         keepers = []
         for number, peer in enumerate(peers):
             node = make_node(
-                network_of(peer), run=run, manifest=manifest, run_dir=directory / f"peer{number}"
+                network_of(peer), manifest=manifest, run_dir=directory / f"peer{number}"
             )
             stack.callback(node.events.close)
             node.events.listen(listen)
@@ -80,12 +78,12 @@ async def run_swarm(directory: Path) -> dict[tuple[str, int], set[str]]:
             keepers.append(Keeper(node, providers, keep_all=number == 0))
         load_blobs(keepers[0].node.store, start, manifest.to_bytes())
         choice = choose_device(PeerConfig(device="cpu"), start.config, start.topology)
-        make_work = work_factory(start.config, start.topology, choice)
+        make_trainer = trainer_factory(choice)
         trainings = []
         for number, keeper in enumerate(keepers):
             await stack.enter_async_context(keeper.running())
             if number > 0:
-                volunteer = Volunteer(keeper, make_work)
+                volunteer = Volunteer(keeper, make_trainer)
                 has_path = asyncio.Event()
                 keeper.node.events.listen(
                     lambda entry, event=has_path: (  # type: ignore[misc]
