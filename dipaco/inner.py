@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dipaco.checkpoint import write_atomically
@@ -37,6 +36,8 @@ _IDENTITY = "identity"
 # parameter: 4 + 4, and as much again.
 _TRAINING_BYTES_PER_PARAMETER = 16
 _ADAMW_BYTES_PER_PARAMETER = 8
+# Logits of training held at a time: few enough for the cache of a CPU core, enough to fill a GPU.
+_LOGITS_AT_ONCE = {"cpu": 2**19, "cuda": 2**27}
 
 
 def learning_rate(
@@ -176,18 +177,12 @@ class PathTrainer:
         targets_BT = targets_of(
             tokens_BT, prefix_tokens=self._prefix_tokens, pad=self.config.model.pad_token
         )
-        logits_BTV = self._forward(tokens_BT.to(self.device, non_blocking=True))
-        loss = F.cross_entropy(
-            logits_BTV.flatten(0, 1).float(),
-            targets_BT.to(self.device, non_blocking=True).flatten(),
-            ignore_index=IGNORED,
-        )
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss = self._backward(tokens_BT, targets_BT.flatten())
         torch.nn.utils.clip_grad_norm_(self._parameters, self.config.inner.gradient_clip_norm)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self.num_steps += 1
-        return loss.detach()
+        return loss
 
     def evaluate(self, max_sequences: int) -> Evaluation:
         """Score at most `max_sequences` of the shard's validation rows."""
@@ -248,10 +243,52 @@ class PathTrainer:
         if module not in self.modules:
             raise ValueError(f"module {module} is not on path {self.path}")
 
+    def _backward(self, tokens_BT: Tensor, targets_N: Tensor) -> Tensor:
+        """Add the gradients of the mean loss over the targets that count; returns the loss.
+
+        Logits are by far the largest tensor of a step, so they are computed only where a target
+        counts, and turned into their gradients in place, some rows at a time.
+        """
+        kept_N = (targets_N != IGNORED).nonzero().flatten()  # on the CPU: waits for no device
+        kept_N, targets_N = self._to_device(kept_N), self._to_device(targets_N[kept_N])
+        with self._autocast():
+            hidden_BTD = self._net.hidden(self._to_device(tokens_BT))
+        hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, kept_N)
+        num_rows = -(-_LOGITS_AT_ONCE[self.device.type] // self.config.model.vocab_size)
+        loss = torch.zeros((), device=self.device)
+        gradients = []
+        for rows_ND, labels_N in zip(
+            torch.split(hidden_ND.detach(), num_rows),
+            torch.split(targets_N, num_rows),
+            strict=True,
+        ):
+            rows_ND.requires_grad_()
+            with self._autocast():
+                logits_NV = self._net.logits(rows_ND)
+            log_p_NV = logits_NV.detach().log_softmax(1, dtype=torch.float32)
+            loss -= log_p_NV.gather(1, labels_N[:, None]).sum()
+            # The gradient of the loss: the probabilities, less one at the target.
+            gradient_NV = log_p_NV.exp_()
+            gradient_NV[torch.arange(len(labels_N), device=self.device), labels_N] -= 1
+            gradient_NV /= len(targets_N)
+            logits_NV.backward(gradient_NV.to(logits_NV.dtype))  # type: ignore[no-untyped-call]
+            assert rows_ND.grad is not None
+            gradients.append(rows_ND.grad)
+        hidden_ND.backward(torch.cat(gradients))  # type: ignore[no-untyped-call]
+        return loss / len(targets_N)
+
     def _forward(self, tokens_BT: Tensor) -> Tensor:
-        with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
+        with self._autocast():
             logits_BTV: Tensor = self._net(tokens_BT)
         return logits_BTV
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda")
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        # From pinned memory, the copy runs while the GPU still computes.
+        pinned = tensor.pin_memory() if self.device.type == "cuda" else tensor
+        return pinned.to(self.device, non_blocking=True)
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         """The optimizer's state by `parameter number.key`; whole numbers become int64 scalars."""

@@ -238,19 +238,22 @@ def initialize(net: PathNet, seed: int) -> None:
 
 
 def rotary_tables(config: ModelConfig, num_tokens: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [T, C] of the rotary angles, the second half repeating the first."""
+    """Cosines and sines [T, C] of the rotary angles, as `rotate` takes them.
+
+    The second half repeats the first, whose sines are negated.
+    """
     exponents = torch.arange(0, config.head_width, 2, dtype=torch.float64) / config.head_width
     frequencies = config.rope_theta**-exponents
     angles = torch.outer(torch.arange(num_tokens, dtype=torch.float64), frequencies)
-    angles = torch.cat([angles, angles], dim=1)
-    return angles.cos().float(), angles.sin().float()
+    cos, sin = angles.cos().float(), angles.sin().float()
+    return torch.cat([cos, cos], dim=1), torch.cat([-sin, sin], dim=1)
 
 
 def rotate(x_BHTC: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """Turn each pair (c, c + C/2) by its angle, as Llama checkpoints expect."""
     cos_TC, sin_TC = (table.to(x_BHTC.dtype) for table in rotation)
     first, second = x_BHTC.chunk(2, dim=-1)
-    return x_BHTC * cos_TC + torch.cat([-second, first], dim=-1) * sin_TC
+    return torch.addcmul(x_BHTC * cos_TC, torch.cat([second, first], dim=-1), sin_TC)
 
 
 def parameter_shapes(

@@ -5,7 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
+from dipaco import inner
 from dipaco.config import RunConfig
 from dipaco.inner import Batches, PathTrainer, choose_optimizer, learning_rate
 from dipaco.model import PathNet, initialize, read_module
@@ -74,6 +76,37 @@ def test_training_is_deterministic_and_learns(tiny: RunConfig) -> None:
     assert losses[0] == losses[1]
     assert losses[0][-1] < losses[0][0] < math.log(384) + 0.5
     assert a_trainer(tiny, replica=1).train_step(0).item() != losses[0][0]
+
+
+def test_a_step_is_that_of_a_plain_loop(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(inner._LOGITS_AT_ONCE, "cpu", 384 * 50)  # in several parts
+    shard = a_shard(tiny)
+    shard.train[:, -9:] = tiny.model.pad_token
+    trainer = a_trainer(tiny, shard)
+    net = PathNet(tiny.model)
+    initialize(net, 0)
+    rates = tiny.inner
+    optimizer = torch.optim.AdamW(
+        [{"params": p, "weight_decay": 0.1 * (p.dim() > 1)} for p in net.parameters()],
+        betas=(rates.beta1, rates.beta2),
+    )
+    rows = Batches(shard.train, batch_sequences=4, seed=tiny.seed, path=PATH, replica=0)
+    for step in range(3):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(
+                rates, position_steps=step, total_steps=12, fresh_steps=step
+            )
+        tokens = rows.batch(step)
+        logits = net(tokens)[:, :-1].flatten(0, 1)
+        loss = F.cross_entropy(logits, tokens[:, 1:].flatten(), ignore_index=tiny.model.pad_token)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), rates.gradient_clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert torch.allclose(trainer.train_step(step), loss, atol=1e-6)
+    for module in trainer.modules:
+        expected = read_module(net, trainer.topology, module)
+        assert torch.allclose(trainer.read_module(module), expected, atol=1e-5)
 
 
 def test_a_saved_optimizer_continues_bit_for_bit(tiny: RunConfig, tmp_path: Path) -> None:
