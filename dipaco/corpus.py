@@ -12,12 +12,14 @@ import os
 import re
 import sysconfig
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
 
 from dipaco.config import CorpusConfig
 from dipaco.errors import ConfigError
@@ -27,6 +29,15 @@ _NOT_LIBRARY = _NEVER_TEXT | {"site-packages", "dist-packages", "test", "tests"}
 # What a file holds beyond this is mostly generated tables, and slow to parse.
 _MAX_FILE_BYTES = 2**18
 
+_MAX_RECENT = 2**18  # hashes of texts
+
+# Each open file takes some ten megabytes, and a row of Parquet comes with those around it.
+_FILES_AT_ONCE = 8
+_LINES_AT_ONCE = 256
+_READING: Mapping[str, Mapping[str, object]] = {
+    "text": {"sample_by": "line", "keep_linebreaks": True, "chunksize": 2**20},
+    "parquet": {"batch_size": 256},
+}
 
 Split = Literal["train", "valid", "test", "router"]
 
@@ -43,18 +54,13 @@ class Document:
 def load_documents(config: CorpusConfig) -> Iterator[Document]:
     """At most `max_documents` distinct documents of at most `max_document_bytes` each.
 
-    ConfigError if the corpus cannot be read.
+    They are read as they are asked for, and forgotten; of each, about 8 bytes stay, to tell
+    its doubles. ConfigError if the corpus cannot be read.
     """
     found = _embedded(config) if config.source == "python" else _from_datasets(config)
-    seen: set[bytes] = set()
-    for document in found:
-        digest = hashlib.sha256(document.text.strip().encode(errors="replace")).digest()
-        if digest in seen or not document.text.strip():
-            continue
-        seen.add(digest)
-        yield document
-        if len(seen) == config.max_documents:
-            return
+    seen = _Seen()
+    distinct = (document for document in found if seen.add(document.text.strip()))
+    yield from islice(distinct, config.max_documents)
 
 
 def split_of(source: str, config: CorpusConfig, router_fraction: float) -> Split:
@@ -70,17 +76,49 @@ def split_of(source: str, config: CorpusConfig, router_fraction: float) -> Split
     )
 
 
+class _Seen:
+    """The texts there were, as 64-bit hashes: hardly two of a billion texts have the same one.
+
+    The latest are in a set, at some 70 bytes each. Whenever there are `_MAX_RECENT`, they go into
+    a sorted array, at 8 bytes each (16 at that moment, when it is copied).
+    """
+
+    def __init__(self) -> None:
+        self._recent: set[int] = set()
+        self._sorted = np.empty(0, dtype=np.uint64)
+
+    def add(self, text: str) -> bool:
+        """Whether this text is a new one; the empty text never is."""
+        digest = _hash(text)
+        if not text or digest in self._recent or self._is_sorted(digest):
+            return False
+        self._recent.add(digest)
+        if len(self._recent) >= _MAX_RECENT:
+            recent = np.fromiter(self._recent, dtype=np.uint64)
+            self._sorted = np.sort(np.concatenate([self._sorted, recent]))
+            self._recent.clear()
+        return True
+
+    def _is_sorted(self, digest: int) -> bool:
+        # As a plain integer it would make numpy convert the whole array.
+        place = int(np.searchsorted(self._sorted, np.uint64(digest)))
+        return place < len(self._sorted) and int(self._sorted[place]) == digest
+
+
 def _hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode(errors="replace")).digest()[:8], "big")
 
 
-def _pieces(text: str, max_bytes: int) -> Iterator[str]:
-    """Cut a text at line ends into pieces of at most `max_bytes`; longer lines are cut too."""
+def _pieces(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
+    """Join the texts and cut them at line ends into pieces of at most `max_bytes`; longer lines
+    are cut too.
+    """
     piece: list[str] = []
     size = 0
-    for line in text.splitlines(keepends=True):
-        for part in _short_parts(line, max_bytes):
-            length = len(part.encode(errors="replace"))
+    for text in texts:
+        fits = size + _num_bytes(text) <= max_bytes
+        for part in [text] if fits else _short_parts(text, max_bytes):
+            length = _num_bytes(part)
             if size + length > max_bytes:
                 yield "".join(piece)
                 piece, size = [], 0
@@ -90,43 +128,70 @@ def _pieces(text: str, max_bytes: int) -> Iterator[str]:
         yield "".join(piece)
 
 
-def _short_parts(line: str, max_bytes: int) -> list[str]:
-    if len(line.encode(errors="replace")) <= max_bytes:
-        return [line]
+def _short_parts(text: str, max_bytes: int) -> Iterator[str]:
+    """The lines of a text, cut where they are longer."""
     step = max_bytes // 4  # a character has at most four bytes
-    return [line[start : start + step] for start in range(0, len(line), step)]
+    for line in text.splitlines(keepends=True):
+        if _num_bytes(line) <= max_bytes:
+            yield line
+        else:
+            yield from (line[start : start + step] for start in range(0, len(line), step))
+
+
+def _num_bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode(errors="replace"))
 
 
 # --- Text, JSON lines, Parquet and the hub, all through `datasets` --------------------------
 
 
 def _from_datasets(config: CorpusConfig) -> Iterator[Document]:
-    """Documents of all files in turn, so that any number of them is a fair sample."""
-    waiting = [_documents_of(config, name) for name in config.files or (config.name,)]
-    while waiting:
-        document = next(waiting[0], None)
-        if document is None:
-            del waiting[0]
-        else:
+    """Documents of the first files in turn, so that any number of them is a fair sample; when one
+    ends, the next begins.
+    """
+    names = iter(config.files or (config.name,))
+    open_files = [_documents_of(config, name) for name in islice(names, _FILES_AT_ONCE)]
+    while open_files:
+        document = next(open_files[0], None)
+        if document is not None:
             yield document
-            waiting.append(waiting.pop(0))
+            open_files.append(open_files.pop(0))
+        else:
+            open_files[:1] = [_documents_of(config, name) for name in islice(names, 1)]
 
 
 def _documents_of(config: CorpusConfig, name: str) -> Iterator[Document]:
-    for number, row in enumerate(_rows(config, name)):
-        text = row.get(config.text_column)
+    """A row is one source; a text file, which may be the whole corpus, is one per document."""
+    texts = _texts(config, name)
+    pieces: Iterator[tuple[int, str]]
+    if config.source == "text":
+        pieces = enumerate(_pieces(texts, config.max_document_bytes))
+    else:
+        pieces = (
+            (number, piece)
+            for number, text in enumerate(texts)
+            for piece in _pieces([text], config.max_document_bytes)
+        )
+    for number, piece in pieces:
+        yield Document(text=piece, source=f"{name}#{number}", kind=name)
+
+
+def _texts(config: CorpusConfig, name: str) -> Iterator[str]:
+    """The text of every row that has one."""
+    for row in _rows(config, name):
+        text = row.get(config.text_column, ...)
+        if text is None:
+            continue
         if not isinstance(text, str):
             raise ConfigError(
                 f"{name} has no text column {config.text_column!r}",
                 hint=f"set corpus.text_column to one of: {', '.join(map(str, row))}",
             )
-        for index, piece in enumerate(_pieces(text, config.max_document_bytes)):
-            # A row is a source of its own, but a text file is one row, so its pieces are.
-            part = index if config.source == "text" else number
-            yield Document(text=piece, source=f"{name}#{part}", kind=name)
+        yield text
 
 
 def _rows(config: CorpusConfig, name: str) -> Iterator[dict[str, Any]]:
+    """The rows of a table; of a text file, some lines at a time."""
     from datasets import config as datasets_config
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
@@ -138,11 +203,16 @@ def _rows(config: CorpusConfig, name: str) -> Iterator[dict[str, Any]]:
         arguments = (name, config.config or None)
     else:
         arguments = (config.source, None)
-        options |= {"data_files": {config.split: name}}
-        if config.source == "text":
-            options["sample_by"] = "document"
+        options["data_files"] = {config.split: name}
+        options.update(_READING.get(config.source, {}))
     try:
-        yield from load_dataset(*arguments, **options)
+        rows = load_dataset(*arguments, **options)
+        if config.source == "text":
+            # Lines are many and short: a dictionary for each would take longer than all the rest.
+            for table in rows.with_format("arrow").iter(batch_size=_LINES_AT_ONCE):
+                yield {"text": "".join(table["text"].to_pylist())}
+        else:
+            yield from rows
     except (OSError, ValueError, DatasetsError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(
@@ -186,7 +256,7 @@ def _embedded_rows(max_document_bytes: int) -> Iterator[dict[str, str]]:
             continue
         text = read()
         num_bytes[kind] += len(text) + 1
-        for piece in _pieces(text, max_document_bytes):
+        for piece in _pieces([text], max_document_bytes):
             yield {"text": piece, "source": source, "kind": kind}
 
 

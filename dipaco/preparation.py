@@ -11,7 +11,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import torch
 from dipaco.checkpoint import ModuleState, encode_state, write_atomically
 from dipaco.config import RunConfig
 from dipaco.corpus import Split, load_documents, split_of
+from dipaco.errors import ConfigError
 from dipaco.inner import PathTrainer
 from dipaco.llama import read_llama
 from dipaco.model import PathNet, initialize, read_module, write_module
@@ -28,7 +28,7 @@ from dipaco.routing import MAX_FIT_SEQUENCES, HashRouter, Router, fit_centers
 from dipaco.sequences import write_sequences
 from dipaco.sharding import shard_corpus
 from dipaco.shards import Rows, Shard
-from dipaco.start import RUN_FILE, START_FILE, Start, single_path
+from dipaco.start import RUN_FILE, START_FILE, TOKENIZER_FILE, Start, single_path
 from dipaco.tensors import decode_tensors, encode_tensors, layout_of
 from dipaco.tokenizer import train_tokenizer
 from dipaco.topology import ModuleID, Topology
@@ -37,7 +37,8 @@ Progress = Callable[[str, int, int], None]
 """Called with the name of a stage, the units done and the units in total."""
 
 DENSE_FILE = "dense.safetensors"
-_TOKENIZE_BATCH = 256  # documents
+# Enough for every core, and while it is encoded, some 20 bytes of memory for each.
+_BATCH_CHARACTERS = 2**21
 _TOKENIZER_CHARACTERS = 100_000_000  # more text hardly changes a vocabulary
 
 
@@ -144,7 +145,7 @@ class _Preparation:
             return False
 
     def _documents(self, stage: str) -> Iterator[tuple[Split, str]]:
-        """The split and text of every document; the corpus is read anew each time."""
+        """The split and text of every document; the corpus is read anew for each stage."""
         corpus, fraction = self._config.corpus, self._config.routing.router_fraction
         for number, document in enumerate(load_documents(corpus), start=1):
             yield split_of(document.source, corpus, fraction), document.text
@@ -154,11 +155,12 @@ class _Preparation:
     def _tokenizer(self) -> list[Path]:
         checkpoint = self._config.dense_start.checkpoint
         if checkpoint:
-            raw = (Path(checkpoint) / "tokenizer.json").read_bytes()
+            raw = _checkpoint_tokenizer(Path(checkpoint))
         else:
             raw = train_tokenizer(self._training_texts(), self._config.model.vocab_size).to_bytes()
         write_atomically(self._start.tokenizer_file, raw)
         self._start.tokenizer()  # of a checkpoint: is it one for this model?
+        self._progress("tokenizer", 1, 1)
         return [self._start.tokenizer_file]
 
     def _training_texts(self) -> Iterator[str]:
@@ -184,8 +186,7 @@ class _Preparation:
 
     def _encoded_documents(self) -> Iterator[tuple[Split, list[int]]]:
         tokenizer = self._start.tokenizer()
-        documents = self._documents("sequences")
-        while batch := list(islice(documents, _TOKENIZE_BATCH)):
+        for batch in _batches(self._documents("sequences")):
             encoded = tokenizer.encode_all([text for _, text in batch])
             yield from zip((split for split, _ in batch), encoded, strict=True)
 
@@ -270,6 +271,31 @@ class _Preparation:
             sharding.listing_file,
             *(self._start.shard_file(path) for path in self._topology.paths),
         ]
+
+
+def _checkpoint_tokenizer(checkpoint: Path) -> bytes:
+    file = checkpoint / TOKENIZER_FILE
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read {file}: {error.strerror}",
+            hint="set dense_start.checkpoint to a directory with a Llama and its tokenizer.json",
+        ) from error
+
+
+def _batches(documents: Iterable[tuple[Split, str]]) -> Iterator[list[tuple[Split, str]]]:
+    """The documents in lists, each of which ends when it has `_BATCH_CHARACTERS`."""
+    batch: list[tuple[Split, str]] = []
+    num_characters = 0
+    for split, text in documents:
+        batch.append((split, text))
+        num_characters += len(text)
+        if num_characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, num_characters = [], 0
+    if batch:
+        yield batch
 
 
 def _json(value: object) -> bytes:

@@ -17,6 +17,9 @@ class Tokenizer:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self._backend.encode_special_tokens = True
+        # That of a checkpoint may cut texts to what its model was trained on.
+        self._backend.no_truncation()
+        self._backend.no_padding()
 
     @property
     def vocab_size(self) -> int:

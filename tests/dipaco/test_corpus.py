@@ -1,4 +1,5 @@
 import json
+import tracemalloc
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import dipaco.corpus
 from dipaco.config import CorpusConfig
 from dipaco.corpus import Document, Split, load_documents, split_of
 from dipaco.errors import ConfigError
@@ -61,6 +63,9 @@ def test_local_files_load_the_same_way(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(lines)
     config = CorpusConfig(source="json", files=(str(tmp_path / "a.jsonl"),), text_column="body")
     assert [document.text for document in load_documents(config)] == texts  # the double is gone
+    with (tmp_path / "a.jsonl").open("a") as stream:
+        stream.write('{"body": null}\n')  # is passed over
+    assert len(list(load_documents(config))) == len(texts)
     with pytest.raises(ConfigError, match="no text column") as caught:
         list(load_documents(replace(config, text_column="text")))
     assert "body" in caught.value.hint
@@ -74,6 +79,52 @@ def test_a_long_text_file_is_cut_at_lines(tmp_path: Path) -> None:
     assert "".join(document.text for document in documents).startswith("".join(lines))
     assert all(len(document.text.encode()) <= 100 for document in documents)
     assert len({document.source for document in documents}) == len(documents)
+
+
+def test_a_text_larger_than_what_is_read_at_once_keeps_every_line(tmp_path: Path) -> None:
+    text = "".join(f"{number} words in a line\n" for number in range(80_000))
+    assert len(text) > 1.5 * 2**20
+    (tmp_path / "a.txt").write_text(text)
+    config = CorpusConfig(source="text", files=(str(tmp_path / "a.txt"),), max_documents=10**6)
+    documents = list(load_documents(config))
+    assert "".join(document.text for document in documents) == text
+    assert min(len(document.text) for document in documents[:-1]) > config.max_document_bytes - 40
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
+    num_bytes = 0
+    with (tmp_path / "a.txt").open("w") as stream:
+        for number in range(2_000):
+            num_bytes += stream.write(f"{number} {'text ' * 2_000}\n")
+    config = CorpusConfig(source="text", files=(str(tmp_path / "a.txt"),))
+    next(load_documents(config))  # imports what it needs
+    tracemalloc.start()
+    try:
+        assert sum(len(document.text) for document in load_documents(config)) == num_bytes
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < num_bytes / 2
+
+
+def test_more_files_than_are_read_at_a_time(tmp_path: Path) -> None:
+    for number in range(20):
+        lines = (f"{number:2} {line} {'x' * 50}\n" for line in range(3))
+        (tmp_path / f"{number}.txt").write_text("".join(lines))
+    files = tuple(str(tmp_path / f"{number}.txt") for number in range(20))
+    config = CorpusConfig(source="text", files=files, max_document_bytes=64)
+    kinds = [document.kind for document in load_documents(config)]
+    assert Counter(kinds) == dict.fromkeys(files, 3)
+    assert len(set(kinds[:8])) == 8  # in turn
+
+
+def test_doubles_are_found_however_far_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dipaco.corpus, "_MAX_RECENT", 10)
+    seen = dipaco.corpus._Seen()
+    texts = [f"text {number}" for number in range(35)]
+    assert all(seen.add(text) for text in texts)
+    assert not any(seen.add(text) for text in texts)
+    assert seen.add("another")
 
 
 def test_parquet(tmp_path: Path) -> None:

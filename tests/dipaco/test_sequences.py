@@ -1,3 +1,4 @@
+import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -7,7 +8,9 @@ import pytest
 
 from dipaco.corpus import Split
 from dipaco.errors import BadBytes, ConfigError
+from dipaco.preparation import prepare_start
 from dipaco.sequences import SPLITS, read_split, rows_of, write_sequences
+from dipaco.start import Start
 
 END, PAD = 0, 1
 OPTIONS = {"sequence_tokens": 8, "prefix_tokens": 2, "end_token": END, "pad_token": PAD}
@@ -49,6 +52,18 @@ def test_all_splits_are_written_or_none(tmp_path: Path) -> None:
             write(tmp_path, [(split, tokens) for split, tokens in DOCUMENTS if split == kept])
     assert [file.read_bytes() for file in files] == before
     assert sorted(files[0].parent.iterdir()) == sorted(files)
+
+
+def test_rows_do_not_depend_on_how_much_is_encoded_at_once(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = shutil.copytree(start.directory, tmp_path / "copy")
+    (copy / "sequences.stage.json").unlink()
+    monkeypatch.setattr("dipaco.preparation._BATCH_CHARACTERS", 1000)
+    again = prepare_start(start.config, copy)
+    for split in SPLITS:
+        assert np.array_equal(again.rows(split), start.rows(split))
+    assert len(start.rows("test")) > 0
 
 
 def test_a_damaged_split_is_refused(tmp_path: Path) -> None:
