@@ -4,8 +4,10 @@ A pointer is a rumour and names only a digest. What it leads to counts if the op
 each version continues the one before, back to one that is known here.
 """
 
+import asyncio
 import shutil
 from collections.abc import Sequence
+from weakref import WeakValueDictionary
 
 from dht.errors import BadMessage, PeerFault, RunMismatch, Unreachable
 from dht.keys import manifest_key
@@ -33,6 +35,7 @@ class Discovery:
         self._blobs = BlobClient(self._store, node.transport, node.faults)
         self._refuted: dict[str, None] = {}  # digests that led to nothing; the oldest goes first
         self._searching: set[str] = set()  # peers whose messages name an unknown manifest
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by digest
 
     async def close(self) -> None:
         """Give up whatever is being fetched."""
@@ -73,6 +76,11 @@ class Discovery:
 
         False if it cannot be had, or is none; `sources` claim that it is one.
         """
+        lock = self._locks.setdefault(digest, asyncio.Lock())
+        async with lock:
+            return await self._follow(digest, sources)
+
+    async def _follow(self, digest: str, sources: Sequence[str]) -> bool:
         node = self._node
         try:
             chain = await self._fetch_chain(digest, sources)
@@ -120,8 +128,10 @@ class Discovery:
             max_bytes=MAX_MANIFEST_BYTES,
             timeout_seconds=MANIFEST_TIMEOUT_SECONDS,
         )
-        raw = self._store.read(digest) or b""
+        raw = self._store.read(digest)
         self._store.remove(digest)
+        if raw is None:
+            raise Unreachable(f"manifest {digest[:12]} was damaged on disk")
         return await self._node.offload(
             lambda: parse_manifest(raw, digest=digest, sender=sources[0])
         )

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 from dipaco.topology import ModuleID
 from tests.lab import Lab, LabPeer, certified_states, lab, little_config
@@ -11,11 +10,6 @@ from tests.virtual_clock import run_virtual
 
 PATHS = {"0.0", "0.1", "1.0", "1.1"}
 ROUND = 20.0  # virtual seconds
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 async def four_peers(place: Lab) -> list[LabPeer]:

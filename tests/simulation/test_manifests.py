@@ -1,0 +1,162 @@
+"""A running swarm moves to the next manifest: everyone at the same slot, with the same bytes."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from dipaco.config import TopologyConfig
+from dipaco.topology import ModuleID, PathID
+from peer.manifest import Manifest
+from peer.messages import Certificate
+from peer.succession import grown
+from tests.lab import Lab, LabPeer, certified_states, lab, little_config
+from tests.virtual_clock import run_virtual
+
+ROUND = 10.0  # virtual seconds
+PATHS = {"0.0", "0.1", "1.0", "1.1"}
+MANY = 1000  # rounds: none of these runs comes to its end
+
+
+async def swarm(place: Lab, num_peers: int) -> list[LabPeer]:
+    return [await place.bootstrap(), *[await place.join(f"peer{n}") for n in range(num_peers)]]
+
+
+async def until_slot(place: Lab, slot: int) -> None:
+    node = place.peers["bootstrap"].keeper.node
+    await place.until(
+        lambda: node.slot >= slot, within=ROUND * (slot + 2), what=f"slot {slot}"
+    )
+
+
+def certificates(peer: LabPeer) -> list[Certificate]:
+    return [c for held in peer.keeper.node.log.held.values() for c in held.chain]
+
+
+def in_force(peer: LabPeer) -> dict[int, int]:
+    """By version of the manifest: the slot in which this peer began to train by it."""
+    return {entry["version"]: entry["slot"] for entry in peer.seen("manifest in force")}
+
+
+def assert_agreement(peers: list[LabPeer]) -> None:
+    """P1: whoever applied a version applied the same bytes."""
+    assert all(len(states) == 1 for states in certified_states(peers).values())
+    assert not any(peer.seen("diverged") or peer.seen("error") for peer in peers)
+
+
+def assert_weighed_by_slot(peer: LabPeer, first: Manifest, second: Manifest) -> None:
+    """Every contribution was counted under the manifest of the slot that it was trained in."""
+    seen = set()
+    for certificate in certificates(peer):
+        proposal = certificate.proposal
+        expected = second if proposal.slot >= second.first_slot else first
+        assert proposal.manifest == expected.digest
+        seen.add(expected.version)
+    assert seen == {first.version, second.version}
+
+
+def test_new_shards_come_into_force_everywhere_in_one_slot(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        config = little_config(num_rounds=MANY, round_seconds=ROUND)
+        async with lab(tmp_path, config) as place:
+            everyone = await swarm(place, 4)
+            await until_slot(place, 1)
+            other = replace(config, outer=replace(config.outer, wire_format="float16"))
+            manifest = await place.issue(other, seed=7)
+            assert manifest.first_slot == 4
+            await until_slot(place, 6)
+            for peer in everyone[1:]:
+                assert in_force(peer) == {2: 4}
+                path = PathID.parse(peer.seen("path")[-1]["path"])
+                assert peer.seen("manifest in force")[0]["shard"] == (
+                    manifest.shard(path).blob.digest
+                )
+            assert_weighed_by_slot(everyone[0], place.run.manifest, manifest)
+            assert_agreement(everyone)
+            # Nobody missed a slot.
+            slots = [entry["slot"] for entry in everyone[1].seen("contributed")]
+            assert slots == list(range(len(slots)))
+            assert {c.ballot.slot for c in certificates(everyone[0])} >= {2, 3, 4}
+
+    run_virtual(scenario())
+
+
+def test_who_was_away_and_who_knows_only_the_first_manifest_reach_the_newest(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        config = little_config(num_rounds=MANY, round_seconds=ROUND)
+        async with lab(tmp_path, config) as place:
+            everyone = await swarm(place, 4)
+            await until_slot(place, 1)
+            await place.kill("peer3")
+            second = await place.issue(config, seed=7)
+            await until_slot(place, second.first_slot)
+            third = await place.issue(config, seed=8)
+            await until_slot(place, third.first_slot)
+            await place.leave("bootstrap")
+            back = await place.join("peer3", through="peer0")
+            late = await place.join("late", through="peer1")
+            newcomers = [back, late]
+            await place.until(
+                lambda: all(
+                    any(peer.peer_id in e["contributors"] for e in everyone[1].seen("version"))
+                    for peer in newcomers
+                ),
+                within=4 * ROUND,
+                what="being counted",
+            )
+            for peer in newcomers:
+                assert peer.keeper.node.history.newest.digest == third.digest
+                assert peer.seen("path")[0]["manifest"] == 3
+            assert_agreement([*everyone[:4], back, late])
+
+            await place.leave("late")
+            again = await place.join("late", through="peer1")
+            assert again.keeper.node.history.newest.digest == third.digest, "it is on disk"
+
+    run_virtual(scenario())
+
+
+def test_one_path_grows_into_four(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        config = little_config(num_rounds=MANY, round_seconds=6.0, blocking=False)
+        config = replace(config, topology=TopologyConfig(levels=(1, 1)))
+        async with lab(tmp_path, config) as place:
+            everyone = await swarm(place, 4)
+            await place.until(
+                lambda: min(everyone[0].versions().values(), default=0) >= 1,
+                within=3 * ROUND,
+                what="a version of every module",
+            )
+            assert {peer.seen("path")[-1]["path"] for peer in everyone[1:]} == {"0.0"}
+            manifest = await place.issue(grown(config, (2, 2)), seed=7)
+            born = {birth.module: birth for birth in manifest.births}
+            assert {m: birth.source for m, birth in born.items()} == {"1.1": "1.0", "2.1": "2.0"}
+            await until_slot(place, manifest.first_slot + 1)
+            late = await place.join("late")
+            everyone.append(late)
+            await place.until(
+                lambda: (
+                    all(
+                        len(held.chain) >= 2
+                        for peer in everyone
+                        for held in peer.keeper.node.log.held.values()
+                    )
+                    and bool(late.seen("contributed"))
+                ),
+                within=4 * ROUND,
+                what="two versions of every module",
+            )
+            assert {peer.seen("path")[-1]["path"] for peer in everyone[1:5]} == PATHS
+            assert_agreement(everyone)
+            bootstrap = everyone[0].keeper.node
+            for module, birth in born.items():
+                held = bootstrap.log.held[ModuleID.parse(module)]
+                source = bootstrap.log.held[ModuleID.parse(birth.source)]
+                assert source.after(birth.version - 1)[0].result == birth.state.digest
+                assert held.chain[0].proposal.parent == birth.state.digest
+                assert held.chain[0].version == birth.version + 1
+                assert held.chain[0].proposal.slot >= manifest.first_slot
+                # What existed goes on without a gap.
+                assert [c.version for c in source.chain] == list(range(1, source.version + 1))
+
+    run_virtual(scenario())
