@@ -239,7 +239,7 @@ class _Preparation:
     def _fit_router(self, rows: Rows) -> Router:
         """The router that training begins with, fitted to a sample of the training rows."""
         routing, num_paths = self._config.routing, self._topology.num_paths
-        if routing.method == "hash":
+        if routing.method == "hash" or num_paths == 1:
             return HashRouter(num_paths=num_paths)
         # Evenly spread, because neighbours are of one document.
         picked = np.linspace(0, len(rows) - 1, min(len(rows), MAX_FIT_SEQUENCES)).astype(np.int64)

@@ -286,9 +286,20 @@ def train_dense(
     device: torch.device | str = "cpu",
     on_step: Callable[[int], None] = lambda step: None,
 ) -> PathTrainer:
+    """Take all the steps of a `dense_trainer`."""
+    trainer = dense_trainer(start, num_steps, device=device)
+    for step in range(num_steps):
+        trainer.train_step(step)
+        on_step(step)
+    return trainer
+
+
+def dense_trainer(
+    start: Start, num_steps: int, *, device: torch.device | str = "cpu"
+) -> PathTrainer:
     """What a DiPaCo is compared with: one network of a path's size on all of the training data.
 
-    Plain AdamW from the same start, with a path's batch and schedule, for `num_steps` steps.
+    Plain AdamW from the same start, with a path's batch and a schedule for `num_steps` steps.
     """
     config = single_path(start.config, num_steps)
     topology = Topology.of(config)
@@ -297,9 +308,6 @@ def train_dense(
     net = start.net()
     for module in trainer.modules:
         trainer.write_module(module, read_module(net, topology, module))
-    for step in range(num_steps):
-        trainer.train_step(step)
-        on_step(step)
     return trainer
 
 

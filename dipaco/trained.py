@@ -6,10 +6,10 @@ the dense start, which has one path's size; everything else is loaded path by pa
 
 # ruff: noqa: N806 - arrays carry their shape in their name: N sequences, T tokens, P paths
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,7 @@ from dipaco.rerouting import boundaries, choices_of_router, evaluate_choices
 from dipaco.rounds import RoundFiles, latest_round
 from dipaco.routing import FeatureExtractor, Router, ranking
 from dipaco.sharding import Sharding
+from dipaco.shards import Rows
 from dipaco.start import Start
 from dipaco.topology import PathID
 
@@ -155,25 +156,31 @@ class TrainedModel:
         return path
 
 
+def sample(start: Start, split: Split, max_sequences: int) -> Rows:
+    """At most so many sequences [n, T] of a split, evenly spread; ConfigError if it has none."""
+    rows = start.rows(split)
+    if not len(rows):
+        raise ConfigError(
+            f"the {split} part of the corpus is empty", hint=f"raise corpus.{split}_fraction"
+        )
+    count = min(len(rows), max_sequences)
+    return np.asarray(rows[np.linspace(0, len(rows) - 1, count).astype(np.int64)])
+
+
 def evaluate_model(
     model: TrainedModel,
-    split: Split,
+    rows: Rows,
     *,
     every: int = 0,
     by_token: bool = False,
     early_stopped: bool = False,
     on_path: Progress = lambda stage, done, total: None,
 ) -> dict[int, Evaluation]:
-    """Score the sequences of a split, by path number, re-routed every `every` tokens unless 0.
+    """Score sequences, by path number, re-routed every `every` tokens unless 0.
 
     The first path is always the router's. `by_token` lets the token-level router choose the ones
-    after it. ConfigError if the split is empty.
+    after it.
     """
-    rows = model.start.rows(split)
-    if not len(rows):
-        raise ConfigError(
-            f"the {split} part of the corpus is empty", hint=f"raise corpus.{split}_fraction"
-        )
     config = model.config
     prefix_tokens = config.routing.prefix_tokens
     at = boundaries(
@@ -187,7 +194,7 @@ def evaluate_model(
         choices = np.concatenate([choices, model.token_router.choose(rows, at[1:])], axis=1)
     numbers = np.unique(choices)
     stage = f"every {every} tokens" if every else "once per sequence"
-    done = count(1)
+    done = itertools.count(1)
 
     def forward_of(number: int) -> Callable[[Tensor], Tensor]:
         on_path(stage, next(done), len(numbers))

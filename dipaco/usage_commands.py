@@ -39,6 +39,14 @@ if TYPE_CHECKING:
     metavar="W",
     help="Also choose the path anew every W tokens. May be given several times.",
 )
+@click.option(
+    "--max-sequences",
+    type=click.IntRange(1),
+    default=2048,
+    show_default=True,
+    metavar="N",
+    help="Score at most so many sequences, evenly spread over the text.",
+)
 @token_router_option
 @early_stopped_option
 @click.option("--json", "as_json", is_flag=True, help="Print figures for programs.")
@@ -48,6 +56,7 @@ def evaluate(  # noqa: PLR0913 - one parameter per option
     directory: Path,
     split: str,
     every: "tuple[int, ...]",
+    max_sequences: int,
     token_router: bool,
     early_stopped: bool,
     as_json: bool,
@@ -63,17 +72,18 @@ def evaluate(  # noqa: PLR0913 - one parameter per option
 
     from dipaco.progress import StageBars, progress_bars
     from dipaco.rerouting import whole
-    from dipaco.trained import TrainedModel, evaluate_model
+    from dipaco.trained import TrainedModel, evaluate_model, sample
 
     device = open_device(device_name, threads)
     model = TrainedModel.load(directory, device)
+    rows = sample(model.start, "valid" if split == "valid" else "test", max_sequences)
     results = {}
     with progress_bars(Console(stderr=True)) as progress:
         bars = StageBars(progress)
         for interval in (0, *every):
             results[interval] = evaluate_model(
                 model,
-                "valid" if split == "valid" else "test",
+                rows,
                 every=interval,
                 by_token=token_router and interval > 0,
                 early_stopped=early_stopped,

@@ -146,8 +146,8 @@ def test_early_stopping_keeps_each_path_at_its_best(trained: TrainedModel) -> No
 
 
 def test_rerouting_scores_every_token_once(trained: TrainedModel) -> None:
-    once = whole(evaluate_model(trained, "test"))
-    often = evaluate_model(trained, "test", every=8)
+    once = whole(evaluate_model(trained, trained.start.rows("test")))
+    often = evaluate_model(trained, trained.start.rows("test"), every=8)
     assert whole(often).num_tokens == once.num_tokens > 0
     assert len(often) > 1
 
@@ -157,7 +157,7 @@ def test_evaluation_loads_one_path_at_a_time_and_agrees_with_training(
 ) -> None:
     """Scored by the shards' own rows, or routed anew: the same whole."""
     monkeypatch.setattr(TrainedModel, "net", counted(TrainedModel.net, loaded := []))
-    routed = whole(evaluate_model(trained, "valid"))
+    routed = whole(evaluate_model(trained, trained.start.rows("valid")))
     assert len(loaded) == len(set(loaded)) <= trained.start.topology.num_paths
     by_shard = []
     for number, path in enumerate(trained.start.topology.paths):

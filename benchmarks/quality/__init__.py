@@ -1,0 +1,1 @@
+"""What each part of DiPaCo is worth: the paper's comparisons in miniature."""

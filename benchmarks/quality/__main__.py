@@ -1,0 +1,99 @@
+"""The paper's comparisons in miniature: routing, sharing, outer step, re-routing, wire formats.
+
+    python -m benchmarks.quality --size tiny|cpu|gpu [--json FILE] [--plots DIR] [--text FOLDER]
+
+Trainings run side by side, one thread each, and are kept in the working directory: interrupted, it
+continues.
+"""
+
+import json
+import os
+import time
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from benchmarks.quality.plan import Experiment, Size, experiments
+from benchmarks.quality.report import print_tables, write_plots
+from benchmarks.quality.run import Figures, prepare_base, run
+from dipaco.config import RunConfig, TopologyConfig
+
+
+def base_of(config: RunConfig) -> tuple[str, RunConfig]:
+    """A name for text, seed and dense start, and a small run that prepares just these."""
+    corpus = config.corpus
+    name = f"base-{config.seed}-{corpus.max_documents}"
+    return name, replace(config, topology=TopologyConfig(levels=(1,)))
+
+
+@click.command()
+@click.option(
+    "--size", type=click.Choice(["tiny", "cpu", "gpu"]), default="tiny", show_default=True
+)
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write figures here.")
+@click.option("--plots", "plots_dir", type=click.Path(path_type=Path), help="Write PNGs here.")
+@click.option(
+    "--text",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Train on the text files of a folder instead of the embedded corpus.",
+)
+@click.option("--work", type=click.Path(path_type=Path), default=Path("quality-run"))
+@click.option("--workers", type=click.IntRange(1), default=lambda: len(os.sched_getaffinity(0)))
+@click.option("--only", multiple=True, metavar="NAME", help="Run these experiments only.")
+def main(  # noqa: PLR0913 - one parameter per option
+    size: Size,
+    json_file: Path | None,
+    plots_dir: Path | None,
+    text: Path | None,
+    work: Path,
+    workers: int,
+    only: tuple[str, ...],
+) -> None:
+    """Compare trainings at equal steps."""
+    plan = [e for e in experiments(size, text) if not only or e.name in only]
+    work = work / size
+    device = "cuda" if size == "gpu" else "cpu"
+    workers = 1 if size == "gpu" else workers
+    begun = time.monotonic()
+    figures: dict[str, Figures] = {}
+    with Progress(
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        TextColumn("{task.completed:.1f}/{task.total:.1f} M tokens"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    ) as progress:
+        task = progress.add_task("preparing", total=sum(e.tokens for e in plan) / 1e6)
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            bases = dict(base_of(e.config) for e in plan)
+            waiting = [pool.submit(prepare_base, c, work / name) for name, c in bases.items()]
+            for done in waiting:
+                done.result()
+            futures: dict[Future[Figures], Experiment] = {
+                pool.submit(run, e, work / base_of(e.config)[0], work / e.name, device): e
+                for e in plan
+            }
+            for future in as_completed(futures):
+                experiment = futures[future]
+                figures[experiment.name] = future.result()
+                progress.update(task, advance=experiment.tokens / 1e6, description=experiment.name)
+                progress.console.print(
+                    f"{experiment.name}: perplexity {figures[experiment.name]['ppl']:.2f}"
+                )
+    ordered = {e.name: figures[e.name] for e in plan}
+    print_tables(ordered, Console())
+    click.echo(f"{time.monotonic() - begun:.0f} s on {workers} workers")
+    if json_file is not None:
+        json_file.write_text(json.dumps(ordered, indent=1) + "\n")
+    if plots_dir is not None:
+        write_plots(ordered, plots_dir)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""Tables and plots of what the trainings came to."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+Figures = dict[str, Any]
+
+
+def print_tables(figures: dict[str, Figures], console: Console) -> None:
+    """Perplexities on the test sequences, the routing prefix not counted."""
+    table = Table(
+        "training", "steps", "M tokens", "PFLOP", "ppl", "loss", "vs dense", "every 64", "every 32",
+        "every 16", "early-stopped", "CPU s", title="test perplexity",
+    )  # fmt: skip
+    for name, found in figures.items():
+        dense = figures.get(_baseline(name), found)
+        table.add_row(
+            name,
+            str(found["steps"]),
+            f"{found['tokens'] / 1e6:.2f}",
+            f"{found['flops'] / 1e15:.2f}",
+            f"{found['ppl']:.2f}",
+            f"{math.log(found['ppl']):.4f}",
+            f"{found['ppl'] / dense['ppl']:.3f}",
+            *(_cell(found, f"ppl_rerouted_{every}") for every in (64, 32, 16)),
+            _cell(found, "ppl_early_stopped"),
+            f"{found['train_seconds']:.0f}",
+        )
+    console.print(table)
+    routers = Table(
+        "training", "router names the best path", "ppl", "ppl of the best path", "token-level 64",
+        "32", "16", title="routers",
+    )  # fmt: skip
+    for name, found in figures.items():
+        if "router_accuracy" in found:
+            routers.add_row(
+                name,
+                f"{100 * found['router_accuracy']:.0f} %",
+                f"{found['ppl']:.2f}",
+                f"{found['ppl_best_path']:.2f}",
+                *(_cell(found, f"ppl_token_router_{every}") for every in (64, 32, 16)),
+            )
+    console.print(routers)
+
+
+def _baseline(name: str) -> str:
+    """The dense model with as many steps on the same text."""
+    if name.endswith("-small"):
+        return "dense-small"
+    seed = name.rpartition("-seed-")[2] if "-seed-" in name else ""
+    if seed:
+        return f"dense-seed-{seed}"
+    main = ("dense", "2x2", "flat-4", "2x4", "4x4", "4x4-specific", "dense-4x", "diloco-4")
+    return "dense" if name in main else "dense-short"
+
+
+def _cell(found: Figures, key: str) -> str:
+    return f"{found[key]:.2f}" if key in found else ""
+
+
+_CURVES = ("dense", "dense-4x", "diloco-4", "flat-4", "2x2", "2x4", "4x4", "4x4-specific")
+
+
+def write_plots(figures: dict[str, Figures], directory: Path) -> None:
+    """Perplexity over steps, seconds and FLOPs; shard sizes; router confusion."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    directory.mkdir(parents=True, exist_ok=True)
+    _plot_curves(figures, directory / "quality-curves.png", _CURVES)
+    small = tuple(name for name in figures if name.endswith("-small"))
+    if small:
+        _plot_curves(figures, directory / "quality-small-shards.png", small)
+    _plot_shards(figures, directory / "quality-shards.png")
+    _plot_confusion(figures, directory / "quality-confusion.png")
+
+
+def _plot_curves(figures: dict[str, Figures], file: Path, names: tuple[str, ...]) -> None:
+    import matplotlib.pyplot as plt
+
+    axes_of = {"inner steps of a path": 0, "seconds of training on one thread": 1, "FLOPs": 2}
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), sharey=True, layout="constrained")
+    for axis, (label, column) in zip(axes, axes_of.items(), strict=True):
+        for name in names:
+            points = figures.get(name, {}).get("curve", [])
+            axis.plot([p[column] for p in points], [p[3] for p in points], label=name)
+        axis.set_xlabel(label)
+        axis.set_yscale("log")
+        axis.grid(alpha=0.3, which="both")
+    axes[0].set_ylabel("validation perplexity")
+    axes[2].set_xscale("log")
+    axes[0].legend()
+    figure.savefig(file, dpi=100)
+    plt.close(figure)
+
+
+def _plot_shards(figures: dict[str, Figures], file: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    shown = {
+        name: sorted(found["shard_tokens"], reverse=True)
+        for name, found in figures.items()
+        if len(found.get("shard_tokens", [])) in (8, 16)
+    }
+    if not shown:
+        return
+    figure, axis = plt.subplots(figsize=(9, 4.5), layout="constrained")
+    for name, tokens in shown.items():
+        axis.plot(range(1, len(tokens) + 1), [n / 1e6 for n in tokens], marker=".", label=name)
+    axis.set_xlabel("shard, by size")
+    axis.set_ylabel("million tokens")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize="small")
+    figure.savefig(file, dpi=100)
+    plt.close(figure)
+
+
+def _plot_confusion(figures: dict[str, Figures], file: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    shown = {
+        name: found["confusion"]
+        for name, found in figures.items()
+        if len(found.get("confusion", [])) == 8
+    }
+    if not shown:
+        return
+    figure, axes = plt.subplots(
+        1, len(shown), figsize=(3.2 * len(shown), 3.6), squeeze=False, layout="constrained"
+    )
+    for axis, (name, counts) in zip(axes[0], shown.items(), strict=True):
+        axis.imshow(counts, cmap="Blues")
+        axis.set_title(name, fontsize="small")
+        axis.set_xlabel("path by the router")
+        axis.set_ylabel("path that predicts best")
+    figure.savefig(file, dpi=100)
+    plt.close(figure)
