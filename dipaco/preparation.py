@@ -129,9 +129,11 @@ class _Preparation:
         if self._is_done(record_file, key):
             self._progress(name, 1, 1)
             return key
+        self._progress(name, 0, 1)
         record_file.unlink(missing_ok=True)
         files = {str(f.relative_to(self._directory)): f.stat().st_size for f in work()}
         write_atomically(record_file, _json({"key": key, "files": files}))
+        self._progress(name, 1, 1)
         return key
 
     def _is_done(self, record_file: Path, key: str) -> bool:
@@ -150,7 +152,6 @@ class _Preparation:
         for number, document in enumerate(load_documents(corpus), start=1):
             yield split_of(document.source, corpus, fraction), document.text
             self._progress(stage, number, corpus.max_documents)
-        self._progress(stage, corpus.max_documents, corpus.max_documents)
 
     def _tokenizer(self) -> list[Path]:
         checkpoint = self._config.dense_start.checkpoint
@@ -160,7 +161,6 @@ class _Preparation:
             raw = train_tokenizer(self._training_texts(), self._config.model.vocab_size).to_bytes()
         write_atomically(self._start.tokenizer_file, raw)
         self._start.tokenizer()  # of a checkpoint: is it one for this model?
-        self._progress("tokenizer", 1, 1)
         return [self._start.tokenizer_file]
 
     def _training_texts(self) -> Iterator[str]:
@@ -233,7 +233,6 @@ class _Preparation:
     def _router(self) -> list[Path]:
         router = self._fit_router(self._start.rows("train"))
         write_atomically(self._start.router_file, router.to_bytes())
-        self._progress("router", 1, 1)
         return [self._start.router_file]
 
     def _fit_router(self, rows: Rows) -> Router:
@@ -252,7 +251,6 @@ class _Preparation:
                 self._config,
                 on_progress=lambda done, total: self._progress("router", done, total),
             )
-        self._progress("router", 0, 1)
         features = self._start.feature_extractor(self._device)(prefixes)
         by_level = routing.method in ("product_kmeans", "discriminative")
         num_centers = self._topology.shape if by_level else (num_paths,)
@@ -296,6 +294,17 @@ def _batches(documents: Iterable[tuple[Split, str]]) -> Iterator[list[tuple[Spli
             batch, num_characters = [], 0
     if batch:
         yield batch
+
+
+def _read_tokenizer(checkpoint: Path) -> bytes:
+    file = checkpoint / "tokenizer.json"
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read {file}: {error.strerror}",
+            hint="dense_start.checkpoint names the directory of a Llama with its tokenizer",
+        ) from error
 
 
 def _json(value: object) -> bytes:

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from dipaco.config import RunConfig, TopologyConfig
 from dipaco.errors import BadBytes, ConfigError
+from dipaco.llama import export_llama, model_section
 from dipaco.preparation import prepare_start
 from dipaco.routing import ranking, router_from_bytes
 from dipaco.shards import Shard
@@ -77,7 +79,7 @@ def test_finished_stages_are_not_done_again(start: Start, copied: Path) -> None:
         (lambda c: replace(c, outer=replace(c.outer, momentum=0.5)), set()),
         (
             lambda c: replace(c, dense_start=replace(c.dense_start, steps=3)),
-            {"dense start", "router", "shards"},
+            {"dense start", "states", "router", "shards"},
         ),
     ],
 )
@@ -130,3 +132,23 @@ def test_shards_and_routers_refuse_other_bytes(start: Start) -> None:
     more = replace(start.config, topology=TopologyConfig(levels=(5,)))
     with pytest.raises(BadBytes):
         router_from_bytes(router, more)
+
+
+def test_a_run_can_start_from_a_checkpoint(start: Start, tmp_path: Path) -> None:
+    """Written for others and read again: the same network, tokenizer and configuration."""
+    checkpoint = tmp_path / "llama"
+    export_llama(start.net(), start.tokenizer_file.read_bytes(), checkpoint)
+    model = RunConfig.from_dict(start.config.to_dict() | {"model": model_section(checkpoint)}).model
+    assert model == start.config.model
+    dense = replace(start.config.dense_start, checkpoint=str(checkpoint), steps=0)
+    again = prepare_start(replace(start.config, model=model, dense_start=dense), tmp_path / "start")
+    for module in start.topology.modules:
+        expected = start.module_state(module).parameters
+        assert torch.equal(again.module_state(module).parameters, expected)
+    assert again.tokenizer_file.read_bytes() == start.tokenizer_file.read_bytes()
+
+
+def test_a_checkpoint_that_is_not_there_is_a_config_error(start: Start, tmp_path: Path) -> None:
+    dense = replace(start.config.dense_start, checkpoint=str(tmp_path / "absent"), steps=0)
+    with pytest.raises(ConfigError, match="absent"):
+        prepare_start(replace(start.config, dense_start=dense), tmp_path / "start")
