@@ -34,7 +34,10 @@ bench: $(READY) ## Run the benchmarks of docs/results.md.
 	$(BIN)/python -m benchmarks.averaging --peers 2
 	$(BIN)/python -m benchmarks.averaging --peers 4
 
-clean: ## Remove the virtual environment and what the demo left.
-	rm -rf $(VENV) demo-run
+quality: $(READY) ## Compare routers, topologies and outer steps; an hour and a half on two cores.
+	$(BIN)/python -m benchmarks.quality --size cpu --json quality.json --plots docs
 
-.PHONY: help setup demo test check bench clean
+clean: ## Remove the virtual environment and what the demo left.
+	rm -rf $(VENV) demo-run quality-run
+
+.PHONY: help setup demo test check bench quality clean

@@ -9,7 +9,7 @@ import click
 
 from dipaco.errors import DipacoError
 from dipaco.training_commands import train, train_router
-from dipaco.usage_commands import evaluate, export, generate
+from dipaco.usage_commands import checkpoint, evaluate, export, generate
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "DIPACO"}
 _INTERRUPTED = 130  # what shells report for Ctrl-C
@@ -42,5 +42,5 @@ def cli() -> None:
     """Train a DiPaCo on one machine, and use one."""
 
 
-for command in (train, train_router, evaluate, generate, export):
+for command in (train, train_router, evaluate, generate, export, checkpoint):
     cli.add_command(command)

@@ -218,3 +218,20 @@ def export(directory: Path, path_name: str, target: Path, early_stopped: bool) -
     net = model.net(model.start.topology.path_index(path), early_stopped=early_stopped)
     export_llama(net, model.start.tokenizer_file.read_bytes(), target)
     click.echo(f"path {path} after round {model.round} is in {target}")
+
+
+@click.command()
+@click.argument(
+    "directory", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="DIR"
+)
+def checkpoint(directory: Path) -> None:
+    """Print the [model] section of a configuration that starts from a Llama checkpoint.
+
+    DIR holds its config.json, tokenizer.json and safetensors.
+    """
+    from dipaco.llama import model_section
+
+    click.echo("[model]")
+    for key, value in model_section(directory).items():
+        click.echo(f"{key} = {json.dumps(value)}")
+    click.echo(f"\n[dense_start]\ncheckpoint = {json.dumps(str(directory))}")
