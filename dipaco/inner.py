@@ -128,6 +128,7 @@ class PathTrainer:
         self.path = path
         self.modules = topology.modules_of(path)
         self.device = torch.device(device)
+        self.net = PathNet(config.model, self.device)
         self.num_steps = 0
         """Steps this optimizer has taken since it was new."""
         self._shard = shard
@@ -138,10 +139,9 @@ class PathTrainer:
             path=path,
             replica=replica,
         )
-        self._net = PathNet(config.model, self.device)
-        self._parameters = list(self._net.parameters())
+        self._parameters = list(self.net.parameters())
         self._optimizer_name = optimizer
-        self._optimizer = _new_optimizer(self._net, optimizer, config.inner)
+        self._optimizer = _new_optimizer(self.net, optimizer, config.inner)
         self._identity = f"{optimizer} {path} {replica} {config.fingerprint()}"
         self._prefix_tokens = 1 if config.inner.train_on_prefix else config.routing.prefix_tokens
 
@@ -153,18 +153,33 @@ class PathTrainer:
     def write_module(self, module: ModuleID, vector: Tensor) -> None:
         """Set the parameters of one of the path's modules; the optimizer's state stays."""
         self._require(module)
-        write_module(self._net, self.topology, module, vector)
+        write_module(self.net, self.topology, module, vector)
 
     def read_module(self, module: ModuleID) -> Tensor:
         """The parameters of one of the path's modules: a new float32 vector on the CPU."""
         self._require(module)
-        return read_module(self._net, self.topology, module)
+        return read_module(self.net, self.topology, module)
 
     def train_step(self, position_steps: int) -> Tensor:
         """One inner step; returns the mean loss (nats per token) as a detached 0-d tensor.
 
         Does not wait for the device: reading the loss does.
         """
+        tokens_BT, targets_BT = self.next_batch()
+        loss = self._backward(tokens_BT, targets_BT.flatten())
+        self.update(position_steps)
+        return loss
+
+    def next_batch(self) -> tuple[Tensor, Tensor]:
+        """Tokens and targets [B, T] of the step to come, on the CPU."""
+        tokens_BT = self._batches.batch(self.num_steps)
+        targets_BT = targets_of(
+            tokens_BT, prefix_tokens=self._prefix_tokens, pad=self.config.model.pad_token
+        )
+        return tokens_BT, targets_BT
+
+    def update(self, position_steps: int) -> None:
+        """The second half of a step: let the optimizer have the gradients that there are."""
         lr = learning_rate(
             self.config.inner,
             position_steps=position_steps,
@@ -173,16 +188,10 @@ class PathTrainer:
         )
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        tokens_BT = self._batches.batch(self.num_steps)
-        targets_BT = targets_of(
-            tokens_BT, prefix_tokens=self._prefix_tokens, pad=self.config.model.pad_token
-        )
-        loss = self._backward(tokens_BT, targets_BT.flatten())
         torch.nn.utils.clip_grad_norm_(self._parameters, self.config.inner.gradient_clip_norm)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self.num_steps += 1
-        return loss
 
     def evaluate(self, max_sequences: int) -> Evaluation:
         """Score at most `max_sequences` of the shard's validation rows."""
@@ -250,10 +259,10 @@ class PathTrainer:
         counts, and turned into their gradients in place, some rows at a time.
         """
         kept_N = (targets_N != IGNORED).nonzero().flatten()  # on the CPU: waits for no device
-        kept_N, targets_N = self._to_device(kept_N), self._to_device(targets_N[kept_N])
-        with self._autocast():
-            hidden_BTD = self._net.hidden(self._to_device(tokens_BT))
-        hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, kept_N)
+        targets_N = send(targets_N[kept_N], self.device)
+        with autocast(self.device):
+            hidden_BTD = self.net.hidden(send(tokens_BT, self.device))
+        hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, send(kept_N, self.device))
         num_rows = -(-_LOGITS_AT_ONCE[self.device.type] // self.config.model.vocab_size)
         loss = torch.zeros((), device=self.device)
         gradients = []
@@ -263,8 +272,8 @@ class PathTrainer:
             strict=True,
         ):
             rows_ND.requires_grad_()
-            with self._autocast():
-                logits_NV = self._net.logits(rows_ND)
+            with autocast(self.device):
+                logits_NV = self.net.logits(rows_ND)
             log_p_NV = logits_NV.detach().log_softmax(1, dtype=torch.float32)
             loss -= log_p_NV.gather(1, labels_N[:, None]).sum()
             # The gradient of the loss: the probabilities, less one at the target.
@@ -278,17 +287,9 @@ class PathTrainer:
         return loss / len(targets_N)
 
     def _forward(self, tokens_BT: Tensor) -> Tensor:
-        with self._autocast():
-            logits_BTV: Tensor = self._net(tokens_BT)
+        with autocast(self.device):
+            logits_BTV: Tensor = self.net(tokens_BT)
         return logits_BTV
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda")
-
-    def _to_device(self, tensor: Tensor) -> Tensor:
-        # From pinned memory, the copy runs while the GPU still computes.
-        pinned = tensor.pin_memory() if self.device.type == "cuda" else tensor
-        return pinned.to(self.device, non_blocking=True)
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         """The optimizer's state by `parameter number.key`; whole numbers become int64 scalars."""
@@ -315,6 +316,17 @@ class PathTrainer:
             if "step" not in entries or any(entries[key].shape != parameter.shape for key in keys):
                 raise ValueError("the optimizer's state is of another network")
         return state
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """The context in which a network runs: bfloat16 on a GPU, float32 on a CPU."""
+    return torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on the device, where it arrives while that still computes."""
+    pinned = tensor.pin_memory() if device.type == "cuda" else tensor
+    return pinned.to(device, non_blocking=True)
 
 
 def _new_optimizer(net: PathNet, name: OptimizerName, config: InnerConfig) -> torch.optim.Optimizer:
