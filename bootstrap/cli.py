@@ -61,6 +61,47 @@ def prepare(
     click.echo(f"next: dipaco-bootstrap serve {directory}")
 
 
+class LevelsType(click.ParamType[tuple[int, ...]]):
+    """Numbers of experts, separated by commas."""
+
+    name = "levels"
+
+    def convert(
+        self, value: str, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        """The numbers; fails with what they look like."""
+        try:
+            return tuple(int(number) for number in value.split(","))
+        except ValueError:
+            self.fail(f"`{value}` is not a list of numbers such as 2,2", param, ctx)
+
+
+@main.command()
+@click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option(
+    "--levels",
+    type=LevelsType(),
+    required=True,
+    metavar="N,N,...",
+    help="Modules of each level: as many levels as there are, none smaller.",
+)
+@click.option("-v", "--verbose", count=True, help="-vv adds tracebacks.")
+@one_line_errors
+def grow(directory: Path, levels: tuple[int, ...], verbose: int) -> None:
+    """Give the levels of the run in DIRECTORY more modules.
+
+    The node that serves the run does it while the swarm trains: a new module begins as a copy of
+    one that exists, and the corpus is sharded anew.
+    """
+    from bootstrap.growth import request_growth
+    from bootstrap.prepare import newest_manifest
+    from peer.succession import grown
+
+    grown(newest_manifest(directory).run_config, levels)
+    request_growth(directory, levels)
+    click.echo(f"next: `dipaco-bootstrap serve {directory}` does it, running or started later")
+
+
 @main.command()
 @click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @network_options

@@ -1,15 +1,23 @@
 """The first peer of a run: a stable identity, the first address, the first seeder.
 
-It keeps every module and takes part in their rounds as a keeper. The run does not need it: once
-volunteers hold everything, it may go (promise P7).
+It keeps every module and takes part in their rounds as a keeper, and makes the run's next
+manifests. The run does not need it: once volunteers hold everything, it may go (promise P7).
 """
 
 import asyncio
 import time
 from pathlib import Path
 
-from bootstrap.prepare import START_DIR, load_or_sign_manifest
+from bootstrap.corpus import PreparedCorpus
+from bootstrap.operator import Operator
+from bootstrap.prepare import (
+    IDENTITY_FILE,
+    ROUTER_DATA_FILE,
+    START_DIR,
+    load_or_sign_manifest,
+)
 from dht.errors import LocalFault
+from dht.identity import Identity
 from dipaco.errors import ConfigError
 from dipaco.start import Start
 from peer.config import PeerConfig
@@ -31,18 +39,24 @@ async def serve(directory: Path, config: PeerConfig, display: Display, *, start_
             hint=f"prepare one: `dipaco-bootstrap prepare CONFIG {directory}`",
         ) from error
     manifest = load_or_sign_manifest(directory, start, start_time=time.time() + start_in)
-    raw = manifest.to_bytes()
     async with open_network(config) as network:
         run = manifest.digest
         run_dir = run_directory(config.state_dir, run)
         node = make_node(network, manifest=manifest, run_dir=run_dir)
         display.say("run", f"{manifest.name} ({run[:12]})")
-        await asyncio.to_thread(lambda: load_blobs(node.store, start, raw))
+        await asyncio.to_thread(lambda: load_blobs(node.store, start, directory))
         keeper = Keeper(node, Providers(node.swarm, node.store, node.blobs), keep_all=True)
+        operator = Operator(
+            keeper,
+            PreparedCorpus(start, directory, node.store),
+            identity=Identity.load_or_create(directory / IDENTITY_FILE),
+            directory=directory,
+        )
         stopped = asyncio.Event()
         stop_on_signals(stopped.set, display)
         node.events.listen(display.show)
         async with keeper.running():
+            keeper.start(operator.run(), "operator")
             addresses = await reachable_addresses(network)
             write_address_file(directory, addresses)
             wait = manifest.start_time - node.now()
@@ -55,11 +69,14 @@ async def serve(directory: Path, config: PeerConfig, display: Display, *, start_
     display.say("network", "left the swarm")
 
 
-def load_blobs(store: BlobStore, start: Start, manifest: bytes) -> None:
-    """Make everything that the manifest names available to others."""
-    store.add(manifest)
+def load_blobs(store: BlobStore, start: Start, directory: Path) -> None:
+    """Make everything that the first manifest names available to others.
+
+    What later ones name came into the store before they were signed.
+    """
     files = [start.tokenizer_file, start.router_file]
     files += [start.shard_file(path) for path in start.topology.paths]
     files += [start.state_file(level.index) for level in start.topology.levels]
+    files += [directory / ROUTER_DATA_FILE] if start.config.routing.phases else []
     for file in files:
         store.add_file(file)

@@ -7,6 +7,7 @@ signed at that moment, because only then is it known when slot 0 begins.
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from dht.identity import Identity
@@ -15,13 +16,18 @@ from dipaco.config import RunConfig
 from dipaco.digest import blob_digest
 from dipaco.errors import ConfigError
 from dipaco.preparation import Progress, prepare_start
+from dipaco.shards import write_shard
 from dipaco.start import Start
+from peer.history import History
 from peer.manifest import BlobRef, Manifest, ShardRef, parse_manifest
 from peer.messages import PROTOCOL_VERSION, sign
+from peer.session import run_directory
+from peer.store import BlobStore
 
 START_DIR = "start"
 IDENTITY_FILE = "identity"
 MANIFEST_FILE = "manifest.json"
+ROUTER_DATA_FILE = "router-data.safetensors"
 
 
 def prepare_run(
@@ -47,12 +53,43 @@ def load_or_sign_manifest(directory: Path, start: Start, *, start_time: float) -
     if file.exists():
         return _read_manifest(file)
     identity = Identity.load_or_create(directory / IDENTITY_FILE)
-    manifest = sign(_describe(start, operator=identity.peer_id, start_time=start_time), identity)
+    router_data = None
+    if start.config.routing.phases:
+        router_data = _ref(start, _write_router_data(start, directory))
+    manifest = sign(_describe(start, identity.peer_id, start_time, router_data), identity)
     write_atomically(file, manifest.to_bytes())
     return manifest
 
 
-def _describe(start: Start, *, operator: str, start_time: float) -> Manifest:
+def newest_manifest(directory: Path) -> Manifest:
+    """The newest version of a run that was served; ConfigError if it never was."""
+    file = directory / MANIFEST_FILE
+    if not file.exists():
+        raise ConfigError(
+            f"the run in `{directory}` was never served",
+            hint="set topology.levels in its configuration, and prepare it again",
+        )
+    first = _read_manifest(file)
+    run_dir = run_directory(directory, first.digest)
+    return History(first, BlobStore(run_dir / "blobs"), run_dir / "manifests").newest
+
+
+def _write_router_data(start: Start, directory: Path) -> Path:
+    """The rows that no path trains on, as a shard without validation rows."""
+    rows = start.rows("router")
+    if not len(rows):
+        raise ConfigError(
+            "there is no router data for the phases of the routing",
+            hint="raise routing.router_fraction or corpus.max_documents, and prepare again",
+        )
+    file = directory / ROUTER_DATA_FILE
+    write_shard(file, train=(rows, np.arange(len(rows))), valid=(rows, np.arange(0)))
+    return file
+
+
+def _describe(
+    start: Start, operator: str, start_time: float, router_data: BlobRef | None
+) -> Manifest:
     """The manifest of a prepared run, not signed yet."""
     topology = start.topology
     return Manifest(
@@ -65,6 +102,7 @@ def _describe(start: Start, *, operator: str, start_time: float) -> Manifest:
         config=start.config.to_dict(),
         tokenizer=_ref(start, start.tokenizer_file),
         router=_ref(start, start.router_file),
+        router_data=router_data,
         shards=tuple(
             ShardRef(
                 path=str(path),

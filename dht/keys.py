@@ -19,6 +19,11 @@ def head_key(run: str, module: str) -> str:
     return f"{PROTOCOL}/{run}/head/{module}"
 
 
+def scores_key(run: str, path: str) -> str:
+    """Who has scored the router data of `run` with `path`."""
+    return f"{PROTOCOL}/{run}/scores/{path}"
+
+
 def provider_key(digest: str) -> str:
     """Who has the blob with this SHA-256 (64 hex digits). Blobs belong to no run."""
     return f"{PROTOCOL}/provider/{digest}"

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapte
 
 from dht.errors import BadRecord
 from dht.identity import SIGNATURE_BYTES, Identity, verify
-from dht.keys import announcement_key, head_key, manifest_key, provider_key
+from dht.keys import announcement_key, head_key, manifest_key, provider_key, scores_key
 
 MAX_RECORD_BYTES = 4096  # signature and payload
 MAX_LIFETIME_SECONDS = 600.0
@@ -55,7 +55,7 @@ class Announcement(_Record):
     round: Count
     step: Count = 0  # inner steps this peer made on the path
     tokens: Count = 0  # that this peer trained, on any path
-    path_tokens: Count = 0  # that all peers trained on the path, as far as this one knows
+    path_tokens: Count = 0  # that all peers trained on the path's shard, as far as this one knows
     commits: Count = 0  # certificates that hold a contribution of this peer
     inner_share: Share = 0.0  # of its wall time, spent in inner steps
     sent_bytes: Count = 0
@@ -89,6 +89,21 @@ class Head(_Record):
         return head_key(self.run, self.module)
 
 
+class Scores(_Record):
+    """By which a peer that trains a path offers how well it predicts the router data."""
+
+    kind: Literal["scores"] = "scores"
+    run: RunID
+    path: PathText
+    phase: Count  # discriminative phases before this one
+    blob: Digest
+
+    @property
+    def key(self) -> str:
+        """Where it lies."""
+        return scores_key(self.run, self.path)
+
+
 class Provider(_Record):
     """By which a peer says that it has a whole blob."""
 
@@ -116,7 +131,7 @@ class ManifestPointer(_Record):
         return manifest_key(self.run)
 
 
-Record = Announcement | Head | Provider | ManifestPointer
+Record = Announcement | Head | Scores | Provider | ManifestPointer
 _PAYLOAD: TypeAdapter[Record] = TypeAdapter(Annotated[Record, Field(discriminator="kind")])
 
 

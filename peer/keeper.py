@@ -222,6 +222,9 @@ class Keeper:
             others = [peer for peer, theirs in snapshot.training.items() if theirs != path]
             if path == own or self._keeps(shard_name(path), others):
                 wanted.append(manifest.shard(path).blob)
+        router_data = manifest.router_data if manifest.phase_round is not None else None
+        if router_data is not None and (self._own_shard is not None or self._keep_all):
+            wanted.append(router_data)
         # Who holds the module that another one is born from has that state, or had it lately.
         held = {str(module) for module in self.node.log.held}
         wanted += [birth.state for birth in manifest.births if birth.source in held]
@@ -272,13 +275,12 @@ class Keeper:
         kept = {manifest.digest for manifest in node.history.versions}
         for manifest in node.history.since(node.slot):
             kept.update(ref.digest for ref in (*manifest.data, *manifest.origins))
+        kept.update(scores.blob for scores in self.presence.scores.values())
         for held in list(node.log.held.values()):
             kept.add(held.state)
             kept.update(certificate.result for certificate in held.chain[-STATES_KEPT:])
         for digest in node.store.digests():
             file = node.store.file(digest)
-            if (
-                digest not in kept
-                and time.time() - file.stat().st_mtime > self._unreferenced_seconds
-            ):
+            here_seconds = time.time() - file.stat().st_ctime  # a linked file may be much older
+            if digest not in kept and here_seconds > self._unreferenced_seconds:
                 node.store.remove(digest)

@@ -83,7 +83,7 @@ class Manifest(SignedMessage):
     config: dict[str, Any]
     tokenizer: BlobRef
     router: BlobRef
-    router_data: BlobRef | None = None  # rows that no path trains on, for a discriminative router
+    router_data: BlobRef | None = None  # rows that no path trains on, in the form of a shard
     shards: Annotated[tuple[ShardRef, ...], Field(min_length=1, max_length=2**16)]
     starts: Annotated[tuple[BlobRef, ...], Field(min_length=1, max_length=2**10)]  # state per level
     births: Annotated[tuple[Birth, ...], Field(max_length=2**16)] = ()  # of this version's modules
@@ -107,6 +107,12 @@ class Manifest(SignedMessage):
     def shard_tokens(self) -> dict[PathID, int]:
         """Training tokens of every path's shard: the weights of the outer step."""
         return {PathID.parse(shard.path): shard.tokens for shard in self.shards}
+
+    @property
+    def phase_round(self) -> int | None:
+        """After how many rounds the corpus is sharded anew next; None if it will not be."""
+        phases = self.run_config.routing.phases
+        return phases[self.num_phases] if self.num_phases < len(phases) else None
 
     def shard(self, path: PathID) -> ShardRef:
         """The shard reference of `path`."""

@@ -19,6 +19,7 @@ from dipaco.compression import compress_with_feedback
 from dipaco.config import RunConfig
 from dipaco.evaluate import Evaluation
 from dipaco.inner import PathTrainer
+from dipaco.shards import Rows
 from dipaco.tensors import decode_tensors, encode_tensors
 from dipaco.topology import ModuleID
 
@@ -190,6 +191,10 @@ class PathWork:
     def evaluate(self) -> Evaluation:
         """The path as it stands, on the validation part of its shard."""
         return self.trainer.evaluate(self.trainer.config.rounds.eval_sequences)
+
+    def score(self, rows: Rows) -> Tensor:
+        """How well the path as it stands predicts each row: see `PathTrainer.score_rows`."""
+        return self.trainer.score_rows(rows)
 
     def save(self) -> None:
         """Keep the optimizer's state and the residuals for the next start on this path."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from dht.errors import Rejected, Unreachable
 from dht.keys import announcement_key
-from dht.records import MAX_LIFETIME_SECONDS, Announcement, Head, ManifestPointer
+from dht.records import MAX_LIFETIME_SECONDS, Announcement, Head, ManifestPointer, Record, Scores
 from dipaco.topology import ModuleID, PathID
 from peer.assignment import Snapshot
 from peer.node import Node
@@ -41,6 +41,7 @@ class Presence:
         self._retiring = retiring  # modules held still, but no longer announced
         self.path: PathID | None = None
         self.progress = Progress()
+        self.scores: dict[PathID, Scores] = {}  # of the phase that is due, by path
         round_seconds = node.history.first.run_config.rounds.round_seconds
         self.lifetime_seconds = min(
             MAX_LIFETIME_SECONDS, max(MIN_LIFETIME_SECONDS, 1.5 * round_seconds)
@@ -53,6 +54,8 @@ class Presence:
             await self.announce()
         for module in list(self._node.log.held):
             await self.publish_head(module)
+        for scores in list(self.scores.values()):
+            await self._store(scores)
         await self.point_to_manifest()
 
     async def point_to_manifest(self) -> None:
@@ -80,6 +83,14 @@ class Presence:
         if record is not None and module not in self._retiring:
             await self._store(record)
 
+    async def offer_scores(self, path: PathID, *, phase: int, blob: str) -> None:
+        """Say that we have scored the router data with `path`."""
+        record = Scores(
+            peer=self._node.peer_id, run=self._node.run, path=str(path), phase=phase, blob=blob
+        )
+        self.scores[path] = record
+        await self._store(record)
+
     async def change_path(self, path: PathID) -> None:
         """Withdraw the announcement of the former path, and announce the new one."""
         before = self._announcement()
@@ -90,7 +101,8 @@ class Presence:
 
     async def withdraw(self) -> None:
         """Take back everything, on leaving."""
-        records = [self._announcement(), *(self._head(module) for module in self._node.log.held)]
+        heads = (self._head(module) for module in self._node.log.held)
+        records = [self._announcement(), *heads, *self.scores.values()]
         for record in records:
             if record is not None:
                 await self._node.swarm.withdraw(record)
@@ -156,7 +168,7 @@ class Presence:
             state=held.state,
         )
 
-    async def _store(self, record: Announcement | Head | ManifestPointer) -> None:
+    async def _store(self, record: Record) -> None:
         try:
             await self._node.swarm.store(record, self.lifetime_seconds)
         except (Unreachable, Rejected) as error:

@@ -18,6 +18,7 @@ from peer.keeper import Keeper
 from peer.manifest import Manifest
 from peer.messages import Certificate
 from peer.path_work import PathWork
+from peer.scoring import Scoring
 
 BURST_SECONDS = 0.5  # of inner steps between two looks at the clock and at new versions
 SETTLE_SECONDS = 1.0  # between two looks at who else is there, before the run starts
@@ -55,6 +56,7 @@ class Volunteer:
         self._node = keeper.node
         self._make_trainer = make_trainer
         self._pace = pace or Pace()
+        self._scoring = Scoring(keeper.node, keeper.presence)
         self._work: PathWork | None = None
         self._footing: _Footing | None = None
         self._first_step_time: float | None = None
@@ -208,6 +210,8 @@ class Volunteer:
                 break  # an exact run takes no further step before the last ones are counted
             if rounds.blocking and steps >= rounds.inner_steps:
                 break
+            if await self._scoring.step(self._the_work()) and rounds.blocking:
+                continue  # an exact run scores with the versions as they were certified
             room = rounds.inner_steps - steps if rounds.blocking else self._pace.burst_steps
             steps += await self._burst(min(room, self._pace.burst_steps), steps, end)
         if self.stop.is_set() or self._the_work().is_counted:

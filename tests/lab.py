@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from torch import Tensor
 
-from bootstrap.operator import issue
+from bootstrap.operator import Operator, issue
 from dht.identity import Identity
 from dht.memory import MemoryDHT, MemorySwarm
 from dipaco.checkpoint import ModuleState, encode_state
@@ -105,6 +106,7 @@ def make_run(config: RunConfig, *, operator: Identity, start_time: float) -> Run
     by_level = {module.level: encode_state(state) for module, state in starts.items()}
     raw_shards = [shard.to_bytes() for shard in shards.values()]
     tokenizer, router = b"a tokenizer", b"a router"
+    router_data = make_router_data(config).to_bytes() if config.routing.phases else None
     manifest = sign(
         Manifest(
             peer=operator.peer_id,
@@ -116,6 +118,7 @@ def make_run(config: RunConfig, *, operator: Identity, start_time: float) -> Run
             config=config.to_dict(),
             tokenizer=_ref(tokenizer),
             router=_ref(router),
+            router_data=None if router_data is None else _ref(router_data),
             shards=shard_refs(config, shards),
             starts=tuple(_ref(by_level[level]) for level in sorted(by_level)),
         ),
@@ -123,6 +126,7 @@ def make_run(config: RunConfig, *, operator: Identity, start_time: float) -> Run
     )
     raw = manifest.to_bytes()
     blobs = [raw, tokenizer, router, *raw_shards, *by_level.values()]
+    blobs += [] if router_data is None else [router_data]
     return Run(
         manifest=manifest, digest=blob_digest(raw), blobs=blobs, shards=shards, starts=starts
     )
@@ -140,6 +144,40 @@ def make_shards(config: RunConfig, *, seed: int) -> dict[PathID, Shard]:
         train, valid = (part.astype(np.uint16) for part in rows)
         shards[path] = Shard(path=path, train=train, valid=valid)
     return shards
+
+
+def make_router_data(config: RunConfig) -> Shard:
+    """Rows that no path trains on."""
+    model, path = config.model, Topology.of(config).path_at(0)
+    rows = np.random.default_rng(99).integers(2, model.vocab_size, (10, model.sequence_tokens))
+    return Shard(path=path, train=rows.astype(np.uint16), valid=np.empty((0, 16), np.uint16))
+
+
+class LabCorpus:
+    """Random rows as the corpus of the operator; remembers by which scores it was sharded."""
+
+    def __init__(self, store: BlobStore) -> None:
+        self.scores: list[Tensor] = []
+        self._store = store
+
+    def reshard(self, manifest: Manifest, scores: Tensor) -> Draft:
+        self.scores.append(scores)
+        return self.draft(manifest, manifest.run_config, num_phases=manifest.num_phases + 1)
+
+    def grow(self, manifest: Manifest, config: RunConfig) -> Draft:
+        return self.draft(manifest, config, num_phases=manifest.num_phases)
+
+    def draft(self, manifest: Manifest, config: RunConfig, *, num_phases: int) -> Draft:
+        shards = make_shards(config, seed=100 + manifest.version)
+        router = b"router of version %d" % (manifest.version + 1)
+        for raw in (router, *(shard.to_bytes() for shard in shards.values())):
+            self._store.add(raw)
+        return Draft(
+            config=config,
+            router=_ref(router),
+            shards=shard_refs(config, shards),
+            num_phases=num_phases,
+        )
 
 
 def shard_refs(config: RunConfig, shards: dict[PathID, Shard]) -> tuple[ShardRef, ...]:
@@ -215,20 +253,22 @@ class Lab:
         peer.task = asyncio.create_task(peer.volunteer.run())
         return peer
 
-    async def issue(self, config: RunConfig, *, seed: int) -> Manifest:
+    async def issue(self, config: RunConfig) -> Manifest:
         """The operator gives the run its next manifest: `config`, on new shards."""
         keeper = self.peers["bootstrap"].keeper
-        shards = make_shards(config, seed=seed)
-        for shard in shards.values():
-            keeper.node.store.add(shard.to_bytes())
-        router = b"another router"
-        keeper.node.store.add(router)
-        draft = Draft(
-            config=config, router=_ref(router), shards=shard_refs(config, shards), num_phases=0
-        )
-        manifest = issue(keeper.node, draft)
+        corpus = LabCorpus(keeper.node.store)
+        draft = corpus.draft(keeper.node.history.newest, config, num_phases=0)
+        manifest = issue(keeper.node, draft, identity(1))
         await keeper.presence.point_to_manifest()
         return manifest
+
+    def operate(self) -> LabCorpus:
+        """Let the operator do what there is to do, as its node does while it serves."""
+        keeper = self.peers["bootstrap"].keeper
+        corpus = LabCorpus(keeper.node.store)
+        operator = Operator(keeper, corpus, identity=identity(1), directory=self.directory)
+        keeper.start(operator.run(), "operator")
+        return corpus
 
     async def leave(self, name: str) -> None:
         """What Ctrl-C does."""

@@ -3,11 +3,11 @@
 from dataclasses import replace
 from pathlib import Path
 
-from dipaco.config import TopologyConfig
+from bootstrap.growth import request_growth
+from dipaco.config import RoutingConfig, TopologyConfig
 from dipaco.topology import ModuleID, PathID
 from peer.manifest import Manifest
 from peer.messages import Certificate
-from peer.succession import grown
 from tests.lab import Lab, LabPeer, certified_states, lab, little_config
 from tests.virtual_clock import run_virtual
 
@@ -22,9 +22,7 @@ async def swarm(place: Lab, num_peers: int) -> list[LabPeer]:
 
 async def until_slot(place: Lab, slot: int) -> None:
     node = place.peers["bootstrap"].keeper.node
-    await place.until(
-        lambda: node.slot >= slot, within=ROUND * (slot + 2), what=f"slot {slot}"
-    )
+    await place.until(lambda: node.slot >= slot, within=ROUND * (slot + 2), what=f"slot {slot}")
 
 
 def certificates(peer: LabPeer) -> list[Certificate]:
@@ -60,7 +58,7 @@ def test_new_shards_come_into_force_everywhere_in_one_slot(tmp_path: Path) -> No
             everyone = await swarm(place, 4)
             await until_slot(place, 1)
             other = replace(config, outer=replace(config.outer, wire_format="float16"))
-            manifest = await place.issue(other, seed=7)
+            manifest = await place.issue(other)
             assert manifest.first_slot == 4
             await until_slot(place, 6)
             for peer in everyone[1:]:
@@ -88,9 +86,9 @@ def test_who_was_away_and_who_knows_only_the_first_manifest_reach_the_newest(
             everyone = await swarm(place, 4)
             await until_slot(place, 1)
             await place.kill("peer3")
-            second = await place.issue(config, seed=7)
+            second = await place.issue(config)
             await until_slot(place, second.first_slot)
-            third = await place.issue(config, seed=8)
+            third = await place.issue(config)
             await until_slot(place, third.first_slot)
             await place.leave("bootstrap")
             back = await place.join("peer3", through="peer0")
@@ -128,7 +126,13 @@ def test_one_path_grows_into_four(tmp_path: Path) -> None:
                 what="a version of every module",
             )
             assert {peer.seen("path")[-1]["path"] for peer in everyone[1:]} == {"0.0"}
-            manifest = await place.issue(grown(config, (2, 2)), seed=7)
+            request_growth(place.directory, (2, 2))
+            place.operate()
+            bootstrap = everyone[0].keeper.node
+            await place.until(
+                lambda: len(bootstrap.history.versions) == 2, within=12.0, what="a new manifest"
+            )
+            manifest = bootstrap.history.newest
             born = {birth.module: birth for birth in manifest.births}
             assert {m: birth.source for m, birth in born.items()} == {"1.1": "1.0", "2.1": "2.0"}
             await until_slot(place, manifest.first_slot + 1)
@@ -148,7 +152,6 @@ def test_one_path_grows_into_four(tmp_path: Path) -> None:
             )
             assert {peer.seen("path")[-1]["path"] for peer in everyone[1:5]} == PATHS
             assert_agreement(everyone)
-            bootstrap = everyone[0].keeper.node
             for module, birth in born.items():
                 held = bootstrap.log.held[ModuleID.parse(module)]
                 source = bootstrap.log.held[ModuleID.parse(birth.source)]
@@ -158,5 +161,38 @@ def test_one_path_grows_into_four(tmp_path: Path) -> None:
                 assert held.chain[0].proposal.slot >= manifest.first_slot
                 # What existed goes on without a gap.
                 assert [c.version for c in source.chain] == list(range(1, source.version + 1))
+
+    run_virtual(scenario())
+
+
+def test_a_discriminative_phase_is_scored_by_the_peers_and_sharded_by_the_operator(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        routing = RoutingConfig(
+            method="discriminative", prefix_tokens=4, router_fraction=0.1, phases=(2,)
+        )
+        config = little_config(num_rounds=MANY, round_seconds=ROUND)
+        config = replace(config, routing=routing)
+        async with lab(tmp_path, config) as place:
+            everyone = await swarm(place, 4)
+            corpus = place.operate()
+            operator = everyone[0]
+            await place.until(
+                lambda: bool(operator.seen("issued")), within=8 * ROUND, what="a new manifest"
+            )
+            [issued] = operator.seen("issued")
+            assert issued["num_phases"] == 1
+            await until_slot(place, issued["first_slot"] + 2)
+            for peer in everyone[1:]:
+                [scored] = peer.seen("scored")
+                assert in_force(peer) == {2: issued["first_slot"]}
+                before = [e for e in peer.seen("contributed") if e["time"] < scored["time"]]
+                assert [entry["slot"] for entry in before] == [0, 1], "after two rounds"
+            [scores] = corpus.scores
+            assert scores.shape == (10, 4)
+            assert (scores < 0).all(), "log-likelihoods"
+            assert len({tuple(column.tolist()) for column in scores.T}) == 4
+            assert_agreement(everyone)
 
     run_virtual(scenario())

@@ -76,7 +76,7 @@ async def run_swarm(directory: Path) -> dict[tuple[str, int], set[str]]:
             providers = Providers(node.swarm, node.store, node.blobs)
             providers.hints.append(peers[0].peer_id)
             keepers.append(Keeper(node, providers, keep_all=number == 0))
-        load_blobs(keepers[0].node.store, start, manifest.to_bytes())
+        load_blobs(keepers[0].node.store, start, directory / "run")
         choice = choose_device(PeerConfig(device="cpu"), start.config, start.topology)
         make_trainer = trainer_factory(choice)
         trainings = []
