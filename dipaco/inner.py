@@ -142,7 +142,7 @@ class PathTrainer:
         self._parameters = list(self.net.parameters())
         self._optimizer_name = optimizer
         self._optimizer = _new_optimizer(self.net, optimizer, config.inner)
-        self._identity = f"{optimizer} {path} {replica} {config.fingerprint()}"
+        self._identity = f"{optimizer} {path} {replica} {config.model}"
         self._prefix_tokens = 1 if config.inner.train_on_prefix else config.routing.prefix_tokens
 
     @property
@@ -231,7 +231,7 @@ class PathTrainer:
     def load_optimizer(self, file: Path) -> bool:
         """Continue where `save_optimizer` left off; False, and no change, if that cannot be.
 
-        The file may be absent, damaged, or of another run, path, replica or optimizer.
+        The file may be absent, damaged, or of another model, path, replica or optimizer.
         """
         try:
             raw = file.read_bytes()

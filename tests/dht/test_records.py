@@ -13,6 +13,7 @@ from dht.records import (
     ManifestPointer,
     Provider,
     Record,
+    Scores,
     decode,
     encode,
 )
@@ -26,6 +27,7 @@ RECORDS: list[Record] = [
     Head(peer=ME.peer_id, run="run-1", module="1.0", role="keeper", version=7, state=DIGEST),
     Provider(peer=ME.peer_id, digest=DIGEST),
     ManifestPointer(peer=ME.peer_id, run="run-1", name="a run", version=2, manifest=DIGEST),
+    Scores(peer=ME.peer_id, run="run-1", path="0.1", phase=0, blob=DIGEST),
 ]
 
 

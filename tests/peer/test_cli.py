@@ -30,7 +30,7 @@ HEAVY = "import sys; heavy = {'torch', 'hivemind', 'datasets', 'sklearn'} & set(
     ("module", "command", "subcommands"),
     [
         ("peer.cli", "main", ["join", "status", "check", "identity"]),
-        ("bootstrap.cli", "main", ["prepare", "serve", "status"]),
+        ("bootstrap.cli", "main", ["prepare", "serve", "grow", "status"]),
         ("dipaco.cli", "cli", ["train"]),
     ],
 )
@@ -78,6 +78,7 @@ def test_the_options_are_these() -> None:
         "dipaco-peer identity": ["--state-dir"],
         "dipaco-bootstrap status": ["--json", "--verbose"],
         "dipaco-bootstrap prepare": ["--device", "--threads", "--verbose"],
+        "dipaco-bootstrap grow": ["--levels", "--verbose"],
         "dipaco-bootstrap serve": sorted([*network, "--quiet", "--start-in", "--verbose"]),
         "dipaco train": ["--baseline", "--device", "--dir", "--threads"],
     }

@@ -2,11 +2,14 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from bootstrap.growth import request_growth
+from dipaco.checkpoint import decode_state, state_digest
+from dipaco.compression import decode
 from dipaco.config import RoutingConfig, TopologyConfig
+from dipaco.outer import apply_contributions, contribution_weights
 from dipaco.topology import ModuleID, PathID
-from peer.manifest import Manifest
 from peer.messages import Certificate
 from tests.lab import Lab, LabPeer, certified_states, lab, little_config
 from tests.virtual_clock import run_virtual
@@ -40,22 +43,48 @@ def assert_agreement(peers: list[LabPeer]) -> None:
     assert not any(peer.seen("diverged") or peer.seen("error") for peer in peers)
 
 
-def assert_weighed_by_slot(peer: LabPeer, first: Manifest, second: Manifest) -> None:
-    """Every contribution was counted under the manifest of the slot that it was trained in."""
-    seen = set()
-    for certificate in certificates(peer):
-        proposal = certificate.proposal
-        expected = second if proposal.slot >= second.first_slot else first
-        assert proposal.manifest == expected.digest
-        seen.add(expected.version)
-    assert seen == {first.version, second.version}
+def recompute_versions(peer: LabPeer) -> list[tuple[int, bool]]:
+    """For every version that `peer` applies: the manifest by which it must have been made, and
+    whether that manifest's weights and settings do give the certified state.
+    """
+    node = peer.keeper.node
+    outcomes: list[tuple[int, bool]] = []
+
+    def recompute(entry: dict[str, Any]) -> None:
+        if entry["event"] != "version":
+            return
+        held = node.log.held[ModuleID.parse(entry["module"])]
+        proposal = held.chain[-1].proposal
+        manifest = node.history.at(proposal.slot)
+        size = node.log.num_parameters(held.module)
+        outer = manifest.run_config.outer
+        before = node.store.read(proposal.contributions[0].base_state)
+        paths = [PathID.parse(c.path) for c in proposal.contributions]
+        tokens = [c.tokens for c in proposal.contributions]
+        gradients = [
+            decode(node.store.read(c.blob) or b"", outer.wire_format, num_parameters=size)
+            for c in proposal.contributions
+        ]
+        weights = contribution_weights(list(zip(paths, tokens, strict=True)), manifest.shard_tokens)
+        after = apply_contributions(
+            decode_state(before or b"", num_parameters=size),
+            zip(weights, gradients, strict=True),
+            len(paths),
+            outer,
+        )
+        outcomes.append((manifest.version, state_digest(after.state) == entry["state"]))
+
+    node.events.listen(recompute)
+    return outcomes
 
 
 def test_new_shards_come_into_force_everywhere_in_one_slot(tmp_path: Path) -> None:
     async def scenario() -> None:
         config = little_config(num_rounds=MANY, round_seconds=ROUND)
         async with lab(tmp_path, config) as place:
-            everyone = await swarm(place, 4)
+            bootstrap = await place.bootstrap()
+            outcomes = recompute_versions(bootstrap)
+            everyone = [bootstrap, *[await place.join(f"peer{n}") for n in range(4)]]
             await until_slot(place, 1)
             other = replace(config, outer=replace(config.outer, wire_format="float16"))
             manifest = await place.issue(other)
@@ -67,12 +96,16 @@ def test_new_shards_come_into_force_everywhere_in_one_slot(tmp_path: Path) -> No
                 assert peer.seen("manifest in force")[0]["shard"] == (
                     manifest.shard(path).blob.digest
                 )
-            assert_weighed_by_slot(everyone[0], place.run.manifest, manifest)
+            assert set(outcomes) == {(1, True), (2, True)}
+            for certificate in certificates(bootstrap):
+                slot = certificate.proposal.slot
+                expected = manifest if slot >= 4 else place.run.manifest
+                assert certificate.proposal.manifest == expected.digest
             assert_agreement(everyone)
             # Nobody missed a slot.
             slots = [entry["slot"] for entry in everyone[1].seen("contributed")]
             assert slots == list(range(len(slots)))
-            assert {c.ballot.slot for c in certificates(everyone[0])} >= {2, 3, 4}
+            assert {c.ballot.slot for c in certificates(bootstrap)} >= {2, 3, 4}
 
     run_virtual(scenario())
 

@@ -1,0 +1,66 @@
+"""A path's work through a change of manifest: nothing that was trained is lost or counted twice."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dipaco.checkpoint import ModuleState
+from dipaco.compression import decode
+from dipaco.config import RunConfig, TopologyConfig
+from dipaco.inner import PathTrainer
+from dipaco.topology import PathID, Topology
+from peer.path_work import PathWork
+from tests.lab import little_config, make_shards
+
+PATH = PathID((0, 0))
+NO_LIMIT = 1000.0
+
+
+def trainer_of(config: RunConfig, *, seed: int) -> PathTrainer:
+    shard = make_shards(config, seed=seed)[PATH]
+    return PathTrainer(config, Topology.of(config), PATH, shard)
+
+
+def begun(config: RunConfig, directory: Path) -> PathWork:
+    work = PathWork(trainer_of(config, seed=1), directory)
+    for module in work.trainer.modules:
+        vector = torch.zeros_like(work.trainer.read_module(module)).normal_(0, 0.02)
+        work.begin(module, 0, "a" * 64, ModuleState.initial(vector))
+    return work
+
+
+@pytest.mark.parametrize("levels", [(2, 2), (3, 4)])
+def test_another_shard_or_more_modules_leave_progress_and_optimizer(
+    tmp_path: Path, levels: tuple[int, ...]
+) -> None:
+    config = little_config()
+    work = begun(config, tmp_path)
+    work.train(seconds=NO_LIMIT, max_steps=2, first_step=0)
+    before = {offer.module: offer for offer in work.offers(0, config)}
+    grown = replace(config, topology=TopologyConfig(levels=levels))
+    work.change_trainer(lambda: trainer_of(grown, seed=2))
+    assert work.trainer.num_steps == 2, "the optimizer goes on"
+    assert {offer.module: offer for offer in work.offers(1, grown)} == before
+    work.train(seconds=NO_LIMIT, max_steps=1, first_step=0)
+    assert work.offers(2, grown)[0].tokens == 3 * work.trainer.tokens_per_step
+
+
+def test_a_residual_is_sent_once_when_the_wire_format_changes(tmp_path: Path) -> None:
+    coarse = little_config(wire_format="float16")
+    exact = little_config(wire_format="float32")
+    work = begun(coarse, tmp_path)
+    [module, *_] = work.trainer.modules
+    carries_residual = []
+    for slot, config in enumerate((coarse, exact, exact)):
+        base = work.trainer.read_module(module)
+        work.train(seconds=NO_LIMIT, max_steps=1, first_step=0)
+        gradient = base - work.trainer.read_module(module)
+        [offer] = [offer for offer in work.offers(slot, config) if offer.module == module]
+        sent = decode(offer.raw, config.outer.wire_format, num_parameters=gradient.numel())
+        carries_residual.append(not torch.equal(sent, gradient))
+        state = ModuleState.initial(work.trainer.read_module(module))
+        work.rebase(module, slot + 1, "b" * 64, state, counted=slot)
+    # The first is rounded, the second carries what the first lost, the third has nothing to carry.
+    assert carries_residual == [True, True, False]
