@@ -65,17 +65,17 @@ test_fraction = 0.04
 steps = 300
 learning_rate = 4e-3
 warmup_steps = 20
-batch_sequences = 8
+batch_sequences = 16
 [routing]
 method = "product_kmeans"
 router_fraction = 0.03
 [inner]
-batch_sequences = 8
-learning_rate = 2e-3
+batch_sequences = 16
+learning_rate = 3e-3
 warmup_steps = 5
 [outer]
 learning_rate = 0.7
-momentum = 0.7
+momentum = 0.8
 rescale = "none"
 [rounds]
 num_rounds = 20
@@ -83,7 +83,11 @@ inner_steps = 20
 round_seconds = 60.0
 eval_sequences = 32
 """
-_TINY = {"rounds": {"num_rounds": 8, "inner_steps": 20}, "dense_start": {"steps": 150}}
+_TINY = {
+    "dense_start": {"steps": 150, "batch_sequences": 8},
+    "inner": {"batch_sequences": 8},
+    "rounds": {"num_rounds": 7, "inner_steps": 20},
+}
 _GPU = {
     "model": {
         "vocab_size": 8192,
@@ -100,7 +104,8 @@ _GPU = {
     "inner": {"batch_sequences": 32, "learning_rate": 6e-4, "warmup_steps": 50},
     "rounds": {"num_rounds": 40, "inner_steps": 100},
 }
-_ABLATION_ROUNDS = 12  # of 20 steps: enough to tell variants apart, a third of the time
+_ABLATION = {"inner": {"batch_sequences": 8}, "rounds": {"num_rounds": 12}}
+"""A quarter of the tokens, because there are many variants."""
 
 
 def base_config(size: Size, text: Path | None) -> RunConfig:
@@ -125,13 +130,10 @@ def varied(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
 def experiments(size: Size, text: Path | None) -> list[Experiment]:
     """All trainings of a size, the most telling first."""
     base = base_config(size, text)
-    chosen = [*_main(base)]
-    if size != "tiny":
-        chosen += [*_more_paths(base), *_ablations(base)]
-        return chosen
-    return [e for e in chosen if e.name in ("dense", "2x2")] + [
-        _paths("4x4", varied(base, topology={"levels": [4, 4]}))
-    ]
+    main = list(_main(base))
+    if size == "tiny":
+        return [experiment for experiment in main if experiment.name != "flat-4"]
+    return [*main, *_more(base), *_ablations(base)]
 
 
 def _paths(name: str, config: RunConfig, **more: Any) -> Experiment:
@@ -143,72 +145,67 @@ def _dense(name: str, config: RunConfig, **more: Any) -> Experiment:
     return Experiment(name=name, config=single, kind="dense", **more)
 
 
-def _flat(config: RunConfig, num_paths: int) -> RunConfig:
-    """One level, nothing shared."""
+def _flat(config: RunConfig) -> RunConfig:
+    """Four paths that share nothing."""
     return varied(
         config,
-        topology={"levels": [num_paths], "path_specific_embedding": True},
+        topology={"levels": [4], "path_specific_embedding": True},
         routing={"method": "kmeans"},
     )
 
 
 def _main(base: RunConfig) -> Iterator[Experiment]:
-    for seed in (1, 2):
-        suffix = "" if seed == 1 else f"-seed-{seed}"
-        seeded = replace(base, seed=seed)
-        yield _dense(f"dense{suffix}", seeded)
-        yield _paths(
-            f"2x2{suffix}",
-            seeded,
-            options=Options(early_stopping=True),
-            reroute=(16, 32, 64) if seed == 1 else (32,),
-        )
-        yield _paths(f"flat-4{suffix}", _flat(seeded, 4))
-
-
-def _more_paths(base: RunConfig) -> Iterator[Experiment]:
-    yield _dense("dense-4x", base, steps_factor=4)
-    diloco = varied(base, topology={"levels": [1]}, routing={"method": "kmeans"})
-    yield _paths("diloco-4", diloco, options=Options(replicas=4), reroute=())
+    # The longest first, so that the others fill the remaining workers.
     four = varied(base, topology={"levels": [4, 4]})
-    yield _paths("2x4", varied(base, topology={"levels": [2, 4]}))
     yield _paths("4x4", four, options=Options(early_stopping=True), reroute=(16, 32, 64))
-    # The paper's choice, scaled down: the first and the last block of each level would be all.
+    yield _dense("dense", base)
+    yield _paths("2x2", base, options=Options(early_stopping=True), reroute=(16, 32, 64))
+    yield _paths("flat-4", _flat(base))
+
+
+def _more(base: RunConfig) -> Iterator[Experiment]:
+    yield _dense("dense-4x", base, steps_factor=4)
+    diloco = varied(base, topology={"levels": [1]}, routing={"method": "hash"})
+    yield _paths("diloco-4", diloco, options=Options(replicas=4), reroute=())
+    # The paper's choice, scaled down: the outer block of each level, and the embedding.
     specific = {"path_specific_blocks": [0, 3], "path_specific_embedding": True}
-    yield _paths("4x4-specific", varied(four, topology=specific))
+    yield _paths("2x2-specific", varied(base, topology=specific))
+    second = replace(base, seed=2)
+    yield _dense("dense-seed-2", second)
+    yield _paths("2x2-seed-2", second)
 
 
 def _ablations(base: RunConfig) -> Iterator[Experiment]:
-    rounds = {"num_rounds": _ABLATION_ROUNDS}
-    short = varied(base, rounds=rounds)
+    short = varied(base, **_ABLATION)
+    num_rounds, num_steps = short.rounds.num_rounds, short.rounds.total_steps
     yield _dense("dense-short", short)
     yield _paths("2x2-short", short)
+    yield from _routers(varied(short, topology={"levels": [2, 4]}), num_rounds)
+    yield Experiment(name="2x2-synchronous", config=short, kind="synchronous")
     for wire_format in ("float32", "float16", "int4"):
         yield _paths(f"2x2-{wire_format}", varied(short, outer={"wire_format": wire_format}))
     for rescale in ("sqrt", "rda"):
         yield _paths(f"2x2-{rescale}", varied(short, outer={"rescale": rescale}))
-    num_steps = short.rounds.total_steps
     for inner_steps in (10, 40, 80, 120):
         schedule = {"num_rounds": num_steps // inner_steps, "inner_steps": inner_steps}
         yield _paths(f"2x2-inner-{inner_steps}", varied(short, rounds=schedule))
-    yield Experiment(name="2x2-synchronous", config=short, kind="synchronous")
-    eight = varied(short, topology={"levels": [2, 4]})
-    phase = {"method": "discriminative", "phases": [_ABLATION_ROUNDS // 3]}
-    yield _paths("2x4-short", eight)
-    yield _paths("2x4-kmeans", varied(eight, routing={"method": "kmeans"}))
+    corpus = {"max_documents": 150, "valid_fraction": 0.2, "test_fraction": 0.2}
+    small = varied(short, corpus=corpus, rounds={"num_rounds": 2 * num_rounds})
+    yield _dense("dense-small", small)
+    yield _paths("2x2-small", small, options=Options(early_stopping=True))
+    yield _paths("flat-4-small", _flat(small), options=Options(early_stopping=True))
+
+
+def _routers(eight: RunConfig, num_rounds: int) -> Iterator[Experiment]:
+    phase = {"method": "discriminative", "phases": [num_rounds // 3]}
     yield _paths(
         "2x4-discriminative",
         varied(eight, routing=phase),
         reroute=(16, 32, 64),
         token_router_steps=300,
     )
-    yield _paths("2x4-tiny-lm", varied(eight, routing={"method": "tiny_lm"}))
-    yield _paths("2x4-hash", varied(eight, routing={"method": "hash"}))
+    yield _paths("2x4-product-kmeans", eight)
+    for method in ("kmeans", "tiny_lm", "hash"):
+        routed = varied(eight, routing={"method": method})
+        yield _paths(f"2x4-{method.replace('_', '-')}", routed)
     yield _paths("2x4-overlap", varied(eight, routing={"overlap": 2}))
-    small = varied(
-        short, corpus={"max_documents": 150, "valid_fraction": 0.2, "test_fraction": 0.2}
-    )
-    small = varied(small, rounds={"num_rounds": 2 * _ABLATION_ROUNDS})
-    yield _dense("dense-small", small)
-    yield _paths("2x2-small", small, options=Options(early_stopping=True))
-    yield _paths("flat-4-small", _flat(small, 4), options=Options(early_stopping=True))

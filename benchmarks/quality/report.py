@@ -14,7 +14,7 @@ def print_tables(figures: dict[str, Figures], console: Console) -> None:
     """Perplexities on the test sequences, the routing prefix not counted."""
     table = Table(
         "training", "steps", "M tokens", "PFLOP", "ppl", "loss", "vs dense", "every 64", "every 32",
-        "every 16", "early-stopped", "CPU s", title="test perplexity",
+        "every 16", "early-stopped", "processor s", title="test perplexity",
     )  # fmt: skip
     for name, found in figures.items():
         dense = figures.get(_baseline(name), found)
@@ -54,7 +54,7 @@ def _baseline(name: str) -> str:
     seed = name.rpartition("-seed-")[2] if "-seed-" in name else ""
     if seed:
         return f"dense-seed-{seed}"
-    main = ("dense", "2x2", "flat-4", "2x4", "4x4", "4x4-specific", "dense-4x", "diloco-4")
+    main = ("dense", "2x2", "flat-4", "2x2-specific", "4x4", "dense-4x", "diloco-4")
     return "dense" if name in main else "dense-short"
 
 
@@ -62,7 +62,7 @@ def _cell(found: Figures, key: str) -> str:
     return f"{found[key]:.2f}" if key in found else ""
 
 
-_CURVES = ("dense", "dense-4x", "diloco-4", "flat-4", "2x2", "2x4", "4x4", "4x4-specific")
+_CURVES = ("dense", "dense-4x", "diloco-4", "flat-4", "2x2", "2x2-specific", "4x4")
 
 
 def write_plots(figures: dict[str, Figures], directory: Path) -> None:
@@ -82,7 +82,7 @@ def write_plots(figures: dict[str, Figures], directory: Path) -> None:
 def _plot_curves(figures: dict[str, Figures], file: Path, names: tuple[str, ...]) -> None:
     import matplotlib.pyplot as plt
 
-    axes_of = {"inner steps of a path": 0, "seconds of training on one thread": 1, "FLOPs": 2}
+    axes_of = {"inner steps of a path": 0, "processor seconds of training": 1, "FLOPs": 2}
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), sharey=True, layout="constrained")
     for axis, (label, column) in zip(axes, axes_of.items(), strict=True):
         for name in names:

@@ -73,34 +73,39 @@ def run(experiment: Experiment, base: Path, directory: Path, device: str) -> Fig
 
 
 class _Curve:
-    """Perplexity over steps, seconds of training and FLOPs; the measuring itself not counted."""
+    """Perplexity over steps, seconds of training and FLOPs; the measuring itself not counted.
 
-    def __init__(self, experiment: Experiment) -> None:
+    Seconds of the processor: trainings run side by side, and what else the machine does shall not
+    count. A GPU is waited for, which is not processor time, so there it is the clock.
+    """
+
+    def __init__(self, experiment: Experiment, device: str) -> None:
         self.points: list[tuple[int, float, float, float]] = []
         self._flops_per_step = (
             training_flops_per_token(experiment.config.model)
             * experiment.tokens
             / experiment.num_steps
         )
-        self._begun = time.monotonic()
+        self._clock = time.process_time if device == "cpu" else time.monotonic
+        self._begun = self._clock()
         self._paused = 0.0
 
     @property
     def seconds(self) -> float:
         """Of training, so far."""
-        return time.monotonic() - self._begun - self._paused
+        return self._clock() - self._begun - self._paused
 
     def add(self, num_steps: int, perplexity: Callable[[], float]) -> None:
         """A point after so many steps of each path."""
         seconds = self.seconds
         value = perplexity()
-        self._paused += time.monotonic() - self._begun - self._paused - seconds
+        self._paused += self._clock() - self._begun - self._paused - seconds
         self.points.append((num_steps, seconds, self._flops_per_step * num_steps, value))
 
 
 def _paths(experiment: Experiment, start: Start, device: str) -> Figures:
     config = experiment.config
-    curve = _Curve(experiment)
+    curve = _Curve(experiment, device)
     ratios: list[float] = []
 
     def on_round(report: RoundReport) -> None:
@@ -175,7 +180,7 @@ def _confusion(model: TrainedModel, rows: Rows) -> Figures:
 
 
 def _dense(experiment: Experiment, start: Start, device: str) -> Figures:
-    curve = _Curve(experiment)
+    curve = _Curve(experiment, device)
     trainer = dense_trainer(start, experiment.num_steps, device=device)
     shown = sample(start, "valid", CURVE_SEQUENCES)
     every = experiment.config.rounds.inner_steps * experiment.steps_factor
@@ -194,8 +199,7 @@ def _dense(experiment: Experiment, start: Start, device: str) -> Figures:
 
 
 def _synchronous(experiment: Experiment, start: Start, device: str) -> Figures:
-    del device
-    curve = _Curve(experiment)
+    curve = _Curve(experiment, device)
     nets = train_synchronously(start, experiment.num_steps)
     seconds = curve.seconds
     rows = sample(start, "test", TEST_SEQUENCES)
