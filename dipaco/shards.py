@@ -4,19 +4,18 @@ A row is one sequence of `sequence_tokens` 16-bit tokens, padded at its end.
 """
 
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryFile
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from dipaco.checkpoint import replacing
-from dipaco.errors import BadBytes, ConfigError
+from dipaco.errors import BadBytes
 from dipaco.tensors import Layout, encode_header, encoded_bytes, layout_of
-from dipaco.topology import PathID, Topology
+from dipaco.topology import PathID
 
 Rows = NDArray[np.uint16]
 Selection = tuple[Rows, NDArray[np.int64]]
@@ -92,53 +91,6 @@ def write_shard(file: Path, *, train: Selection, valid: Selection) -> None:
         for rows, numbers in (train, valid):
             for part in _slices(len(numbers), rows.shape[1]):
                 stream.write(rows[numbers[part]].data)
-
-
-def split_into_shards(
-    topology: Topology,
-    rows: Mapping[str, tuple[Rows, NDArray[np.int64]]],
-    seed: int,
-) -> dict[PathID, Shard]:
-    """Give each path its rows. `rows` has "train" and "valid": rows, and path number of each.
-
-    ConfigError if a path would have no training or no validation rows.
-    """
-    generator = np.random.default_rng(seed)
-    shards = {}
-    for index, path in enumerate(topology.paths):
-        parts = {}
-        for name, (tokens, assigned) in rows.items():
-            # Shuffled, so that the first rows are a fair sample of all.
-            parts[name] = generator.permutation(tokens[assigned == index])
-            if not len(parts[name]):
-                raise ConfigError(
-                    f"the shard of path {path} has no {name} sequences",
-                    hint="raise corpus.max_documents or corpus.valid_fraction, or lower "
-                    "topology.levels",
-                )
-        shards[path] = Shard(path=path, train=parts["train"], valid=parts["valid"])
-    return shards
-
-
-def union_of(shards: Mapping[PathID, Shard]) -> Shard:
-    """All shards as one, for the dense model, which is a network of a single path.
-
-    The rows lie in temporary files, since those of all shards may exceed the memory.
-    """
-    return Shard(
-        path=PathID((0,)),
-        train=_concatenated([shard.train for shard in shards.values()]),
-        valid=_concatenated([shard.valid for shard in shards.values()]),
-    )
-
-
-def _concatenated(parts: list[Rows]) -> Rows:
-    shape = (sum(len(part) for part in parts), parts[0].shape[1])
-    if not shape[0]:
-        return np.concatenate(parts)  # no bytes cannot be mapped
-    with TemporaryFile() as stream:
-        mapped = np.memmap(stream, dtype=np.uint16, mode="w+", shape=shape)
-    return np.concatenate(parts, out=mapped)
 
 
 def _slices(num_rows: int, sequence_tokens: int) -> Iterator[slice]:

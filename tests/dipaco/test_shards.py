@@ -5,7 +5,7 @@ import pytest
 
 import dipaco.shards
 from dipaco.errors import BadBytes
-from dipaco.shards import Rows, Shard, union_of, write_shard
+from dipaco.shards import Rows, Shard, write_shard
 from dipaco.topology import PathID
 
 PATH = PathID((0, 1))
@@ -68,14 +68,3 @@ def test_a_failed_write_leaves_the_old_shard(rows: Rows, tmp_path: Path) -> None
         write_shard(file, train=(rows, TRAIN + 1), valid=(rows, VALID))
     assert np.array_equal(load(file).train, rows[TRAIN])
     assert list(tmp_path.iterdir()) == [file]
-
-
-def test_the_union_of_mapped_shards_has_their_rows_in_order(rows: Rows, tmp_path: Path) -> None:
-    shards = {}
-    for number, numbers in enumerate((TRAIN, VALID)):
-        file = tmp_path / str(number)
-        write_shard(file, train=(rows, numbers), valid=(rows, VALID[:0]))
-        shards[PathID((number, 0))] = load(file)
-    union = union_of(shards)
-    assert np.array_equal(union.train, rows[[*TRAIN, *VALID]])
-    assert union.valid.shape == (0, TOKENS)
