@@ -1,6 +1,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
 
 from dipaco.errors import BadBytes
 from dipaco.tokenizer import Tokenizer, train_tokenizer
@@ -34,3 +35,13 @@ def test_a_tokenizer_travels_as_bytes() -> None:
         Tokenizer.from_bytes(raw, vocab_size=270, end_token=END, pad_token=PAD)
     with pytest.raises(BadBytes):
         Tokenizer.from_bytes(raw, vocab_size=280, end_token=END, pad_token=5)
+
+
+def test_a_tokenizer_of_a_checkpoint_does_not_cut_texts() -> None:
+    backend = Backend.from_str(TOKENIZER.to_bytes().decode())
+    backend.enable_truncation(3)
+    backend.enable_padding(length=50)
+    raw = backend.to_str().encode()
+    copy = Tokenizer.from_bytes(raw, vocab_size=280, end_token=END, pad_token=PAD)
+    text = "the cat sat on the mat"
+    assert copy.encode_all([text]) == [copy.encode(text)] == [TOKENIZER.encode(text)]
