@@ -175,7 +175,7 @@ RoutingMethod = Literal["kmeans", "product_kmeans", "discriminative", "tiny_lm",
 class RoutingConfig:
     """How sequences find their path, from their first `prefix_tokens` tokens (paper 2.4).
 
-    `overlap` is the number of paths that train on a sequence. `router_fraction` of the training
+    `overlap` is the number of paths that train on a sequence. `router_fraction` of all
     sources is router data: no path trains on it. A discriminative run starts with product k-means
     and shards its data anew after each of the rounds in `phases`.
     """

@@ -4,11 +4,11 @@ The swarm does the same with the same functions, each path on another peer, and 
 the same bytes: `train` is the oracle that tests compare it with. Bit for bit that holds for
 float32 on the CPU, with the same number of torch threads.
 
-One path is in memory at a time, besides the modules. All else is on disk, a complete round at a
-time, so that an interrupted training loses at most the round it was in.
+One path is in memory at a time, or a few side by side, besides the modules. All else is on disk,
+a complete round at a time, so that an interrupted training loses at most the round it was in.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from dipaco.outer import Contribution, apply_contributions, contribution_weights
 from dipaco.rounds import Evaluations, RoundFiles, RoundReport, latest_round, next_round
 from dipaco.sharding import Sharding, shard_corpus
 from dipaco.shards import Shard
+from dipaco.side_by_side import SideBySide
 from dipaco.start import Start, single_path
 from dipaco.topology import ModuleID, PathID, Topology
 
@@ -48,11 +49,13 @@ class Options:
     """What the loop can do besides the algorithm of the configuration.
 
     `replicas` peers train each path, each with batches of its own: with a single path this is
-    DiLoCo. With `early_stopping` each path is also kept as it was when it did best on its own
-    validation rows (paper 2.7).
+    DiLoCo. `side_by_side` of them train at once, which pays on a GPU and rounds otherwise than one
+    after another. With `early_stopping` each path is also kept as it was when it did best on its
+    own validation rows (paper 2.7).
     """
 
     replicas: int = 1
+    side_by_side: int = 1
     early_stopping: bool = False
 
 
@@ -76,15 +79,15 @@ def train(  # noqa: PLR0913 - what to train, then what to do meanwhile
         with next_round(directory, start.config) as files:
             sharding = training.sharding(round_, states)
             contributions: dict[ModuleID, list[Contribution]] = {m: [] for m in states}
-            losses = {}
+            losses: dict[PathID, float] = {}
 
             # Each path trains on its own shard, from the modules as they are now, and contributes
             # to each of its modules how far that moved.
             paths = paths_of_round(start.config, start.topology, round_)
-            for path in paths:
-                parts, losses[path] = training.path(path, round_, sharding, states, files)
-                for module, part in parts:
-                    contributions[module].append(part)
+            trained_paths = training.contributions(paths, round_, sharding, states, files)
+            for path, module, part, loss in trained_paths:
+                contributions[module].append(part)
+                losses[path] = loss
 
             # Each module takes one outer step, with the contributions in the order of the paths.
             norm_ratios = {}
@@ -180,32 +183,47 @@ class _Training:
             self._discriminate(states, sharding.directory)
         return sharding
 
-    def path(
-        self, path: PathID, round_: int, sharding: Sharding, states: States, files: RoundFiles
-    ) -> tuple[list[tuple[ModuleID, Contribution]], float]:
-        """The contributions of a path's replicas in a round, and their mean loss."""
-        inner_steps = self._config.rounds.inner_steps
-        contributions = []
-        losses = []
-        for replica in range(self._options.replicas):
-            trainer = self._trainer(path, sharding.shard(path), states, replica)
-            trainer.load_optimizer(files.optimizer_file(path, replica))
-            for step in range(inner_steps):
-                position = round_ * inner_steps + step
-                losses.append(trainer.train_step(position))
-                self._on_step(path, position)
-            trainer.save_optimizer(files.optimizer_file(path, replica))
-            gradients = self._outer_gradients(trainer, states, files, replica)
-            contributions += [
-                (
-                    module,
-                    Contribution(
-                        path=path, tokens=inner_steps * trainer.tokens_per_step, gradient=gradient
-                    ),
-                )
-                for module, gradient in gradients.items()
+    def contributions(
+        self,
+        paths: list[PathID],
+        round_: int,
+        sharding: Sharding,
+        states: States,
+        files: RoundFiles,
+    ) -> Iterator[tuple[PathID, ModuleID, Contribution, float]]:
+        """Train all replicas of the paths; what each contributes to each module, and its loss."""
+        seats = [(path, replica) for path in paths for replica in range(self._options.replicas)]
+        for first in range(0, len(seats), self._options.side_by_side):
+            group = seats[first : first + self._options.side_by_side]
+            trainers = [
+                self._trainer(path, sharding.shard(path), states, replica)
+                for path, replica in group
             ]
-        return contributions, float(torch.stack(losses).mean())
+            for trainer, seat in zip(trainers, group, strict=True):
+                trainer.load_optimizer(files.optimizer_file(*seat))
+            losses = self._train(trainers, round_)
+            for trainer, seat, loss in zip(trainers, group, losses, strict=True):
+                trainer.save_optimizer(files.optimizer_file(*seat))
+                tokens = self._config.rounds.inner_steps * trainer.tokens_per_step
+                for module, gradient in self._outer_gradients(trainer, states, files, seat).items():
+                    part = Contribution(path=trainer.path, tokens=tokens, gradient=gradient)
+                    yield trainer.path, module, part, loss
+
+    def _train(self, trainers: list[PathTrainer], round_: int) -> list[float]:
+        """One round of inner steps; the mean loss of each trainer."""
+        inner_steps = self._config.rounds.inner_steps
+        together = SideBySide(trainers) if len(trainers) > 1 else None
+        losses = []
+        for step in range(inner_steps):
+            position = round_ * inner_steps + step
+            if together is None:
+                losses.append(trainers[0].train_step(position)[None])
+            else:
+                losses.append(together.train_step(position))
+            for trainer in trainers:
+                self._on_step(trainer.path, position)
+        means: list[float] = torch.stack(losses).mean(dim=0).tolist()
+        return means
 
     def evaluate(
         self,
@@ -240,11 +258,11 @@ class _Training:
         return trainer
 
     def _outer_gradients(
-        self, trainer: PathTrainer, states: States, files: RoundFiles, replica: int
+        self, trainer: PathTrainer, states: States, files: RoundFiles, seat: tuple[PathID, int]
     ) -> dict[ModuleID, torch.Tensor]:
         """Old minus new, as it arrives after the wire."""
         wire_format = self._config.outer.wire_format
-        residuals = files.residuals(trainer.path, replica)
+        residuals = files.residuals(*seat)
         gradients = {}
         for module in trainer.modules:
             gradient = states[module].parameters - trainer.read_module(module)
@@ -252,7 +270,7 @@ class _Training:
             if residual is not None:
                 residuals[module] = residual
             gradients[module] = decode(raw, wire_format, num_parameters=gradient.numel())
-        files.write_residuals(trainer.path, replica, residuals)
+        files.write_residuals(*seat, residuals)
         return gradients
 
     def _discriminate(self, states: States, directory: Path) -> None:

@@ -41,6 +41,14 @@ if TYPE_CHECKING:
     help="Train each path N times on different batches; with one path this is DiLoCo.",
 )
 @click.option(
+    "--side-by-side",
+    type=click.IntRange(1, 1024),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Train N paths at once; with small paths that is what fills a GPU.",
+)
+@click.option(
     "--early-stopping", is_flag=True, help="Also keep each path as it was when it did best."
 )
 @click.option(
@@ -54,6 +62,7 @@ def train(  # noqa: PLR0913 - one parameter per option
     device_name: str,
     threads: int,
     replicas: int,
+    side_by_side: int,
     early_stopping: bool,
     baseline: bool,
 ) -> None:
@@ -75,7 +84,7 @@ def train(  # noqa: PLR0913 - one parameter per option
     from dipaco.reference import Options
 
     device = open_device(device_name, threads)
-    options = Options(replicas=replicas, early_stopping=early_stopping)
+    options = Options(replicas=replicas, side_by_side=side_by_side, early_stopping=early_stopping)
     with progress_bars(Console(stderr=True)) as progress:
         start = prepare_start(run, directory, StageBars(progress).update, device=device)
         result, dense = _train(start, progress, device, options, baseline)

@@ -128,6 +128,17 @@ def test_replicas_of_one_path_are_diloco(tiny: RunConfig, tmp_path: Path) -> Non
     assert ratios[1] < 0.99
 
 
+def test_paths_side_by_side_end_where_they_end_one_after_another(
+    start: Start, tmp_path: Path
+) -> None:
+    """Three of four at once, then the fourth alone; only roundings differ."""
+    alone = train(start, tmp_path / "alone", num_rounds=2)
+    together = train(start, tmp_path / "three", num_rounds=2, options=Options(side_by_side=3))
+    for module, state in together.states.items():
+        assert torch.allclose(state.parameters, alone.states[module].parameters, atol=1e-4)
+    assert total(together.at_end).perplexity == pytest.approx(total(alone.at_end).perplexity, 1e-3)
+
+
 def test_early_stopping_keeps_each_path_at_its_best(trained: TrainedModel) -> None:
     reports = trained.files.reports()
     for number, path in enumerate(trained.start.topology.paths):
