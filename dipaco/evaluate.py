@@ -14,7 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dipaco.config import ModelConfig
+
 IGNORED = -100  # torch's own mark for a target that does not count
+_MAX_LOGITS = 2**24  # scored at a time: 64 MiB
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,41 +54,19 @@ def targets_of(tokens_BT: Tensor, *, prefix_tokens: int, pad: int) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(
-    forward: Callable[[Tensor], Tensor],
-    tokens_NT: Tensor,
-    *,
-    prefix_tokens: int,
-    pad: int,
-    batch_sequences: int,
-) -> Evaluation:
-    """Score all sequences; `forward` gives logits [B, T, V] for tokens [B, T] on its device."""
-    nll_sum = 0.0
-    num_tokens = 0
-    for tokens_BT in torch.split(tokens_NT, batch_sequences):
-        targets_BT = targets_of(tokens_BT, prefix_tokens=prefix_tokens, pad=pad)
-        logits_BTV = forward(tokens_BT).float()
-        nll = F.cross_entropy(
-            logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
-        nll_sum += nll.item()
-        num_tokens += int((targets_BT != IGNORED).sum())
-    return Evaluation(nll_sum=nll_sum, num_tokens=num_tokens)
-
-
-@torch.no_grad()
 def token_nll(
     forward: Callable[[Tensor], Tensor],
     tokens_NT: Tensor,
     *,
     prefix_tokens: int,
-    pad: int,
-    batch_sequences: int,
+    model: ModelConfig,
 ) -> Tensor:
     """Negative log-likelihood (nats) [N, T] of each token, on the CPU; 0 where none counts."""
-    parts = [torch.empty(0, tokens_NT.shape[1])]
+    num_tokens = tokens_NT.shape[1]
+    parts = [torch.empty(0, num_tokens)]
+    batch_sequences = max(1, _MAX_LOGITS // (num_tokens * model.vocab_size))
     for tokens_BT in torch.split(tokens_NT, batch_sequences):
-        targets_BT = targets_of(tokens_BT, prefix_tokens=prefix_tokens, pad=pad)
+        targets_BT = targets_of(tokens_BT, prefix_tokens=prefix_tokens, pad=model.pad_token)
         logits_BTV = forward(tokens_BT).float()
         nll = F.cross_entropy(
             logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED, reduction="none"
@@ -93,3 +74,18 @@ def token_nll(
         # A target stands where it was predicted; its token is one further on.
         parts.append(F.pad(nll.view(tokens_BT.shape)[:, :-1], (1, 0)).cpu())
     return torch.cat(parts)
+
+
+def evaluate(
+    forward: Callable[[Tensor], Tensor],
+    tokens_NT: Tensor,
+    *,
+    prefix_tokens: int,
+    model: ModelConfig,
+) -> Evaluation:
+    """Score all sequences; `forward` gives logits [B, T, V] for tokens [B, T] on its device."""
+    nll_NT = token_nll(forward, tokens_NT, prefix_tokens=prefix_tokens, model=model)
+    targets_NT = targets_of(tokens_NT, prefix_tokens=prefix_tokens, pad=model.pad_token)
+    return Evaluation(
+        nll_sum=float(nll_NT.double().sum()), num_tokens=int((targets_NT != IGNORED).sum())
+    )

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 OptimizerName = Literal["adamw", "adamw8bit"]
 
-SCORE_BATCH = 64  # sequences scored at a time
+_SCORE_ROWS = 256  # moved to the device at a time
 _IDENTITY = "identity"
 # Parameters, gradients, and working space of activations besides the optimizer, in bytes per
 # parameter: 4 + 4, and as much again.
@@ -205,21 +205,19 @@ class PathTrainer:
             self._forward,
             torch.from_numpy(rows.astype(np.int64)).to(self.device),
             prefix_tokens=self.config.routing.prefix_tokens,
-            pad=self.config.model.pad_token,
-            batch_sequences=self.config.inner.batch_sequences,
+            model=self.config.model,
         )
 
     def score_rows(self, rows: Rows) -> Tensor:
         """Log-likelihood [n] (nats, float32, on the CPU) of each row's tokens after the prefix."""
         parts = [torch.empty(0)]
-        for start in range(0, len(rows), SCORE_BATCH):
-            tokens = torch.from_numpy(rows[start : start + SCORE_BATCH].astype(np.int64))
+        for start in range(0, len(rows), _SCORE_ROWS):
+            tokens = torch.from_numpy(rows[start : start + _SCORE_ROWS].astype(np.int64))
             nll_BT = token_nll(
                 self._forward,
                 tokens.to(self.device),
                 prefix_tokens=self.config.routing.prefix_tokens,
-                pad=self.config.model.pad_token,
-                batch_sequences=SCORE_BATCH,
+                model=self.config.model,
             )
             parts.append(-nll_BT.sum(dim=1))
         return torch.cat(parts)

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dipaco.config import ModelConfig
 from dipaco.evaluate import NOTHING, Evaluation, token_nll
 from dipaco.routing import FeatureExtractor, Router, ranking
 from dipaco.shards import Rows
@@ -50,14 +51,13 @@ def choices_of_router(
     return np.concatenate(chosen, axis=1)
 
 
-def evaluate_choices(  # noqa: PLR0913 - what scores, what is scored, and how
+def evaluate_choices(
     forward_of: Callable[[int], Callable[[Tensor], Tensor]],
     rows: Rows,
     choices: Choices,
     *,
     at: Sequence[int],
-    pad: int,
-    batch_sequences: int,
+    model: ModelConfig,
     device: torch.device | str = "cpu",
 ) -> dict[int, Evaluation]:
     """Score each chunk with the path chosen for it; by path number. One path is used at a time.
@@ -74,11 +74,10 @@ def evaluate_choices(  # noqa: PLR0913 - what scores, what is scored, and how
             forward_of(int(number)),
             tokens_NT,
             prefix_tokens=at[0],
-            pad=pad,
-            batch_sequences=batch_sequences,
+            model=model,
         )
         mine_NT = np.repeat(choices[concerned] == number, lengths, axis=1)
-        counted_NT = torch.from_numpy(mine_NT) & (tokens_NT[:, at[0] :] != pad).cpu()
+        counted_NT = torch.from_numpy(mine_NT) & (tokens_NT[:, at[0] :] != model.pad_token).cpu()
         evaluations[int(number)] = Evaluation(
             nll_sum=float(nll_NT[:, at[0] :][counted_NT].double().sum()),
             num_tokens=int(counted_NT.sum()),

@@ -1,9 +1,10 @@
 """Levels, modules and paths: which module holds which blocks, and which path uses it.
 
 A network is cut into levels. Level 0 holds the embedding, the head if it is not tied with that,
-and the final norm. Levels 1 to L are the configured ones: consecutive blocks, several interchangeable
-modules each. A last level, where configured, holds the path-specific blocks. A path picks one
-expert in each *configured* level; the modules of level 0 and of the last level follow from it.
+and the final norm. Levels 1 to L are the configured ones: consecutive blocks, several
+interchangeable modules each. A last level, where configured, holds the path-specific blocks. A
+path picks one expert in each *configured* level; the modules of level 0 and of the last level
+follow from it.
 
 Pure and cheap: nothing enumerates the paths unless asked for them.
 """

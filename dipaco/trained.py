@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from dipaco.token_router import TokenRouter
 
 TOKEN_ROUTER_FILE = "token-router.safetensors"
-_EVALUATION_BATCH = 64
 
 
 def training_directory(directory: Path, config: RunConfig) -> Path:
@@ -205,8 +204,7 @@ def evaluate_model(
         rows,
         choices,
         at=at,
-        pad=config.model.pad_token,
-        batch_sequences=_EVALUATION_BATCH,
+        model=config.model,
         device=model.device,
     )
 
@@ -229,8 +227,7 @@ def train_token_router_of(
             model.net(number),
             tokens_NT,
             prefix_tokens=model.config.routing.prefix_tokens,
-            pad=model.config.model.pad_token,
-            batch_sequences=_EVALUATION_BATCH,
+            model=model.config.model,
         )
         scores_NTP[:, :, number] = -nll_NT.numpy()
         progress("router data", number + 1, num_paths)

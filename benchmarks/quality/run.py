@@ -212,7 +212,6 @@ def _synchronous(experiment: Experiment, start: Start, device: str) -> Figures:
         rows,
         choices,
         at=at,
-        pad=experiment.config.model.pad_token,
-        batch_sequences=32,
+        model=experiment.config.model,
     )
     return {"ppl": whole(scored).perplexity, "train_seconds": seconds, "curve": []}

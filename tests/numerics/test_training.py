@@ -150,8 +150,7 @@ def test_early_stopping_keeps_each_path_at_its_best(trained: TrainedModel) -> No
             rows,
             np.zeros((len(rows), 1), dtype=np.int64),
             at=[trained.config.routing.prefix_tokens],
-            pad=trained.config.model.pad_token,
-            batch_sequences=8,
+            model=trained.config.model,
         )
         assert whole(found).perplexity == pytest.approx(best, rel=1e-5)
 
@@ -178,8 +177,7 @@ def test_evaluation_loads_one_path_at_a_time_and_agrees_with_training(
             rows,
             np.full((len(rows), 1), number),
             at=[trained.config.routing.prefix_tokens],
-            pad=trained.config.model.pad_token,
-            batch_sequences=8,
+            model=trained.config.model,
         )
         by_shard.append(whole(found))
     together: Evaluation = sum(by_shard[1:], by_shard[0])
