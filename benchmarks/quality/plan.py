@@ -104,7 +104,7 @@ _GPU = {
     "inner": {"batch_sequences": 32, "learning_rate": 6e-4, "warmup_steps": 50},
     "rounds": {"num_rounds": 40, "inner_steps": 100},
 }
-_ABLATION = {"inner": {"batch_sequences": 8}, "rounds": {"num_rounds": 12}}
+_VARIANT = {"inner": {"batch_sequences": 8}, "rounds": {"num_rounds": 10}}
 """A quarter of the tokens, because there are many variants."""
 
 
@@ -130,10 +130,10 @@ def varied(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
 def experiments(size: Size, text: Path | None) -> list[Experiment]:
     """All trainings of a size, the most telling first."""
     base = base_config(size, text)
-    main = list(_main(base))
-    if size == "tiny":
-        return [experiment for experiment in main if experiment.name != "flat-4"]
-    return [*main, *_more(base), *_ablations(base)]
+    if size != "tiny":
+        return [*_main(base), *_variants(base)]
+    four = varied(base, topology={"levels": [4, 4]})
+    return [_dense("dense", base), _paths("2x2", base), _paths("4x4", four)]
 
 
 def _paths(name: str, config: RunConfig, **more: Any) -> Experiment:
@@ -155,40 +155,37 @@ def _flat(config: RunConfig) -> RunConfig:
 
 
 def _main(base: RunConfig) -> Iterator[Experiment]:
-    # The longest first, so that the others fill the remaining workers.
-    four = varied(base, topology={"levels": [4, 4]})
-    yield _paths("4x4", four, options=Options(early_stopping=True), reroute=(16, 32, 64))
     yield _dense("dense", base)
     yield _paths("2x2", base, options=Options(early_stopping=True), reroute=(16, 32, 64))
-    yield _paths("flat-4", _flat(base))
-
-
-def _more(base: RunConfig) -> Iterator[Experiment]:
+    yield _paths("flat-4", _flat(base), options=Options(early_stopping=True))
     yield _dense("dense-4x", base, steps_factor=4)
     diloco = varied(base, topology={"levels": [1]}, routing={"method": "hash"})
     yield _paths("diloco-4", diloco, options=Options(replicas=4), reroute=())
-    # The paper's choice, scaled down: the outer block of each level, and the embedding.
-    specific = {"path_specific_blocks": [0, 3], "path_specific_embedding": True}
-    yield _paths("2x2-specific", varied(base, topology=specific))
-    second = replace(base, seed=2)
-    yield _dense("dense-seed-2", second)
-    yield _paths("2x2-seed-2", second)
 
 
-def _ablations(base: RunConfig) -> Iterator[Experiment]:
-    short = varied(base, **_ABLATION)
+def _variants(base: RunConfig) -> Iterator[Experiment]:
+    short = varied(base, **_VARIANT)
     num_rounds, num_steps = short.rounds.num_rounds, short.rounds.total_steps
     yield _dense("dense-short", short)
     yield _paths("2x2-short", short)
     yield from _routers(varied(short, topology={"levels": [2, 4]}), num_rounds)
-    yield Experiment(name="2x2-synchronous", config=short, kind="synchronous")
+    four = varied(short, topology={"levels": [4, 4]})
+    yield _paths("4x4-short", four, options=Options(early_stopping=True), reroute=(16, 32, 64))
     for wire_format in ("float32", "float16", "int4"):
         yield _paths(f"2x2-{wire_format}", varied(short, outer={"wire_format": wire_format}))
     for rescale in ("sqrt", "rda"):
         yield _paths(f"2x2-{rescale}", varied(short, outer={"rescale": rescale}))
-    for inner_steps in (10, 40, 80, 120):
+    # The paper's choice, scaled down: the outer block of each level, and the embedding.
+    specific = {"path_specific_blocks": [0, 3], "path_specific_embedding": True}
+    yield _paths("2x2-specific", varied(short, topology=specific))
+    yield Experiment(name="2x2-synchronous", config=short, kind="synchronous")
+    for inner_steps in (10, 50, 100, 200):
         schedule = {"num_rounds": num_steps // inner_steps, "inner_steps": inner_steps}
         yield _paths(f"2x2-inner-{inner_steps}", varied(short, rounds=schedule))
+    for seed in (2, 3):
+        seeded = replace(short, seed=seed)
+        yield _dense(f"dense-seed-{seed}", seeded)
+        yield _paths(f"2x2-seed-{seed}", seeded)
     corpus = {"max_documents": 150, "valid_fraction": 0.2, "test_fraction": 0.2}
     small = varied(short, corpus=corpus, rounds={"num_rounds": 2 * num_rounds})
     yield _dense("dense-small", small)

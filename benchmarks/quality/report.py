@@ -54,7 +54,7 @@ def _baseline(name: str) -> str:
     seed = name.rpartition("-seed-")[2] if "-seed-" in name else ""
     if seed:
         return f"dense-seed-{seed}"
-    main = ("dense", "2x2", "flat-4", "2x2-specific", "4x4", "dense-4x", "diloco-4")
+    main = ("dense", "2x2", "4x4", "flat-4", "dense-4x", "diloco-4")
     return "dense" if name in main else "dense-short"
 
 
@@ -62,7 +62,7 @@ def _cell(found: Figures, key: str) -> str:
     return f"{found[key]:.2f}" if key in found else ""
 
 
-_CURVES = ("dense", "dense-4x", "diloco-4", "flat-4", "2x2", "2x2-specific", "4x4")
+_CURVES = ("dense", "dense-4x", "diloco-4", "flat-4", "2x2", "4x4")
 
 
 def write_plots(figures: dict[str, Figures], directory: Path) -> None:
