@@ -35,7 +35,7 @@ bench: $(READY) ## Run the benchmarks of docs/results.md.
 	$(BIN)/python -m benchmarks.averaging --peers 4
 
 quality: $(READY) ## Compare routers, topologies and outer steps; an hour and a half on two cores.
-	$(BIN)/python -m benchmarks.quality --size cpu --json quality.json --plots docs
+	$(BIN)/python -m benchmarks.quality --size cpu --json quality-run/quality.json --plots quality-run
 
 clean: ## Remove the virtual environment and what the demo left.
 	rm -rf $(VENV) demo-run quality-run

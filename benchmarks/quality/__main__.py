@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from benchmarks.quality.plan import Experiment, Size, experiments
-from benchmarks.quality.report import print_tables, write_plots
+from benchmarks.quality.report import print_tables, write_markdown, write_plots
 from benchmarks.quality.run import Figures, prepare_base, run
 from dipaco.config import RunConfig, TopologyConfig
 
@@ -36,7 +36,9 @@ def base_of(config: RunConfig) -> tuple[str, RunConfig]:
     "--size", type=click.Choice(["tiny", "cpu", "gpu"]), default="tiny", show_default=True
 )
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write figures here.")
-@click.option("--plots", "plots_dir", type=click.Path(path_type=Path), help="Write PNGs here.")
+@click.option(
+    "--plots", "plots_dir", type=click.Path(path_type=Path), help="Write tables and PNGs here."
+)
 @click.option(
     "--text",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
@@ -93,6 +95,7 @@ def main(  # noqa: PLR0913 - one parameter per option
         json_file.write_text(json.dumps(ordered, indent=1) + "\n")
     if plots_dir is not None:
         write_plots(ordered, plots_dir)
+        write_markdown(ordered, plots_dir / "quality.md")
 
 
 if __name__ == "__main__":

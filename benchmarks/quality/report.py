@@ -1,6 +1,7 @@
 """Tables and plots of what the trainings came to."""
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,50 +11,72 @@ from rich.table import Table
 Figures = dict[str, Any]
 
 
+Grid = tuple[str, list[str], list[list[str]]]
+"""Title, header and rows of a table."""
+
+
 def print_tables(figures: dict[str, Figures], console: Console) -> None:
     """Perplexities on the test sequences, the routing prefix not counted."""
-    table = Table(
-        "training", "steps", "M tokens", "PFLOP", "ppl", "loss", "vs dense", "every 64", "every 32",
-        "every 16", "early-stopped", "processor s", title="test perplexity",
-    )  # fmt: skip
+    for title, header, rows in _grids(figures):
+        table = Table(*header, title=title)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+
+
+def write_markdown(figures: dict[str, Figures], file: Path) -> None:
+    """The same tables for a document."""
+    lines = []
+    for title, header, rows in _grids(figures):
+        lines += [f"**{title}**", ""]
+        lines += [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
+        lines.append("")
+    file.write_text("\n".join(lines))
+
+
+def _grids(figures: dict[str, Figures]) -> Iterator[Grid]:
+    rows = []
     for name, found in figures.items():
         dense = figures.get(_baseline(name), found)
-        table.add_row(
-            name,
-            str(found["steps"]),
-            f"{found['tokens'] / 1e6:.2f}",
-            f"{found['flops'] / 1e15:.2f}",
-            f"{found['ppl']:.2f}",
-            f"{math.log(found['ppl']):.4f}",
-            f"{found['ppl'] / dense['ppl']:.3f}",
-            *(_cell(found, f"ppl_rerouted_{every}") for every in (64, 32, 16)),
-            _cell(found, "ppl_early_stopped"),
-            f"{found['train_seconds']:.0f}",
-        )
-    console.print(table)
-    routers = Table(
-        "training", "router names the best path", "ppl", "ppl of the best path", "token-level 64",
-        "32", "16", title="routers",
-    )  # fmt: skip
-    for name, found in figures.items():
-        if "router_accuracy" in found:
-            routers.add_row(
+        rows.append(
+            [
                 name,
-                f"{100 * found['router_accuracy']:.0f} %",
+                str(found["steps"]),
+                f"{found['tokens'] / 1e6:.2f}",
+                f"{found['flops'] / 1e15:.2f}",
                 f"{found['ppl']:.2f}",
-                f"{found['ppl_best_path']:.2f}",
-                *(_cell(found, f"ppl_token_router_{every}") for every in (64, 32, 16)),
-            )
-    console.print(routers)
+                f"{math.log(found['ppl']):.4f}",
+                f"{found['ppl'] / dense['ppl']:.3f}",
+                *(_cell(found, f"ppl_rerouted_{every}") for every in (64, 32, 16)),
+                _cell(found, "ppl_early_stopped"),
+                f"{found['train_seconds']:.0f}",
+            ]
+        )
+    header = ["training", "steps", "M tokens", "PFLOP", "ppl", "loss", "ppl / dense"]
+    header += ["every 64", "every 32", "every 16", "early-stopped", "processor s"]
+    yield "test perplexity", header, rows
+    rows = [
+        [
+            name,
+            f"{100 * found['router_accuracy']:.0f} %",
+            f"{found['ppl']:.2f}",
+            f"{found['ppl_best_path']:.2f}",
+            *(_cell(found, f"ppl_token_router_{every}") for every in (64, 32, 16)),
+        ]
+        for name, found in figures.items()
+        if "router_accuracy" in found
+    ]
+    header = ["training", "router names the best path", "ppl", "ppl of the best path"]
+    header += ["token-level router every 64", "every 32", "every 16"]
+    yield "routers", header, rows
 
 
 def _baseline(name: str) -> str:
     """The dense model with as many steps on the same text."""
     if name.endswith("-small"):
         return "dense-small"
-    seed = name.rpartition("-seed-")[2] if "-seed-" in name else ""
-    if seed:
-        return f"dense-seed-{seed}"
+    if "-seed-" in name:
+        return f"dense-seed-{name.rpartition('-seed-')[2]}"
     main = ("dense", "2x2", "4x4", "flat-4", "dense-4x", "diloco-4")
     return "dense" if name in main else "dense-short"
 

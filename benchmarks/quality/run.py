@@ -19,9 +19,10 @@ from benchmarks.quality.synchronous import train_synchronously
 from dipaco.checkpoint import write_atomically
 from dipaco.config import RunConfig
 from dipaco.inner import PathTrainer
+from dipaco.model import PathNet
 from dipaco.preparation import prepare_start
 from dipaco.reference import dense_trainer, total, train
-from dipaco.rerouting import choices_of_router, evaluate_choices, whole
+from dipaco.rerouting import boundaries, choices_of_router, evaluate_choices, whole
 from dipaco.rounds import RoundReport
 from dipaco.routing import ranking
 from dipaco.shards import Rows, Shard
@@ -136,6 +137,8 @@ def _paths(experiment: Experiment, start: Start, device: str) -> Figures:
         figures[f"ppl_rerouted_{every}"] = whole(
             evaluate_model(model, rows, every=every)
         ).perplexity
+    if config.topology.num_paths == 1:
+        figures["ppl_rerouted_32"] = figures["ppl"]  # there is but one path
     if experiment.options.early_stopping:
         figures["ppl_early_stopped"] = whole(
             evaluate_model(model, rows, early_stopped=True)
@@ -203,15 +206,18 @@ def _synchronous(experiment: Experiment, start: Start, device: str) -> Figures:
     nets = train_synchronously(start, experiment.num_steps)
     seconds = curve.seconds
     rows = sample(start, "test", TEST_SEQUENCES)
-    at = [experiment.config.routing.prefix_tokens]
-    choices = choices_of_router(
-        start.router(), rows, start.feature_extractor(), prefix_tokens=at[0], at=at
-    )
-    scored = evaluate_choices(
-        lambda number: nets[number],
-        rows,
-        choices,
-        at=at,
-        model=experiment.config.model,
-    )
-    return {"ppl": whole(scored).perplexity, "train_seconds": seconds, "curve": []}
+    return {
+        "ppl": _synchronous_perplexity(start, nets, rows, every=0),
+        "ppl_rerouted_32": _synchronous_perplexity(start, nets, rows, every=32),
+        "train_seconds": seconds,
+        "curve": [],
+    }
+
+
+def _synchronous_perplexity(start: Start, nets: list[PathNet], rows: Rows, *, every: int) -> float:
+    prefix_tokens, model = start.config.routing.prefix_tokens, start.config.model
+    at = boundaries(prefix_tokens=prefix_tokens, sequence_tokens=model.sequence_tokens, every=every)
+    features = start.feature_extractor()
+    choices = choices_of_router(start.router(), rows, features, prefix_tokens=prefix_tokens, at=at)
+    scored = evaluate_choices(lambda number: nets[number], rows, choices, at=at, model=model)
+    return whole(scored).perplexity
