@@ -119,7 +119,6 @@ async def worker(directory: Path, number: int, config: RunConfig, start_time: fl
     """One peer: contributes in every slot; returns the seconds until that was applied."""
     operator = Identity((1).to_bytes(32, "big"))
     manifest, blobs = run_of(config, operator, start_time)
-    raw = manifest.to_bytes()
     initial_peers: tuple[str, ...] = ()
     if number > 0:
         initial_peers = ((directory / "address").read_text(),)
@@ -134,9 +133,9 @@ async def worker(directory: Path, number: int, config: RunConfig, start_time: fl
             (directory / "address.new").rename(directory / "address")
         run_dir = peer_config.state_dir / "run"
         run_dir.mkdir()
-        node = make_node(network, run=blob_digest(raw), manifest=manifest, run_dir=run_dir)
+        node = make_node(network, manifest=manifest, run_dir=run_dir)
         stack.callback(node.events.close)
-        for blob in (raw, *blobs):
+        for blob in blobs:
             node.store.add(blob)
         keeper = Keeper(node, Providers(node.swarm, node.store, node.blobs))
         path = PathID((0,))
