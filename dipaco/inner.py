@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dipaco.checkpoint import write_atomically
 from dipaco.config import InnerConfig, RunConfig
@@ -141,7 +141,7 @@ class PathTrainer:
         )
         self._parameters = list(self.net.parameters())
         self._optimizer_name = optimizer
-        self._optimizer = _new_optimizer(self.net, optimizer, config.inner)
+        self._optimizer = new_optimizer(self.net, optimizer, config.inner)
         self._identity = f"{optimizer} {path} {replica} {config.model}"
         self._prefix_tokens = 1 if config.inner.train_on_prefix else config.routing.prefix_tokens
 
@@ -327,7 +327,9 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     return pinned.to(device, non_blocking=True)
 
 
-def _new_optimizer(net: PathNet, name: OptimizerName, config: InnerConfig) -> torch.optim.Optimizer:
+def new_optimizer(
+    net: nn.Module, name: OptimizerName, config: InnerConfig
+) -> torch.optim.Optimizer:
     """AdamW without weight decay on the norms."""
     parameters = list(net.parameters())
     groups = [
