@@ -130,10 +130,17 @@ def varied(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
 def experiments(size: Size, text: Path | None) -> list[Experiment]:
     """All trainings of a size, the most telling first."""
     base = base_config(size, text)
-    if size != "tiny":
-        return [*_main(base), *_variants(base)]
-    four = varied(base, topology={"levels": [4, 4]})
-    return [_dense("dense", base), _paths("2x2", base), _paths("4x4", four)]
+    if size == "tiny":
+        four = varied(base, topology={"levels": [4, 4]})
+        return [_dense("dense", base), _paths("2x2", base), _paths("4x4", four)]
+    short = varied(base, **_VARIANT)
+    return [
+        *_main(base),
+        *_variants(short),
+        *_equal_tokens(base),
+        *_small_shards(short),
+        *_seeds(short),
+    ]
 
 
 def _paths(name: str, config: RunConfig, **more: Any) -> Experiment:
@@ -158,51 +165,62 @@ def _main(base: RunConfig) -> Iterator[Experiment]:
     yield _dense("dense", base)
     yield _paths("2x2", base, options=Options(early_stopping=True), reroute=(16, 32, 64))
     yield _paths("flat-4", _flat(base), options=Options(early_stopping=True))
+
+
+def _equal_tokens(base: RunConfig) -> Iterator[Experiment]:
+    """What has the tokens and FLOPs of four paths."""
     yield _dense("dense-4x", base, steps_factor=4)
     diloco = varied(base, topology={"levels": [1]}, routing={"method": "hash"})
     yield _paths("diloco-4", diloco, options=Options(replicas=4), reroute=())
 
 
-def _variants(base: RunConfig) -> Iterator[Experiment]:
-    short = varied(base, **_VARIANT)
-    num_rounds, num_steps = short.rounds.num_rounds, short.rounds.total_steps
+def _variants(short: RunConfig) -> Iterator[Experiment]:
     yield _dense("dense-short", short)
     yield _paths("2x2-short", short)
-    yield from _routers(varied(short, topology={"levels": [2, 4]}), num_rounds)
+    yield from _routers(varied(short, topology={"levels": [2, 4]}), short.rounds.num_rounds)
+    for rescale in ("rda", "sqrt"):
+        yield _paths(f"2x2-{rescale}", varied(short, outer={"rescale": rescale}))
+    for wire_format in ("int4", "float32", "float16"):
+        yield _paths(f"2x2-{wire_format}", varied(short, outer={"wire_format": wire_format}))
     four = varied(short, topology={"levels": [4, 4]})
     yield _paths("4x4-short", four, options=Options(early_stopping=True), reroute=(16, 32, 64))
-    for wire_format in ("float32", "float16", "int4"):
-        yield _paths(f"2x2-{wire_format}", varied(short, outer={"wire_format": wire_format}))
-    for rescale in ("sqrt", "rda"):
-        yield _paths(f"2x2-{rescale}", varied(short, outer={"rescale": rescale}))
+    yield Experiment(name="2x2-synchronous", config=short, kind="synchronous")
     # The paper's choice, scaled down: the outer block of each level, and the embedding.
     specific = {"path_specific_blocks": [0, 3], "path_specific_embedding": True}
     yield _paths("2x2-specific", varied(short, topology=specific))
-    yield Experiment(name="2x2-synchronous", config=short, kind="synchronous")
-    for inner_steps in (10, 50, 100, 200):
+    num_steps = short.rounds.total_steps
+    for inner_steps in (10, 200, 50, 100):
         schedule = {"num_rounds": num_steps // inner_steps, "inner_steps": inner_steps}
         yield _paths(f"2x2-inner-{inner_steps}", varied(short, rounds=schedule))
-    for seed in (2, 3):
-        seeded = replace(short, seed=seed)
-        yield _dense(f"dense-seed-{seed}", seeded)
-        yield _paths(f"2x2-seed-{seed}", seeded)
-    corpus = {"max_documents": 150, "valid_fraction": 0.2, "test_fraction": 0.2}
-    small = varied(short, corpus=corpus, rounds={"num_rounds": 2 * num_rounds})
-    yield _dense("dense-small", small)
-    yield _paths("2x2-small", small, options=Options(early_stopping=True))
-    yield _paths("flat-4-small", _flat(small), options=Options(early_stopping=True))
 
 
 def _routers(eight: RunConfig, num_rounds: int) -> Iterator[Experiment]:
     phase = {"method": "discriminative", "phases": [num_rounds // 3]}
+    yield _paths("2x4-product-kmeans", eight)
     yield _paths(
         "2x4-discriminative",
         varied(eight, routing=phase),
         reroute=(16, 32, 64),
         token_router_steps=300,
     )
-    yield _paths("2x4-product-kmeans", eight)
     for method in ("kmeans", "tiny_lm", "hash"):
         routed = varied(eight, routing={"method": method})
         yield _paths(f"2x4-{method.replace('_', '-')}", routed)
     yield _paths("2x4-overlap", varied(eight, routing={"overlap": 2}))
+
+
+def _small_shards(short: RunConfig) -> Iterator[Experiment]:
+    """So little text that every path sees its shard several times."""
+    corpus = {"max_documents": 150, "valid_fraction": 0.2, "test_fraction": 0.2}
+    rounds = {"num_rounds": 2 * short.rounds.num_rounds}
+    small = varied(short, corpus=corpus, rounds=rounds)
+    yield _dense("dense-small", small)
+    yield _paths("flat-4-small", _flat(small), options=Options(early_stopping=True))
+    yield _paths("2x2-small", small, options=Options(early_stopping=True))
+
+
+def _seeds(short: RunConfig) -> Iterator[Experiment]:
+    for seed in (2, 3):
+        seeded = replace(short, seed=seed)
+        yield _dense(f"dense-seed-{seed}", seeded)
+        yield _paths(f"2x2-seed-{seed}", seeded)
