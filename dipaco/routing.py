@@ -8,7 +8,9 @@ uneven.
 
 - `CenterRouter`: the nearest k-means center (paper 2.4.1); or one center per level, each seeing
   its own part of the feature, so that the expert of each level is chosen on its own (product
-  k-means, paper 7.3).
+  k-means, paper 7.3). The paper takes the first and the second half of the columns. These are
+  correlated, so that most pairs of centers hardly occur: here the parts are made of principal
+  components in turn, which are not.
 - `LinearRouter`: a classifier that learned which path predicts best (`dipaco.discriminative`).
 - `TinyLMRouter` (`dipaco.tiny_lm`): the tiny language model that predicts the prefix best.
 - `HashRouter`: the control, which knows nothing.
@@ -61,12 +63,13 @@ class Router(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class CenterRouter:
-    """Mean [D] of the features, and the centers [K, D/G] of each of G groups of columns.
+    """Mean [D] of the features, a rotation [D, D] of them, and the centers [K, D/G] of G groups.
 
     One group has a center per path. Several groups have one per expert of their level.
     """
 
     mean_D: Tensor
+    rotation_DD: Tensor
     centers: tuple[Tensor, ...]
 
     def scores(self, prefixes_NT: Rows, features: FeatureExtractor) -> Tensor:
@@ -74,8 +77,9 @@ class CenterRouter:
         features_ND = features(prefixes_NT)
         sizes = [centers_KD.shape[1] for centers_KD in self.centers]
         scores_NP = torch.zeros(len(features_ND), 1, dtype=torch.float64)
+        rotated_ND = (features_ND - self.mean_D) @ self.rotation_DD
         for part_ND, centers_KD in zip(
-            torch.split(features_ND - self.mean_D, sizes, dim=1), self.centers, strict=True
+            torch.split(rotated_ND, sizes, dim=1), self.centers, strict=True
         ):
             directions_ND = F.normalize(part_ND, dim=1).double()
             costs_NK = torch.cdist(directions_ND, centers_KD.double()).square()
@@ -85,7 +89,7 @@ class CenterRouter:
     def to_bytes(self) -> bytes:
         """The router as safetensors."""
         groups = {f"centers.{number}": centers for number, centers in enumerate(self.centers)}
-        return encode_tensors({"mean": self.mean_D, **groups})
+        return encode_tensors({"mean": self.mean_D, "rotation": self.rotation_DD, **groups})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -166,6 +170,7 @@ def _layout(names: set[str], config: RunConfig) -> Layout:
     shapes = zip(groups, part_widths(width, len(groups)), strict=True)
     return {
         "mean": feature,
+        "rotation": (torch.float32, (width, width)),
         **{f"centers.{number}": (torch.float32, shape) for number, shape in enumerate(shapes)},
     }
 
@@ -182,8 +187,8 @@ def _of_tensors(tensors: dict[str, Tensor], config: RunConfig) -> Router:
             weight_PD=tensors["weight"],
             bias_P=tensors["bias"],
         )
-    centers = tuple(tensors[f"centers.{number}"] for number in range(len(tensors) - 1))
-    return CenterRouter(mean_D=tensors["mean"], centers=centers)
+    centers = tuple(tensors[f"centers.{number}"] for number in range(len(tensors) - 2))
+    return CenterRouter(mean_D=tensors["mean"], rotation_DD=tensors["rotation"], centers=centers)
 
 
 def part_widths(width: int, num_groups: int) -> list[int]:
@@ -218,15 +223,26 @@ def feature_extractor(net: "PathNet") -> FeatureExtractor:
 
 
 def fit_centers(features_ND: Tensor, num_centers: Sequence[int], seed: int) -> CenterRouter:
-    """k-means in each of `len(num_centers)` groups of columns of the features."""
+    """k-means in each of `len(num_centers)` groups of principal components of the features."""
     mean_D = features_ND.mean(dim=0)
-    sizes = part_widths(features_ND.shape[1], len(num_centers))
-    parts = torch.split(features_ND - mean_D, sizes, dim=1)
+    num_groups = len(num_centers)
+    rotation_DD = _components(features_ND - mean_D)
+    # In turn, so that every group has its share of the large ones.
+    rotation_DD = torch.cat([rotation_DD[:, group::num_groups] for group in range(num_groups)], 1)
+    sizes = part_widths(features_ND.shape[1], num_groups)
+    parts = torch.split((features_ND - mean_D) @ rotation_DD, sizes, dim=1)
     centers = (
         _kmeans(F.normalize(part_ND, dim=1), number, seed)
         for part_ND, number in zip(parts, num_centers, strict=True)
     )
-    return CenterRouter(mean_D=mean_D, centers=tuple(centers))
+    return CenterRouter(mean_D=mean_D, rotation_DD=rotation_DD, centers=tuple(centers))
+
+
+def _components(centered_ND: Tensor) -> Tensor:
+    """The principal components, as the columns of a rotation [D, D], the largest first."""
+    covariance_DD = centered_ND.double().T @ centered_ND.double() / len(centered_ND)
+    _, vectors_DD = torch.linalg.eigh(covariance_DD)
+    return vectors_DD.flip(1).float().contiguous()
 
 
 def _kmeans(directions_ND: Tensor, num_centers: int, seed: int) -> Tensor:

@@ -67,7 +67,7 @@ learning_rate = 4e-3
 warmup_steps = 20
 batch_sequences = 16
 [routing]
-method = "product_kmeans"
+method = "kmeans"
 router_fraction = 0.03
 [inner]
 batch_sequences = 16
@@ -196,14 +196,14 @@ def _variants(short: RunConfig) -> Iterator[Experiment]:
 
 def _routers(eight: RunConfig, num_rounds: int) -> Iterator[Experiment]:
     phase = {"method": "discriminative", "phases": [num_rounds // 3]}
-    yield _paths("2x4-product-kmeans", eight)
+    yield _paths("2x4-kmeans", eight)
     yield _paths(
         "2x4-discriminative",
         varied(eight, routing=phase),
         reroute=(16, 32, 64),
         token_router_steps=300,
     )
-    for method in ("kmeans", "tiny_lm", "hash"):
+    for method in ("product_kmeans", "tiny_lm", "hash"):
         routed = varied(eight, routing={"method": method})
         yield _paths(f"2x4-{method.replace('_', '-')}", routed)
     yield _paths("2x4-overlap", varied(eight, routing={"overlap": 2}))

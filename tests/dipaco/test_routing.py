@@ -54,15 +54,18 @@ def test_k_means_finds_what_is_apart() -> None:
 
 
 def test_product_k_means_chooses_the_expert_of_each_level_on_its_own() -> None:
-    """Two kinds in the first half of the columns, three in the second: six paths, no more."""
-    first, first_kinds = blobs(2)
-    second, second_kinds = blobs(3)
-    features_ND = torch.cat([first[:, : WIDTH // 2], second[:, : WIDTH // 2]], dim=1)
-    router = fit_centers(features_ND, [2, 3], seed=0)
+    """Four kinds along two directions that have nothing to do with each other: four paths.
+
+    A correlated copy of the first direction must not get the second level.
+    """
+    first, second = (torch.arange(400) % 2) * 2.0 - 1, (torch.arange(400) // 2 % 2) * 2.0 - 1
+    noise = 0.05 * torch.randn(400, WIDTH, generator=torch.Generator().manual_seed(0))
+    axes = torch.eye(WIDTH)
+    features_ND = 3 * first[:, None] * (axes[0] + axes[WIDTH - 1]) + 2 * second[:, None] * axes[1]
+    router = fit_centers(features_ND + noise, [2, 2], seed=0)
     chosen = best(router, features_ND)
-    assert len(pairs(first_kinds, second_kinds, chosen)) == 6
-    assert len(pairs(first_kinds, chosen // 3)) == 2
-    assert len(pairs(second_kinds, chosen % 3)) == 3
+    assert len(pairs(first, second, chosen)) == 4
+    assert len(pairs(first, chosen // 2)) == len(pairs(second, chosen % 2)) == 2
 
 
 def test_hash_routing_knows_nothing_but_is_even_and_repeatable() -> None:
