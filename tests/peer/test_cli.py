@@ -7,11 +7,12 @@ from pathlib import Path
 
 import click
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 
 from bootstrap.cli import main as bootstrap
+from bootstrap.growth import requested_growth
+from bootstrap.prepare import MANIFEST_FILE
 from dht.errors import LocalFault
-from dipaco.cli import cli as dipaco
 from dipaco.errors import ConfigError
 from peer.cli import main as peer
 from peer.command_line import one_line_errors
@@ -64,7 +65,6 @@ def test_the_options_are_these() -> None:
         for name, group in (
             ("dipaco-peer", peer),
             ("dipaco-bootstrap", bootstrap),
-            ("dipaco", dipaco),
         )
         for command_name, command in group.commands.items()
     }
@@ -80,7 +80,6 @@ def test_the_options_are_these() -> None:
         "dipaco-bootstrap prepare": ["--device", "--threads", "--verbose"],
         "dipaco-bootstrap grow": ["--levels", "--verbose"],
         "dipaco-bootstrap serve": sorted([*network, "--quiet", "--start-in", "--verbose"]),
-        "dipaco train": ["--baseline", "--device", "--dir", "--threads"],
     }
 
 
@@ -134,6 +133,25 @@ def test_a_wrong_configuration_names_the_key(
     assert "hint: " in result.output
     assert hint in result.output
     assert not (tmp_path / "run").exists()
+
+
+def test_growth_is_asked_for_in_the_directory_of_a_run_that_was_served(tmp_path: Path) -> None:
+    def grow(levels: str) -> Result:
+        return CliRunner().invoke(bootstrap, ["grow", str(tmp_path), "--levels", levels])
+
+    never = grow("3,2")
+    assert never.exit_code == 1
+    assert "was never served" in never.output
+    (tmp_path / MANIFEST_FILE).write_bytes(RUN.manifest.to_bytes())
+    for levels, why in (("1,2", "may only grow"), ("2,2", "they are the same"), ("x", "such as")):
+        refused = grow(levels)
+        assert refused.exit_code != 0
+        assert why in refused.output
+        assert requested_growth(tmp_path) is None
+    done = grow("3,2")
+    assert done.exit_code == 0
+    assert f"dipaco-bootstrap serve {tmp_path}" in done.output
+    assert requested_growth(tmp_path) == (3, 2)
 
 
 def test_an_unprepared_directory_says_what_to_do(tmp_path: Path) -> None:
