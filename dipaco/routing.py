@@ -241,8 +241,8 @@ def fit_centers(features_ND: Tensor, num_centers: Sequence[int], seed: int) -> C
 def _components(centered_ND: Tensor) -> Tensor:
     """The principal components, as the columns of a rotation [D, D], the largest first."""
     covariance_DD = centered_ND.double().T @ centered_ND.double() / len(centered_ND)
-    _, vectors_DD = torch.linalg.eigh(covariance_DD)
-    return vectors_DD.flip(1).float().contiguous()
+    ascending_DD: Tensor = torch.linalg.eigh(covariance_DD).eigenvectors
+    return ascending_DD.flip(1).float().contiguous()
 
 
 def _kmeans(directions_ND: Tensor, num_centers: int, seed: int) -> Tensor:

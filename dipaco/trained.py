@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -31,10 +30,8 @@ from dipaco.routing import FeatureExtractor, Router, ranking
 from dipaco.sharding import Sharding
 from dipaco.shards import Rows
 from dipaco.start import Start
+from dipaco.token_router import TokenRouter, train_token_router
 from dipaco.topology import PathID
-
-if TYPE_CHECKING:
-    from dipaco.token_router import TokenRouter
 
 TOKEN_ROUTER_FILE = "token-router.safetensors"
 
@@ -101,7 +98,7 @@ class TrainedModel:
         return self.start.feature_extractor(self.device)
 
     @cached_property
-    def token_router(self) -> "TokenRouter":
+    def token_router(self) -> TokenRouter:
         """What chooses the path at any token; ConfigError if it was not trained."""
         try:
             raw = self.token_router_file.read_bytes()
@@ -110,8 +107,6 @@ class TrainedModel:
                 "this training has no token-level router",
                 hint=f"train it: `dipaco train-router {self.start.directory}`",
             ) from error
-        from dipaco.token_router import TokenRouter
-
         return TokenRouter.from_bytes(raw, self.config)
 
     def net(self, number: int, *, early_stopped: bool = False) -> PathNet:
@@ -211,7 +206,7 @@ def evaluate_model(
 
 def train_token_router_of(
     model: TrainedModel, num_steps: int, progress: Progress = lambda stage, done, total: None
-) -> "TokenRouter":
+) -> TokenRouter:
     """Train the token-level router for the paths as they are, and keep it (paper 7.2.2).
 
     Scores the router data under one path after another. ConfigError if there is none.
@@ -231,8 +226,6 @@ def train_token_router_of(
         )
         scores_NTP[:, :, number] = -nll_NT.numpy()
         progress("router data", number + 1, num_paths)
-    from dipaco.token_router import train_token_router
-
     router = train_token_router(
         model.start.net().to(model.device),
         rows,
