@@ -137,7 +137,6 @@ def experiments(size: Size, text: Path | None) -> list[Experiment]:
     return [
         *_main(base),
         *_variants(short),
-        *_equal_tokens(base),
         *_small_shards(short),
         *_seeds(short),
     ]
@@ -167,20 +166,18 @@ def _main(base: RunConfig) -> Iterator[Experiment]:
     yield _paths("flat-4", _flat(base), options=Options(early_stopping=True))
 
 
-def _equal_tokens(base: RunConfig) -> Iterator[Experiment]:
-    """What has the tokens and FLOPs of four paths."""
-    yield _dense("dense-4x", base, steps_factor=4)
-    diloco = varied(base, topology={"levels": [1]}, routing={"method": "hash"})
-    yield _paths("diloco-4", diloco, options=Options(replicas=4), reroute=())
-
-
 def _variants(short: RunConfig) -> Iterator[Experiment]:
     yield _dense("dense-short", short)
     yield _paths("2x2-short", short)
-    yield from _routers(varied(short, topology={"levels": [2, 4]}), short.rounds.num_rounds)
+    # What has the tokens and FLOPs of four paths.
+    yield _dense("dense-4x", short, steps_factor=4)
+    diloco = varied(short, topology={"levels": [1]}, routing={"method": "hash"})
+    yield _paths("diloco-4", diloco, options=Options(replicas=4), reroute=())
+    yield _paths("2x4-short", varied(short, topology={"levels": [2, 4]}))
+    yield from _routers(short)
     for rescale in ("rda", "sqrt"):
         yield _paths(f"2x2-{rescale}", varied(short, outer={"rescale": rescale}))
-    for wire_format in ("int4", "float32", "float16"):
+    for wire_format in ("int4", "float32"):
         yield _paths(f"2x2-{wire_format}", varied(short, outer={"wire_format": wire_format}))
     four = varied(short, topology={"levels": [4, 4]})
     yield _paths("4x4-short", four, options=Options(early_stopping=True), reroute=(16, 32, 64))
@@ -192,21 +189,21 @@ def _variants(short: RunConfig) -> Iterator[Experiment]:
     for inner_steps in (10, 200, 50, 100):
         schedule = {"num_rounds": num_steps // inner_steps, "inner_steps": inner_steps}
         yield _paths(f"2x2-inner-{inner_steps}", varied(short, rounds=schedule))
+    yield _paths("2x2-float16", varied(short, outer={"wire_format": "float16"}))
 
 
-def _routers(eight: RunConfig, num_rounds: int) -> Iterator[Experiment]:
-    phase = {"method": "discriminative", "phases": [num_rounds // 3]}
-    yield _paths("2x4-kmeans", eight)
+def _routers(short: RunConfig) -> Iterator[Experiment]:
+    phase = {"method": "discriminative", "phases": [short.rounds.num_rounds // 3]}
     yield _paths(
-        "2x4-discriminative",
-        varied(eight, routing=phase),
+        "2x2-discriminative",
+        varied(short, routing=phase),
         reroute=(16, 32, 64),
         token_router_steps=300,
     )
     for method in ("product_kmeans", "tiny_lm", "hash"):
-        routed = varied(eight, routing={"method": method})
-        yield _paths(f"2x4-{method.replace('_', '-')}", routed)
-    yield _paths("2x4-overlap", varied(eight, routing={"overlap": 2}))
+        routed = varied(short, routing={"method": method})
+        yield _paths(f"2x2-{method.replace('_', '-')}", routed)
+    yield _paths("2x2-overlap", varied(short, routing={"overlap": 2}))
 
 
 def _small_shards(short: RunConfig) -> Iterator[Experiment]:

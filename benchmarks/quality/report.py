@@ -77,7 +77,7 @@ def _baseline(name: str) -> str:
         return "dense-small"
     if "-seed-" in name:
         return f"dense-seed-{name.rpartition('-seed-')[2]}"
-    main = ("dense", "2x2", "4x4", "flat-4", "dense-4x", "diloco-4")
+    main = ("dense", "2x2", "4x4", "flat-4")
     return "dense" if name in main else "dense-short"
 
 
@@ -85,7 +85,8 @@ def _cell(found: Figures, key: str) -> str:
     return f"{found[key]:.2f}" if key in found else ""
 
 
-_CURVES = ("dense", "dense-4x", "diloco-4", "flat-4", "2x2", "4x4")
+_MAIN = ("dense", "flat-4", "2x2", "4x4")
+_SHORT = ("dense-short", "dense-4x", "diloco-4", "2x2-short", "2x4-short", "4x4-short")
 
 
 def write_plots(figures: dict[str, Figures], directory: Path) -> None:
@@ -94,7 +95,9 @@ def write_plots(figures: dict[str, Figures], directory: Path) -> None:
 
     matplotlib.use("Agg")
     directory.mkdir(parents=True, exist_ok=True)
-    _plot_curves(figures, directory / "quality-curves.png", _CURVES)
+    _plot_curves(figures, directory / "quality-curves.png", _MAIN)
+    if any(name in figures for name in _SHORT):
+        _plot_curves(figures, directory / "quality-paths.png", _SHORT)
     small = tuple(name for name in figures if name.endswith("-small"))
     if small:
         _plot_curves(figures, directory / "quality-small-shards.png", small)
@@ -110,7 +113,8 @@ def _plot_curves(figures: dict[str, Figures], file: Path, names: tuple[str, ...]
     for axis, (label, column) in zip(axes, axes_of.items(), strict=True):
         for name in names:
             points = figures.get(name, {}).get("curve", [])
-            axis.plot([p[column] for p in points], [p[3] for p in points], label=name)
+            if points:
+                axis.plot([p[column] for p in points], [p[3] for p in points], label=name)
         axis.set_xlabel(label)
         axis.set_yscale("log")
         axis.grid(alpha=0.3, which="both")
@@ -127,7 +131,7 @@ def _plot_shards(figures: dict[str, Figures], file: Path) -> None:
     shown = {
         name: sorted(found["shard_tokens"], reverse=True)
         for name, found in figures.items()
-        if len(found.get("shard_tokens", [])) in (8, 16)
+        if len(found.get("shard_tokens", [])) in (4, 8, 16)
     }
     if not shown:
         return
@@ -148,7 +152,7 @@ def _plot_confusion(figures: dict[str, Figures], file: Path) -> None:
     shown = {
         name: found["confusion"]
         for name, found in figures.items()
-        if len(found.get("confusion", [])) == 8
+        if len(found.get("confusion", [])) == 4
     }
     if not shown:
         return
