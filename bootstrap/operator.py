@@ -14,11 +14,10 @@ from torch import Tensor
 
 from bootstrap.gathering import Gathering
 from bootstrap.growth import forget_growth, requested_growth
-from dht.errors import SwarmError
 from dht.identity import Identity
 from dipaco.checkpoint import state_bytes
 from dipaco.config import RunConfig
-from dipaco.errors import ConfigError, DipacoError
+from dipaco.errors import DipacoError
 from peer.keeper import Keeper
 from peer.manifest import BlobRef, Manifest, Origin
 from peer.messages import sign
@@ -61,10 +60,7 @@ class Operator:
         """Look once per slot, until cancelled."""
         node = self._node
         while True:
-            try:
-                await self.look()
-            except (SwarmError, DipacoError, OSError) as error:
-                node.events.write("error", where="operator", why=str(error))
+            await self._keeper.guard(self.look(), "operator")
             slot_end = node.history.first.slot_start(node.slot + 1)
             await asyncio.sleep(max(0.01, slot_end - node.now()))
 
@@ -86,15 +82,14 @@ class Operator:
 
     async def _grow(self, manifest: Manifest, levels: tuple[int, ...]) -> None:
         node = self._node
+        node.events.write("growing", levels=list(levels))
         try:
             config = grown(manifest.run_config, levels)
-        except ConfigError as error:
+            draft = await node.offload(lambda: self._corpus.grow(manifest, config))
+        except DipacoError as error:
             node.events.write("growth refused", levels=list(levels), why=str(error))
-            forget_growth(self._directory)
-            return
-        node.events.write("growing", levels=list(levels))
-        draft = await node.offload(lambda: self._corpus.grow(manifest, config))
-        await self._issue(manifest, draft)
+        else:
+            await self._issue(manifest, draft)
         forget_growth(self._directory)
 
     async def _gather(self, manifest: Manifest) -> None:

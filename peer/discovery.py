@@ -20,7 +20,7 @@ from peer.store import BlobStore
 MANIFEST_TIMEOUT_SECONDS = 60.0
 MAX_CLAIMS = 4  # followed in one look; those that were refuted make room for others in the next
 MAX_SEARCHES = 8  # at once, for what messages name
-MAX_REFUTED = 1024
+MAX_REFUTED = 1024  # digests, and peers; the oldest is forgotten first
 
 
 class Discovery:
@@ -33,7 +33,8 @@ class Discovery:
         shutil.rmtree(directory, ignore_errors=True)
         self._store = BlobStore(directory)
         self._blobs = BlobClient(self._store, node.transport, node.faults)
-        self._refuted: dict[str, None] = {}  # digests that led to nothing; the oldest goes first
+        self._refuted: dict[str, None] = {}  # digests that led to no manifest of this run
+        self._liars: dict[str, None] = {}  # peers that named them
         self._searching: set[str] = set()  # peers whose messages name an unknown manifest
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by digest
 
@@ -50,6 +51,7 @@ class Discovery:
             if isinstance(record, ManifestPointer)
             and node.history.get(record.manifest) is None
             and record.manifest not in self._refuted
+            and record.peer not in self._liars
         ]
         operator = node.history.first.peer
         records.sort(key=lambda record: (record.peer != operator, -record.version))
@@ -61,7 +63,7 @@ class Discovery:
 
     async def ask(self, digest: str, peer: str) -> bool:
         """Follow what a message of `peer` named; True if it led to a later manifest."""
-        if digest in self._refuted or peer in self._searching:
+        if digest in self._refuted or peer in self._liars or peer in self._searching:
             return False
         if len(self._searching) >= MAX_SEARCHES:
             return False
@@ -89,10 +91,11 @@ class Discovery:
             node.faults.count(error, sources[0])
             return False
         except (PeerFault, RunMismatch) as error:
-            node.faults.count(error, error.peer_id if isinstance(error, PeerFault) else sources[0])
-            self._refuted[digest] = None
-            if len(self._refuted) > MAX_REFUTED:
-                self._refuted.pop(next(iter(self._refuted)))
+            culprit = error.peer_id if isinstance(error, PeerFault) else sources[0]
+            node.faults.count(error, culprit)
+            _remember(self._refuted, digest)
+            if culprit == sources[0]:
+                _remember(self._liars, culprit)
             return False
         for manifest in chain:
             node.events.write(
@@ -135,3 +138,9 @@ class Discovery:
         return await self._node.offload(
             lambda: parse_manifest(raw, digest=digest, sender=sources[0])
         )
+
+
+def _remember(names: dict[str, None], name: str) -> None:
+    names[name] = None
+    if len(names) > MAX_REFUTED:
+        names.pop(next(iter(names)))

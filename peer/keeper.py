@@ -117,7 +117,7 @@ class Keeper:
         if not self._is_running:
             coroutine.close()
             return
-        task = asyncio.create_task(self._guard(coroutine, name))
+        task = asyncio.create_task(self.guard(coroutine, name))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -129,7 +129,7 @@ class Keeper:
         await self.presence.publish_head(module)
         return True
 
-    async def _guard(self, coroutine: Coroutine[object, object, object], name: str) -> None:
+    async def guard(self, coroutine: Coroutine[object, object, object], name: str) -> None:
         """The task boundary: a fault inside one round must not end the peer.
 
         Rule: log it, and go on; every loop starts afresh at its next slot.
@@ -160,7 +160,7 @@ class Keeper:
         """Every slot, since a later version says in which slot it comes into force."""
         round_seconds = self.node.history.first.run_config.rounds.round_seconds
         while True:
-            await self._guard(self.look_for_manifest(), "manifests")
+            await self.guard(self.look_for_manifest(), "manifests")
             await asyncio.sleep(min(round_seconds, DUTY_SECONDS_MAX))
 
     async def _attend_slots(self) -> None:
@@ -184,7 +184,7 @@ class Keeper:
         """Every slot: see who is there, keep what falls to us, catch up where we fell behind."""
         round_seconds = self.node.history.first.run_config.rounds.round_seconds
         while True:
-            await self._guard(self._do_duties_once(), "duties")
+            await self.guard(self._do_duties_once(), "duties")
             await asyncio.sleep(min(round_seconds, DUTY_SECONDS_MAX))
 
     async def _do_duties_once(self) -> None:
@@ -254,7 +254,7 @@ class Keeper:
 
     async def _renew(self) -> None:
         while True:
-            await self._guard(self.presence.publish(), "presence")
+            await self.guard(self.presence.publish(), "presence")
             await asyncio.sleep(self.presence.renew_seconds)
 
     async def _leave(self) -> None:

@@ -53,6 +53,7 @@ class SwarmStatus:
 
     run: str
     name: str
+    manifest: int  # the version in force
     slot: int
     num_rounds: int
     peers: tuple[PeerLine, ...]
@@ -87,6 +88,7 @@ async def read_status(swarm: Swarm, run: str, manifest: Manifest) -> SwarmStatus
     return SwarmStatus(
         run=run,
         name=manifest.name,
+        manifest=manifest.version,
         slot=manifest.slot_at(swarm.now()),
         num_rounds=manifest.run_config.rounds.num_rounds,
         peers=tuple(peers),
@@ -96,7 +98,8 @@ async def read_status(swarm: Swarm, run: str, manifest: Manifest) -> SwarmStatus
 
 def status_tables(status: SwarmStatus) -> list[Table]:
     """The same as tables for a terminal."""
-    peers = Table(title=f"run {status.name} ({status.run[:12]}), slot {status.slot}", expand=False)
+    run = f"run {status.name} ({status.run[:12]}), manifest {status.manifest}, slot {status.slot}"
+    peers = Table(title=run, expand=False)
     for heading in ("peer", "path", "round", "tokens", "commits", "training", "sent", "received"):
         peers.add_column(heading, justify="left" if heading == "peer" else "right")
     peers.add_column("perplexity", justify="right")

@@ -147,6 +147,35 @@ def test_who_was_away_and_who_knows_only_the_first_manifest_reach_the_newest(
     run_virtual(scenario())
 
 
+def test_who_cannot_read_the_pointers_hears_of_a_manifest_from_commitments(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        config = little_config(num_rounds=MANY, round_seconds=ROUND)
+        async with lab(tmp_path, config) as place:
+            everyone = await swarm(place, 4)
+            await until_slot(place, 1)
+            deaf, *others = everyone[1:]
+            place.dht.partition({deaf.peer_id}, {peer.peer_id for peer in [everyone[0], *others]})
+            manifest = await place.issue(config)
+            await until_slot(place, manifest.first_slot)
+            assert deaf.keeper.node.history.newest == place.run.manifest
+            await until_slot(place, manifest.first_slot + 2)
+            assert deaf.keeper.node.history.newest == manifest
+            # Alone as far as it can see, it changes its path all the time.
+            assert deaf.seen("path")[-1]["manifest"] == 2
+            await place.until(
+                lambda: any(
+                    deaf.peer_id in entry["contributors"]
+                    for entry in everyone[0].seen("version")
+                    if entry["slot"] > manifest.first_slot
+                ),
+                within=4 * ROUND,
+                what="being counted again",
+            )
+            assert_agreement(everyone)
+
+    run_virtual(scenario())
+
+
 def test_one_path_grows_into_four(tmp_path: Path) -> None:
     async def scenario() -> None:
         config = little_config(num_rounds=MANY, round_seconds=6.0, blocking=False)
