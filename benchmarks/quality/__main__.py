@@ -88,14 +88,20 @@ def main(  # noqa: PLR0913 - one parameter per option
                 progress.console.print(
                     f"{experiment.name}: perplexity {figures[experiment.name]['ppl']:.2f}"
                 )
-    ordered = {e.name: figures[e.name] for e in plan}
+                ordered = {e.name: figures[e.name] for e in plan if e.name in figures}
+                write(ordered, json_file, plots_dir)
     print_tables(ordered, Console())
     click.echo(f"{time.monotonic() - begun:.0f} s on {workers} workers")
+
+
+def write(figures: dict[str, Figures], json_file: Path | None, plots_dir: Path | None) -> None:
+    """Everything known so far, so that an interrupted comparison has something to show."""
     if json_file is not None:
-        json_file.write_text(json.dumps(ordered, indent=1) + "\n")
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(figures, indent=1) + "\n")
     if plots_dir is not None:
-        write_plots(ordered, plots_dir)
-        write_markdown(ordered, plots_dir / "quality.md")
+        write_plots(figures, plots_dir)
+        write_markdown(figures, plots_dir / "quality.md")
 
 
 if __name__ == "__main__":
