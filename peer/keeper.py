@@ -121,14 +121,6 @@ class Keeper:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _hold(self, module: ModuleID) -> bool:
-        if module in self.node.log.held:
-            return True
-        if not await self.catch_up.open(module):
-            return False
-        await self.presence.publish_head(module)
-        return True
-
     async def guard(self, coroutine: Coroutine[object, object, object], name: str) -> None:
         """The task boundary: a fault inside one round must not end the peer.
 
@@ -141,6 +133,14 @@ class Keeper:
         except Exception as error:
             log.exception("unexpected error in %s", name)
             self.node.events.write("error", where=name, why=repr(error))
+
+    async def _hold(self, module: ModuleID) -> bool:
+        if module in self.node.log.held:
+            return True
+        if not await self.catch_up.open(module):
+            return False
+        await self.presence.publish_head(module)
+        return True
 
     def _on_version(self, module: ModuleID, certificate: Certificate) -> None:
         self.versions.notify()

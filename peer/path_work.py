@@ -192,9 +192,19 @@ class PathWork:
         """The path as it stands, on the validation part of its shard."""
         return self.trainer.evaluate(self.trainer.config.rounds.eval_sequences)
 
-    def score(self, rows: Rows) -> Tensor:
-        """How well the path as it stands predicts each row: see `PathTrainer.score_rows`."""
-        return self.trainer.score_rows(rows)
+    def score(self, rows: Rows, *, seconds: float, max_batches: int) -> Tensor:
+        """How well the path as it stands predicts the first of `rows` (`PathTrainer.score_rows`).
+
+        For about `seconds`, at least one batch and at most `max_batches`; one score per row.
+        """
+        size = self.trainer.config.inner.batch_sequences
+        start = time.monotonic()
+        parts: list[Tensor] = []
+        for first in range(0, min(len(rows), max_batches * size), size):
+            parts.append(self.trainer.score_rows(rows[first : first + size]))
+            if time.monotonic() - start >= seconds:
+                break
+        return torch.cat(parts)
 
     def save(self) -> None:
         """Keep the optimizer's state and the residuals for the next start on this path."""

@@ -1,13 +1,13 @@
 """Scoring router data with the path that is trained, for a discriminative phase (paper 2.4.2).
 
 The operator learns from the scores which path predicts a sequence best, and shards the corpus anew.
-Nobody waits for it: rows are scored a batch at a time, between two bursts of training.
+Nobody waits for it: some rows are scored between two bursts of training, and a peer that changes
+its path goes on where it was when it comes back.
 """
 
 import torch
 from torch import Tensor
 
-from dht.records import Scores
 from dipaco.discriminative import encode_scores
 from dipaco.errors import DipacoError
 from dipaco.shards import Rows, Shard
@@ -24,40 +24,41 @@ class Scoring:
     def __init__(self, node: Node, presence: Presence) -> None:
         self._node = node
         self._presence = presence
-        self._begun: tuple[int, PathID] | None = None
+        self._phase = -1  # that the rest is of
         self._rows: Rows | None = None
-        self._parts: list[Tensor] = []
+        self._parts: dict[PathID, list[Tensor]] = {}  # of paths that were not scored to the end
 
-    async def step(self, work: PathWork) -> bool:
-        """Score one more batch of rows, if the path's scores are due; False if they are not."""
+    async def step(self, work: PathWork, *, seconds: float, max_batches: int) -> bool:
+        """Score some more rows, if the path's scores are due; False if they are not."""
         node, path = self._node, work.trainer.path
         manifest = node.history.newest
-        await self._forget_before(manifest.num_phases)
+        if manifest.num_phases != self._phase:
+            await self._begin(manifest.num_phases)
         if manifest.phase_round is None or work.round < manifest.phase_round:
             return False
         if path in self._presence.scores:
             return False
-        if self._begun != (manifest.num_phases, path):
-            self._rows = await node.offload(lambda: self._read_rows(manifest, path))
-            self._begun, self._parts = (manifest.num_phases, path), []
         if self._rows is None:
-            self._begun = None
+            self._rows = await node.offload(lambda: self._read_rows(manifest, path))
+        if self._rows is None:
             return False
-        first = sum(map(len, self._parts))
-        batch = self._rows[first : first + work.trainer.config.inner.batch_sequences]
-        self._parts.append(await node.offload(lambda: work.score(batch)))
-        if first + len(batch) == len(self._rows):
-            blob = node.store.add(encode_scores(torch.cat(self._parts)))
-            self._begun, self._rows, self._parts = None, None, []
+        parts = self._parts.setdefault(path, [])
+        num_done = sum(map(len, parts))
+        rest = self._rows[num_done:]
+        parts.append(
+            await node.offload(lambda: work.score(rest, seconds=seconds, max_batches=max_batches))
+        )
+        if len(parts[-1]) == len(rest):
+            blob = node.store.add(encode_scores(torch.cat(self._parts.pop(path))))
             await self._presence.offer_scores(path, phase=manifest.num_phases, blob=blob)
             node.events.write("scored", path=str(path), phase=manifest.num_phases, blob=blob)
         return True
 
-    async def _forget_before(self, phase: int) -> None:
-        """Take back scores of a phase that is over."""
-        over: list[Scores] = [s for s in self._presence.scores.values() if s.phase < phase]
-        for scores in over:
-            del self._presence.scores[PathID.parse(scores.path)]
+    async def _begin(self, phase: int) -> None:
+        """Take back what was scored for phases that are over."""
+        self._phase, self._rows, self._parts = phase, None, {}
+        for path, scores in list(self._presence.scores.items()):
+            del self._presence.scores[path]
             await self._node.swarm.withdraw(scores)
 
     def _read_rows(self, manifest: Manifest, path: PathID) -> Rows | None:

@@ -21,6 +21,7 @@ from peer.path_work import PathWork
 from peer.scoring import Scoring
 
 BURST_SECONDS = 0.5  # of inner steps between two looks at the clock and at new versions
+SCORING_SHARE = 0.5  # of a burst, after each burst while a phase of the routing is due
 SETTLE_SECONDS = 1.0  # between two looks at who else is there, before the run starts
 
 TrainerFactory = Callable[[Manifest, PathID, Shard, int], PathTrainer]
@@ -210,7 +211,7 @@ class Volunteer:
                 break  # an exact run takes no further step before the last ones are counted
             if rounds.blocking and steps >= rounds.inner_steps:
                 break
-            if await self._scoring.step(self._the_work()) and rounds.blocking:
+            if await self._score() and rounds.blocking:
                 continue  # an exact run scores with the versions as they were certified
             room = rounds.inner_steps - steps if rounds.blocking else self._pace.burst_steps
             steps += await self._burst(min(room, self._pace.burst_steps), steps, end)
@@ -219,6 +220,14 @@ class Volunteer:
         await self._contribute(slot)
         if rounds.blocking:
             await self._await_versions(slot)
+
+    async def _score(self) -> bool:
+        """Score some router data, if a phase is due; for less time than training has."""
+        return await self._scoring.step(
+            self._the_work(),
+            seconds=SCORING_SHARE * self._pace.burst_seconds,
+            max_batches=self._pace.burst_steps,
+        )
 
     async def _burst(self, max_steps: int, first_step: int, end: float) -> int:
         work, node = self._the_work(), self._node
