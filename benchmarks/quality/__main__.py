@@ -27,7 +27,7 @@ from dipaco.config import RunConfig, TopologyConfig
 def base_of(config: RunConfig) -> tuple[str, RunConfig]:
     """A name for text, seed and dense start, and a small run that prepares just these."""
     corpus = config.corpus
-    name = f"base-{config.seed}-{corpus.max_documents}"
+    name = f"base-{config.seed}-{corpus.max_documents}-{config.routing.router_fraction:g}"
     return name, replace(config, topology=TopologyConfig(levels=(1,)))
 
 

@@ -179,8 +179,6 @@ def _variants(short: RunConfig) -> Iterator[Experiment]:
         yield _paths(f"2x2-{rescale}", varied(short, outer={"rescale": rescale}))
     for wire_format in ("int4", "float32"):
         yield _paths(f"2x2-{wire_format}", varied(short, outer={"wire_format": wire_format}))
-    four = varied(short, topology={"levels": [4, 4]})
-    yield _paths("4x4-short", four, options=Options(early_stopping=True), reroute=(16, 32, 64))
     yield Experiment(name="2x2-synchronous", config=short, kind="synchronous")
     # The paper's choice, scaled down: the outer block of each level, and the embedding.
     specific = {"path_specific_blocks": [0, 3], "path_specific_embedding": True}
@@ -189,18 +187,25 @@ def _variants(short: RunConfig) -> Iterator[Experiment]:
     for inner_steps in (10, 200, 50, 100):
         schedule = {"num_rounds": num_steps // inner_steps, "inner_steps": inner_steps}
         yield _paths(f"2x2-inner-{inner_steps}", varied(short, rounds=schedule))
+    four = varied(short, topology={"levels": [4, 4]})
+    yield _paths("4x4-short", four, options=Options(early_stopping=True), reroute=(16, 32, 64))
     yield _paths("2x2-float16", varied(short, outer={"wire_format": "float16"}))
 
 
 def _routers(short: RunConfig) -> Iterator[Experiment]:
-    phase = {"method": "discriminative", "phases": [short.rounds.num_rounds // 3]}
+    # More router data than the others have: a classifier of 128 columns needs some.
+    phase = {
+        "method": "discriminative",
+        "phases": [short.rounds.num_rounds // 3],
+        "router_fraction": 0.15,
+    }
     yield _paths(
         "2x2-discriminative",
         varied(short, routing=phase),
         reroute=(16, 32, 64),
         token_router_steps=300,
     )
-    for method in ("product_kmeans", "tiny_lm", "hash"):
+    for method in ("product_kmeans", "hash", "tiny_lm"):
         routed = varied(short, routing={"method": method})
         yield _paths(f"2x2-{method.replace('_', '-')}", routed)
     yield _paths("2x2-overlap", varied(short, routing={"overlap": 2}))
