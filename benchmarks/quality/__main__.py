@@ -83,7 +83,11 @@ def main(  # noqa: PLR0913 - one parameter per option
             }
             for future in as_completed(futures):
                 experiment = futures[future]
-                figures[experiment.name] = future.result()
+                try:
+                    figures[experiment.name] = future.result()
+                except BaseException:
+                    pool.shutdown(wait=False, cancel_futures=True)  # do not train on in vain
+                    raise
                 progress.update(task, advance=experiment.tokens / 1e6, description=experiment.name)
                 progress.console.print(
                     f"{experiment.name}: perplexity {figures[experiment.name]['ppl']:.2f}"
