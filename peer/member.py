@@ -245,8 +245,15 @@ class Member:
     async def _compute(
         self, module: ModuleID, proposal: Proposal, *, sources: list[str]
     ) -> _Result | None:
-        """Reduce a proposal by ourselves; the new state is then in the store."""
+        """Reduce a proposal by ourselves; the new state is then in the store.
+
+        None if that cannot be done, or the module has gone on meanwhile.
+        """
+        log = self._node.log
         async with self._locks.setdefault(module, asyncio.Lock()):
+            held = log.held.get(module)
+            if held is None or held.parent != proposal.parent:
+                return None
             known = self._results.get(proposal.digest)
             if known is not None and known.state in self._node.store:
                 return known
@@ -260,6 +267,8 @@ class Member:
             except BadState:
                 self._on_behind(module)
                 return None
+            if log.held.get(module) is not held:
+                return None  # it may have been reduced from another version
             if len(self._results) > 256:  # a bound, far over the modules one peer holds
                 self._results.clear()
             self._results[proposal.digest] = result

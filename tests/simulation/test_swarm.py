@@ -1,5 +1,6 @@
 """The whole swarm under a virtual clock: agreement, oracle parity, kills, late joiners."""
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,29 @@ def test_training_goes_on_while_rounds_are_agreed(tmp_path: Path) -> None:
             shares = [peer.seen("contributed")[-1]["tokens"] for peer in everyone[1:]]
             # One step takes 0.2 s here, so three slots hold about 300; rounds cost a few.
             assert min(shares) > 250 * 2 * 16
+
+    run_virtual(scenario())
+
+
+def test_the_same_certificate_from_two_peers_at_once_is_applied_once(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with lab(tmp_path, little_config(num_rounds=100, round_seconds=10.0)) as place:
+            everyone = await four_peers(place)
+            bootstrap, others = everyone[0], {peer.peer_id for peer in everyone[1:]}
+            await place.until(lambda: oldest(bootstrap) >= 1, within=40, what="a version")
+            before = bootstrap.versions()["0.0"]
+            place.network.partition({bootstrap.peer_id}, others)
+            await place.until(
+                lambda: everyone[1].versions()["0.0"] > before, within=40, what="a version without"
+            )
+            held = everyone[1].keeper.node.log.held[ModuleID(0, 0)]
+            [certificate, *_] = held.after(before)
+            place.network.heal()
+            learn = bootstrap.keeper.member.learn
+            senders = sorted(others)[:2]
+            await asyncio.gather(*(learn(certificate, sender=sender) for sender in senders))
+            assert bootstrap.versions()["0.0"] > before
+            assert_agreement(everyone)
 
     run_virtual(scenario())
 
