@@ -30,6 +30,7 @@ from dipaco.sharding import shard_corpus
 from dipaco.shards import Rows, Shard
 from dipaco.start import RUN_FILE, START_FILE, TOKENIZER_FILE, Start, single_path
 from dipaco.tensors import decode_tensors, encode_tensors, layout_of
+from dipaco.tiny_lm import train_tiny_lm_router
 from dipaco.tokenizer import train_tokenizer
 from dipaco.topology import ModuleID, Topology
 
@@ -244,8 +245,6 @@ class _Preparation:
         picked = np.linspace(0, len(rows) - 1, min(len(rows), MAX_FIT_SEQUENCES)).astype(np.int64)
         prefixes = rows[picked, : routing.prefix_tokens]
         if routing.method == "tiny_lm":
-            from dipaco.tiny_lm import train_tiny_lm_router
-
             return train_tiny_lm_router(
                 prefixes,
                 self._config,
