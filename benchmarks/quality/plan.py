@@ -164,6 +164,12 @@ def _main(base: RunConfig) -> Iterator[Experiment]:
     yield _dense("dense", base)
     yield _paths("2x2", base, options=Options(early_stopping=True), reroute=(16, 32, 64))
     yield _paths("flat-4", _flat(base), options=Options(early_stopping=True))
+    yield _paths("1x1", _single(base), reroute=())
+
+
+def _single(config: RunConfig) -> RunConfig:
+    """One path alone: what the outer step does without anything to average."""
+    return varied(config, topology={"levels": [1]}, routing={"method": "hash"})
 
 
 def _variants(short: RunConfig) -> Iterator[Experiment]:
@@ -171,8 +177,8 @@ def _variants(short: RunConfig) -> Iterator[Experiment]:
     yield _paths("2x2-short", short)
     # What has the tokens and FLOPs of four paths.
     yield _dense("dense-4x", short, steps_factor=4)
-    diloco = varied(short, topology={"levels": [1]}, routing={"method": "hash"})
-    yield _paths("diloco-4", diloco, options=Options(replicas=4), reroute=())
+    yield _paths("diloco-4", _single(short), options=Options(replicas=4), reroute=())
+    yield _paths("1x1-short", _single(short), reroute=())
     yield _paths("2x4-short", varied(short, topology={"levels": [2, 4]}))
     yield from _routers(short)
     for rescale in ("rda", "sqrt"):

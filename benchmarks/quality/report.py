@@ -43,7 +43,7 @@ def _grids(figures: dict[str, Figures]) -> Iterator[Grid]:
                 name,
                 str(found["steps"]),
                 f"{found['tokens'] / 1e6:.2f}",
-                f"{found['flops'] / 1e15:.2f}",
+                f"{found['flops'] / 1e12:.1f}",
                 f"{found['ppl']:.2f}",
                 f"{math.log(found['ppl']):.4f}",
                 f"{found['ppl'] / dense['ppl']:.3f}",
@@ -52,7 +52,7 @@ def _grids(figures: dict[str, Figures]) -> Iterator[Grid]:
                 f"{found['train_seconds']:.0f}",
             ]
         )
-    header = ["training", "steps", "M tokens", "PFLOP", "ppl", "loss", "ppl / dense"]
+    header = ["training", "steps", "M tokens", "TFLOP", "ppl", "loss", "ppl / dense"]
     header += ["every 64", "every 32", "every 16", "early-stopped", "processor s"]
     yield "test perplexity", header, rows
     rows = [
@@ -77,7 +77,7 @@ def _baseline(name: str) -> str:
         return "dense-small"
     if "-seed-" in name:
         return f"dense-seed-{name.rpartition('-seed-')[2]}"
-    main = ("dense", "2x2", "4x4", "flat-4")
+    main = ("dense", "2x2", "4x4", "flat-4", "1x1")
     return "dense" if name in main else "dense-short"
 
 
@@ -85,8 +85,8 @@ def _cell(found: Figures, key: str) -> str:
     return f"{found[key]:.2f}" if key in found else ""
 
 
-_MAIN = ("dense", "flat-4", "2x2", "4x4")
-_SHORT = ("dense-short", "dense-4x", "diloco-4", "2x2-short", "2x4-short", "4x4-short")
+_MAIN = ("dense", "1x1", "flat-4", "2x2", "4x4")
+_SHORT = ("dense-short", "dense-4x", "1x1-short", "diloco-4", "2x2-short", "2x4-short", "4x4-short")
 
 
 def write_plots(figures: dict[str, Figures], directory: Path) -> None:
