@@ -161,7 +161,11 @@ def _from_datasets(config: CorpusConfig) -> Iterator[Document]:
 
 
 def _documents_of(config: CorpusConfig, name: str) -> Iterator[Document]:
-    """A row is one source; a text file, which may be the whole corpus, is one per document."""
+    """A row is one source; a text file, which may be the whole corpus, is one per document.
+
+    A source is named by its file, not by where the file lies: moving a corpus splits it no other
+    way.
+    """
     texts = _texts(config, name)
     pieces: Iterator[tuple[int, str]]
     if config.source == "text":
@@ -173,7 +177,7 @@ def _documents_of(config: CorpusConfig, name: str) -> Iterator[Document]:
             for piece in _pieces([text], config.max_document_bytes)
         )
     for number, piece in pieces:
-        yield Document(text=piece, source=f"{name}#{number}", kind=name)
+        yield Document(text=piece, source=f"{Path(name).name}#{number}", kind=name)
 
 
 def _texts(config: CorpusConfig, name: str) -> Iterator[str]:
