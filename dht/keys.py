@@ -25,7 +25,7 @@ def scores_key(run: str, path: str) -> str:
 
 
 def provider_key(digest: str) -> str:
-    """Who has the blob with this SHA-256 (64 hex digits). Blobs belong to no run."""
+    """Who has the blob of this name (64 hex digits). Blobs belong to no run."""
     return f"{PROTOCOL}/provider/{digest}"
 
 

@@ -1,12 +1,16 @@
-"""Names of blobs: SHA-256 over an index of chunk digests.
+"""Names of blobs: SHA-256 over an index of chunk digests, which are BLAKE3.
 
 A blob is cut into chunks of 1 MiB, so that it can be fetched from several peers at once and
 verified chunk by chunk. Its index is
 
-    b"dipaco-blob/1" + size (8 bytes, big-endian) + SHA-256 of each chunk
+    b"dipaco-blob/2" + size (8 bytes, big-endian) + BLAKE3 of each chunk (32 bytes)
 
 and its name is the SHA-256 of the index, as 64 hexadecimal digits. Who holds the name can
 check the index, and who holds the index can check each chunk on its own.
+
+Every member of a round hashes the whole new state of a module before it votes. Where the
+processor has no instructions for SHA-256, that would take as long as all the rest of the round;
+BLAKE3 is ten times faster there.
 """
 
 import hashlib
@@ -14,8 +18,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from blake3 import blake3
+
 CHUNK_BYTES = 2**20
-INDEX_MAGIC = b"dipaco-blob/1"
+INDEX_MAGIC = b"dipaco-blob/2"
 _SIZE_BYTES = 8
 _DIGEST_BYTES = 32
 _HEADER_BYTES = len(INDEX_MAGIC) + _SIZE_BYTES
@@ -23,7 +29,7 @@ _HEADER_BYTES = len(INDEX_MAGIC) + _SIZE_BYTES
 
 @dataclass(frozen=True)
 class BlobIndex:
-    """The size of a blob in bytes and the SHA-256 digests of its chunks, in order."""
+    """The size of a blob in bytes and the digests of its chunks, in order."""
 
     size: int
     chunk_digests: tuple[bytes, ...]
@@ -68,11 +74,16 @@ def num_chunks(size: int) -> int:
     return -(-size // CHUNK_BYTES)
 
 
+def chunk_digest(chunk: bytes | memoryview) -> bytes:
+    """BLAKE3 of one chunk, 32 bytes."""
+    return blake3(chunk).digest()
+
+
 def index_of(data: bytes | memoryview) -> BlobIndex:
     """The index of a blob in memory."""
     view = memoryview(data).cast("B")
     chunks = (view[start : start + CHUNK_BYTES] for start in range(0, len(view), CHUNK_BYTES))
-    return BlobIndex(len(view), tuple(hashlib.sha256(chunk).digest() for chunk in chunks))
+    return BlobIndex(len(view), tuple(map(chunk_digest, chunks)))
 
 
 def blob_digest(data: bytes | memoryview) -> str:
@@ -87,5 +98,5 @@ def index_of_file(file: Path) -> BlobIndex:
     with file.open("rb") as stream:
         while chunk := stream.read(CHUNK_BYTES):
             size += len(chunk)
-            digests.append(hashlib.sha256(chunk).digest())
+            digests.append(chunk_digest(chunk))
     return BlobIndex(size, tuple(digests))

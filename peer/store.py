@@ -5,13 +5,12 @@ which survives a crash and is resumed. Nothing is ever visible under a digest th
 """
 
 import contextlib
-import hashlib
 import os
 import shutil
 import threading
 from pathlib import Path
 
-from dipaco.digest import CHUNK_BYTES, BlobIndex, index_of, index_of_file
+from dipaco.digest import CHUNK_BYTES, BlobIndex, chunk_digest, index_of, index_of_file
 
 MAX_INDEX_BYTES = 8 * 2**20  # of one blob: 256 GiB of data
 
@@ -107,7 +106,7 @@ class BlobStore:
                 data = file.read(CHUNK_BYTES)
         except FileNotFoundError:
             return None
-        if hashlib.sha256(data).digest() != index.chunk_digests[chunk]:
+        if chunk_digest(data) != index.chunk_digests[chunk]:
             self.remove(digest)
             return None
         return data
@@ -155,13 +154,13 @@ class PartialBlob:
         missing = set()
         for chunk, digest in enumerate(self.index.chunk_digests):
             data = os.pread(self._fd, CHUNK_BYTES, chunk * CHUNK_BYTES)
-            if hashlib.sha256(data).digest() != digest:
+            if chunk_digest(data) != digest:
                 missing.add(chunk)
         return missing
 
     def write(self, chunk: int, data: bytes) -> bool:
         """Keep a chunk if it is the right one; False if its digest differs."""
-        if hashlib.sha256(data).digest() != self.index.chunk_digests[chunk]:
+        if chunk_digest(data) != self.index.chunk_digests[chunk]:
             return False
         os.pwrite(self._fd, data, chunk * CHUNK_BYTES)
         self.missing.discard(chunk)
