@@ -40,7 +40,15 @@ class CatchUp:
         """Hold `module` at the newest certified version that can be had; False if none can."""
         node = self._node
         if module not in node.log.held:
-            await node.offload(lambda: node.log.open(module))
+            resumed = await node.offload(lambda: node.log.open(module))
+            if resumed is not None:
+                node.events.write(
+                    "resumed",
+                    module=str(module),
+                    version=resumed.version,
+                    state=resumed.state,
+                    certificate=resumed.certificate.digest if resumed.certificate else None,
+                )
         await self.refresh(module)
         if module in node.log.held:
             return True
@@ -122,7 +130,14 @@ class CatchUp:
             return True
         ours = held.chain[len(common)]
         better = preferred(ours, theirs[0]) is theirs[0]
-        self._node.events.write("fork", module=str(module), version=ours.version, lost=better)
+        self._node.events.write(
+            "fork",
+            module=str(module),
+            version=ours.version,
+            lost=better,
+            ours=ours.digest,
+            theirs=theirs[0].digest,
+        )
         return better
 
     async def _chain(self, module: ModuleID, peer: str, *, first_version: int) -> list[Certificate]:

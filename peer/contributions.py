@@ -37,6 +37,7 @@ class Contributions:
         self._known: dict[tuple[str, int], dict[str, Commitment]] = {}
         self._held: set[str] = set()
         self._pulls: dict[str, asyncio.Task[None]] = {}
+        self._logged: set[tuple[str, int]] = set()  # whose first pull is in the event log
         self._slots = asyncio.Semaphore(MAX_PULLS)
 
     def known(self, module: ModuleID, slot: int) -> list[Commitment]:
@@ -103,6 +104,7 @@ class Contributions:
         # What was not counted may have been offered again, with the same bytes.
         for known in self._known.values():
             gone.difference_update(commitment.blob for commitment in known.values())
+        self._logged = {key for key in self._logged if key[1] >= slot - SLOTS_KEPT}
         for blob in gone:
             self._held.discard(blob)
             self._node.store.remove(blob)
@@ -157,6 +159,7 @@ class Contributions:
         node = self._node
         try:
             async with self._slots:
+                self._log_first(commitment)
                 await node.blobs.fetch(
                     commitment.blob,
                     sources,
@@ -170,6 +173,13 @@ class Contributions:
             node.faults.count(PeerFault(commitment.peer, str(error)), commitment.peer)
         except SwarmError as error:
             node.faults.count(error, commitment.peer)
+
+    def _log_first(self, commitment: Commitment) -> None:
+        """One line per module and slot, however many contributions there are."""
+        key = (commitment.module, commitment.slot)
+        if key not in self._logged:
+            self._logged.add(key)
+            self._node.events.write("pulling", module=commitment.module, slot=commitment.slot)
 
     def _decode(self, commitment: Commitment) -> None:
         """Raise `BadContribution` unless the blob is a finite vector of the module's length."""

@@ -71,6 +71,7 @@ class Keeper:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Serve, attend and keep inside this context; leave the swarm in good order at its end."""
+        self.node.events.write("started", peer=self.node.peer_id, slot=self.node.slot)
         await BlobServer(self.node.store).serve(self.node.transport)
         await serve_hello(self.node)
         await self.member.serve()
@@ -238,6 +239,7 @@ class Keeper:
             await self.presence.withdraw_head(module)
         if slots > RETIRE_SLOTS:
             self.node.log.drop(module)
+            self.node.events.write("dropped", module=str(module))
             self._stay(module)
 
     def _stay(self, module: ModuleID) -> None:

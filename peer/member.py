@@ -173,6 +173,17 @@ class Member:
             Vote(peer=node.peer_id, ballot=ballot, proposal=proposal.digest, result=result.state),
             node.identity,
         )
+        node.events.write(
+            "voted",
+            module=proposal.module,
+            version=proposal.version,
+            slot=ballot.slot,
+            attempt=ballot.attempt,
+            leader=ballot.leader,
+            parent=proposal.parent,
+            proposal=proposal.digest,
+            state=result.state,
+        )
         return ProposeReply(vote=vote)
 
     async def learn(self, certificate: Certificate, *, sender: str) -> bool:
@@ -229,9 +240,14 @@ class Member:
             version=certificate.version,
             slot=certificate.ballot.slot,
             attempt=certificate.ballot.attempt,
+            leader=certificate.ballot.leader,
             certificate=certificate.digest,
+            parent=proposal.parent,
+            proposal=proposal.digest,
             state=certificate.result,
+            trained_slot=proposal.slot,
             contributors=[commitment.peer for commitment in proposal.contributions],
+            voters=[vote.peer for vote in certificate.votes],
             votes=len(certificate.votes),
             roster=len(proposal.roster),
             rebuilt=proposal.rebuilt,
@@ -262,6 +278,13 @@ class Member:
                 proposal.contributions, [*sources, *seats], OBTAIN_TIMEOUT_SECONDS
             ):
                 return None
+            self._node.events.write(
+                "reducing",
+                module=proposal.module,
+                version=proposal.version,
+                slot=proposal.slot,
+                proposal=proposal.digest,
+            )
             try:
                 result = await self._node.offload(lambda: self._reduce(module, proposal))
             except BadState:

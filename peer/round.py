@@ -127,6 +127,14 @@ class Rounds:
                 blob_bytes=len(offer.raw),
             )
             commitments.append(sign(commitment, node.identity))
+            node.events.write(
+                "committed",
+                module=commitment.module,
+                slot=slot,
+                base_version=offer.base_version,
+                path=commitment.path,
+                commitment=commitments[-1].digest,
+            )
             self._member.contributions.add_own(commitments[-1])
         return commitments
 
@@ -322,6 +330,15 @@ class Rounds:
         self, held: Held, proposal: Proposal, ballot: Ballot
     ) -> Certificate | None:
         """Ask everyone to vote; return as soon as a quorum agrees, without the slow ones."""
+        self._node.events.write(
+            "proposing",
+            module=proposal.module,
+            version=proposal.version,
+            slot=ballot.slot,
+            attempt=ballot.attempt,
+            proposal=proposal.digest,
+            contributors=[commitment.peer for commitment in proposal.contributions],
+        )
         request = ProposeRequest(ballot=ballot, proposal=proposal)
         own = self._member.vote(proposal, ballot, sender=self._node.peer_id)
         asked: list[asyncio.Future[ProposeReply | None]] = [asyncio.ensure_future(own)]
@@ -354,6 +371,14 @@ class Rounds:
 
     async def _hand_out(self, certificate: Certificate) -> None:
         proposal = certificate.proposal
+        self._node.events.write(
+            "publishing",
+            module=proposal.module,
+            version=proposal.version,
+            slot=certificate.ballot.slot,
+            attempt=certificate.ballot.attempt,
+            certificate=certificate.digest,
+        )
         peers = {seat.peer for seat in (*proposal.roster, *proposal.next_roster)}
         peers |= {commitment.peer for commitment in proposal.contributions}
         request = CertifyRequest(certificate=certificate)

@@ -213,6 +213,8 @@ class Volunteer:
                 break
             if await self._score() and rounds.blocking:
                 continue  # an exact run scores with the versions as they were certified
+            if steps == 0:
+                node.events.write("training", slot=slot, path=str(self._the_work().trainer.path))
             room = rounds.inner_steps - steps if rounds.blocking else self._pace.burst_steps
             steps += await self._burst(min(room, self._pace.burst_steps), steps, end)
         if self.stop.is_set() or self._the_work().is_counted:
