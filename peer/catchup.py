@@ -7,16 +7,18 @@ at the first version where they do.
 
 import asyncio
 from collections.abc import Sequence
+from typing import Any
 
 from dht.errors import BadMessage, PeerFault, SwarmError, Unreachable
 from dht.records import Head
 from dipaco.checkpoint import decode_state, state_bytes
 from dipaco.errors import BadState
 from dipaco.topology import ModuleID
-from peer.certificate import check_chain, preferred
+from peer.certificate import check_chain, facts, preferred
 from peer.heads import Heads
 from peer.member import CHAIN_PROTOCOL, Member
 from peer.messages import MAX_MESSAGE_BYTES, Certificate, ChainReply, ChainRequest
+from peer.modules import Held
 from peer.node import Node
 from peer.providers import Providers
 
@@ -42,13 +44,7 @@ class CatchUp:
         if module not in node.log.held:
             resumed = await node.offload(lambda: node.log.open(module))
             if resumed is not None:
-                node.events.write(
-                    "resumed",
-                    module=str(module),
-                    version=resumed.version,
-                    state=resumed.state,
-                    certificate=resumed.certificate.digest if resumed.certificate else None,
-                )
+                node.events.write("resumed", **_resumed_facts(resumed))
         await self.refresh(module)
         if module in node.log.held:
             return True
@@ -111,14 +107,7 @@ class CatchUp:
         if node.log.held.get(module) is not held:
             return True  # the round itself brought us forward meanwhile
         node.log.adopt(module, [*chain, *theirs])
-        node.events.write(
-            "caught up",
-            module=str(module),
-            version=theirs[-1].version,
-            state=theirs[-1].result,
-            certificate=theirs[-1].digest,
-            versions=len(theirs),
-        )
+        node.events.write("caught up", **facts(theirs[-1]), versions=len(theirs))
         self._member.caught_up(module, theirs[-1])
         return True
 
@@ -186,6 +175,12 @@ class CatchUp:
             raise Unreachable(
                 f"module {module}: a quorum certified a state that is none"
             ) from error
+
+
+def _resumed_facts(held: Held) -> dict[str, Any]:
+    if held.certificate is not None:
+        return facts(held.certificate)
+    return {"module": str(held.module), "version": held.version, "state": held.state}
 
 
 def _common(ours: list[Certificate], theirs: list[Certificate]) -> list[Certificate]:

@@ -9,6 +9,7 @@ is accepted when the certificate says so, and two certificates that arise from i
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from dht.errors import BadMessage
 from peer.manifest import Origin
@@ -126,6 +127,27 @@ def preferred(ours: Certificate, theirs: Certificate) -> Certificate:
     return min(
         ours, theirs, key=lambda certificate: (-certificate.proposal.tokens, certificate.digest)
     )
+
+
+def facts(certificate: Certificate) -> dict[str, Any]:
+    """What an event log says of a certificate, so that whoever reads the logs can check history."""
+    proposal, ballot = certificate.proposal, certificate.ballot
+    return {
+        "module": proposal.module,
+        "version": proposal.version,
+        "certificate": certificate.digest,
+        "parent": proposal.parent,
+        "proposal": proposal.digest,
+        "state": certificate.result,
+        "slot": ballot.slot,
+        "attempt": ballot.attempt,
+        "leader": ballot.leader,
+        "trained_slot": proposal.slot,
+        "contributors": [commitment.peer for commitment in proposal.contributions],
+        "voters": [vote.peer for vote in certificate.votes],
+        "roster": len(proposal.roster),
+        "rebuilt": proposal.rebuilt,
+    }
 
 
 def contribution_order(commitment: Commitment) -> tuple[tuple[int, ...], str]:

@@ -71,7 +71,9 @@ class Keeper:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Serve, attend and keep inside this context; leave the swarm in good order at its end."""
-        self.node.events.write("started", peer=self.node.peer_id, slot=self.node.slot)
+        self.node.events.write(
+            "started", run=self.node.run, peer=self.node.peer_id, slot=self.node.slot
+        )
         await BlobServer(self.node.store).serve(self.node.transport)
         await serve_hello(self.node)
         await self.member.serve()

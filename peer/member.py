@@ -21,6 +21,7 @@ from peer.certificate import (
     check_certificate,
     check_link,
     check_proposal,
+    facts,
     is_roster_due,
     may_rebuild,
 )
@@ -236,21 +237,7 @@ class Member:
         result = self._results.pop(proposal.digest, None)
         node.events.write(
             "version",
-            module=str(module),
-            version=certificate.version,
-            slot=certificate.ballot.slot,
-            attempt=certificate.ballot.attempt,
-            leader=certificate.ballot.leader,
-            certificate=certificate.digest,
-            parent=proposal.parent,
-            proposal=proposal.digest,
-            state=certificate.result,
-            trained_slot=proposal.slot,
-            contributors=[commitment.peer for commitment in proposal.contributions],
-            voters=[vote.peer for vote in certificate.votes],
-            votes=len(certificate.votes),
-            roster=len(proposal.roster),
-            rebuilt=proposal.rebuilt,
+            **facts(certificate),
             manifest=proposal.manifest,
             norm_ratio=round(result.norm_ratio, 4) if result is not None else None,
         )
