@@ -24,8 +24,6 @@ from peer.providers import Providers
 
 MAX_HOLDERS_TRIED = 4
 CHAIN_TIMEOUT_SECONDS = 15.0
-STATE_SECONDS_BASE = 30.0
-STATE_BYTES_PER_SECOND = 100_000.0  # the slowest source that is still waited for
 
 
 class CatchUp:
@@ -161,12 +159,9 @@ class CatchUp:
         size = state_bytes(num_parameters)
         holders = [head.peer for head in heads if head.state == certificate.result]
         voters = [vote.peer for vote in certificate.votes]
-        await node.blobs.fetch(
-            certificate.result,
-            [*holders, *voters],
-            max_bytes=size,
-            timeout_seconds=STATE_SECONDS_BASE + size / STATE_BYTES_PER_SECOND,
-        )
+        sources = [*holders, *voters]
+        seconds = node.blobs.sources.download_seconds(size, sources)
+        await node.blobs.fetch(certificate.result, sources, max_bytes=size, timeout_seconds=seconds)
         try:
             raw = node.store.read(certificate.result)
             await node.offload(lambda: decode_state(raw or b"", num_parameters=num_parameters))

@@ -15,7 +15,7 @@ from dht.errors import SwarmError
 from dipaco.errors import DipacoError
 from dipaco.topology import ModuleID, PathID
 from peer.assignment import Snapshot, assign_paths, keeps, module_name, shard_name
-from peer.blobs import BlobServer
+from peer.blob_server import BlobServer
 from peer.catchup import CatchUp
 from peer.changes import Changes
 from peer.discovery import Discovery

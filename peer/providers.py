@@ -16,8 +16,6 @@ from peer.store import BlobStore
 
 PROVIDER_LIFETIME_SECONDS = 300.0
 PROVIDER_RENEW_SECONDS = 120.0
-FETCH_SECONDS_BASE = 60.0
-FETCH_BYTES_PER_SECOND = 100_000.0  # the slowest source that is still waited for
 
 
 class Providers:
@@ -34,12 +32,11 @@ class Providers:
         """Have the blob in the store, and announce it; `Unreachable` if nobody has it."""
         if ref.digest not in self._store:
             records = await self._swarm.read(provider_key(ref.digest))
-            sources = [record.peer for record in records if isinstance(record, Provider)]
+            providers = [record.peer for record in records if isinstance(record, Provider)]
+            sources = [*providers, *self.hints]
+            seconds = self._blobs.sources.download_seconds(ref.num_bytes, sources)
             await self._blobs.fetch(
-                ref.digest,
-                [*sources, *self.hints],
-                max_bytes=ref.num_bytes,
-                timeout_seconds=FETCH_SECONDS_BASE + ref.num_bytes / FETCH_BYTES_PER_SECOND,
+                ref.digest, sources, max_bytes=ref.num_bytes, timeout_seconds=seconds
             )
         await self.announce([ref.digest])
 

@@ -8,6 +8,7 @@ import contextlib
 import os
 import shutil
 import threading
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from dipaco.digest import CHUNK_BYTES, BlobIndex, chunk_digest, index_of, index_of_file
@@ -21,6 +22,7 @@ class BlobStore:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._indexes: dict[str, BlobIndex] = {}
+        self._parts: dict[str, PartialBlob] = {}  # downloads under way, whose chunks are served
         directory.mkdir(parents=True, exist_ok=True)
 
     def file(self, digest: str) -> Path:
@@ -95,8 +97,19 @@ class BlobStore:
             return None
         return file
 
+    def chunks(self, digest: str) -> Collection[int]:
+        """The chunks that are here now, of a blob that is complete or being downloaded."""
+        index = self.index(digest)
+        if index is None:
+            return ()
+        all_chunks = range(len(index.chunk_digests))
+        if self.file(digest).exists():
+            return all_chunks
+        part = self._parts.get(digest)
+        return () if part is None else set(all_chunks) - part.missing
+
     def read_chunk(self, digest: str, chunk: int) -> bytes | None:
-        """One verified chunk; None if the blob is absent, has no such chunk, or has rotted."""
+        """One verified chunk; None if it is not here, there is no such chunk, or it has rotted."""
         index = self.index(digest)
         if index is None or not 0 <= chunk < len(index.chunk_digests):
             return None
@@ -105,7 +118,8 @@ class BlobStore:
                 file.seek(chunk * CHUNK_BYTES)
                 data = file.read(CHUNK_BYTES)
         except FileNotFoundError:
-            return None
+            part = self._parts.get(digest)
+            return None if part is None else part.read(chunk)
         if chunk_digest(data) != index.chunk_digests[chunk]:
             self.remove(digest)
             return None
@@ -122,7 +136,15 @@ class BlobStore:
         if self.index(index.digest) is None:
             self._write(self._index_file(index.digest), index.to_bytes())
             self._indexes[index.digest] = index
-        return PartialBlob(self._part_file(index.digest), self.file(index.digest), index)
+        part = PartialBlob(
+            self._part_file(index.digest), self.file(index.digest), index, on_close=self._closed
+        )
+        self._parts[index.digest] = part
+        return part
+
+    def _closed(self, part: "PartialBlob") -> None:
+        if self._parts.get(part.index.digest) is part:
+            del self._parts[part.index.digest]
 
     def _write(self, file: Path, data: bytes) -> None:
         """Appear whole or not at all. Not flushed to the disk: what a power cut garbles here is
@@ -142,8 +164,16 @@ class BlobStore:
 class PartialBlob:
     """A download in progress; chunks arrive in any order, each verified before it is written."""
 
-    def __init__(self, part_file: Path, final_file: Path, index: BlobIndex) -> None:
+    def __init__(
+        self,
+        part_file: Path,
+        final_file: Path,
+        index: BlobIndex,
+        *,
+        on_close: Callable[["PartialBlob"], None],
+    ) -> None:
         self.index = index
+        self._on_close = on_close
         self._part_file = part_file
         self._final_file = final_file
         self._fd = os.open(part_file, os.O_RDWR | os.O_CREAT, 0o644)
@@ -166,6 +196,16 @@ class PartialBlob:
         self.missing.discard(chunk)
         return True
 
+    def read(self, chunk: int) -> bytes | None:
+        """A chunk that has arrived; None if it has not, or has rotted: then it is missing again."""
+        if chunk in self.missing or self._fd < 0:
+            return None
+        data = os.pread(self._fd, CHUNK_BYTES, chunk * CHUNK_BYTES)
+        if chunk_digest(data) != self.index.chunk_digests[chunk]:
+            self.missing.add(chunk)
+            return None
+        return data
+
     def finish(self) -> None:
         """All chunks are here: make the blob visible under its digest."""
         assert not self.missing, "a blob is complete only when no chunk is missing"
@@ -178,3 +218,4 @@ class PartialBlob:
             with contextlib.suppress(OSError):
                 os.close(self._fd)
             self._fd = -1
+            self._on_close(self)

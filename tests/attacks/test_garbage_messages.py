@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dht.errors import BadMessage, PeerFault
-from peer.blobs import BLOB_PROTOCOL, BlobRequest
+from peer.blob_server import BLOB_PROTOCOL, BlobRequest
 from peer.hello import HELLO_PROTOCOL, say_hello
 from peer.manifest import Manifest
 from peer.member import (

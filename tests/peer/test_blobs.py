@@ -9,7 +9,8 @@ import pytest
 
 from dht.errors import Unreachable
 from dipaco.digest import CHUNK_BYTES, blob_digest
-from peer.blobs import BLOB_PROTOCOL, BlobClient, BlobRequest, BlobServer
+from peer.blob_server import BLOB_PROTOCOL, BlobRequest, BlobServer, chunk_bits
+from peer.blobs import BlobClient
 from peer.events import EventLog
 from peer.faults import Faults
 from peer.memory import Line, MemoryNetwork
@@ -49,7 +50,10 @@ class Place:
             assert index is not None
             if request.num_chunks == 0:
                 yield index.to_bytes()
-            for _ in range(request.num_chunks):
+                return
+            chunks = request.chunks[: request.num_chunks]
+            yield chunk_bits(chunks, request.first_chunk)
+            for _ in chunks:
                 yield b"\0" * CHUNK_BYTES
 
         transport = self.network.transport(name)
