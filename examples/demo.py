@@ -4,8 +4,8 @@ Prepares a run from text that every Python installation has, starts one bootstra
 volunteers over real libp2p on loopback, kills one with SIGKILL, lets another join late, stops the
 bootstrap node, and compares what came out with a dense model of one path's size.
 
-Exit code 0 only if all holders agree on every module, every module advanced after the kill, and the
-whole model beats both its start and the dense model.
+Exit code 0 only if all holders agree on every module, their event logs show a sound history, every
+module advanced after the kill, and the whole model beats both its start and the dense model.
 """
 
 import json
@@ -33,6 +33,7 @@ from dipaco.rounds import Evaluations
 from dipaco.start import Start
 from dipaco.topology import ModuleID
 from peer.store import BlobStore
+from tests.history_checker import check, read_histories
 
 EXAMPLES = Path(__file__).parent
 WORK = Path("demo-run")
@@ -343,10 +344,22 @@ def report(demo: Demo, status: dict[str, Any], dense: Evaluations) -> dict[str, 
         ],
         "digests_agree": all(len(s) == 1 for s in digests_by_version(demo.volunteers).values())
         and all(module["agreed"] for module in status["modules"]),
+        "history": history_figures(WORK),
         "advanced_after_kill": all(
             version > demo.versions_at_kill.get(module, 0) for module, version in versions.items()
         ),
         "notes": demo.notes,
+    }
+
+
+def history_figures(directory: Path) -> dict[str, Any]:
+    """What all event logs together show: certificates and votes, and what is wrong with them."""
+    [histories] = read_histories(directory).values()
+    verdict = check(histories)
+    return {
+        "certificates": verdict.num_certificates,
+        "votes": verdict.num_votes,
+        "violations": list(verdict.violations),
     }
 
 
@@ -417,6 +430,7 @@ def verdicts(figures: dict[str, Any]) -> dict[str, bool]:
     perplexity = figures["perplexity"]
     return {
         "all holders agree on every version of every module": figures["digests_agree"],
+        "the peers' event logs show a sound history": not figures["history"]["violations"],
         "every module advanced after the kill": figures["advanced_after_kill"],
         "the whole model beats its start": perplexity["end"] < perplexity["start"],
         "the whole model beats the dense model": perplexity["end"] < perplexity["dense"],

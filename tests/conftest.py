@@ -7,8 +7,22 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 
+from tests.history_checker import check_logs
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
+
+
+@pytest.fixture(autouse=True)
+def histories_hold(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Whatever peers a test ran: fail it unless their event logs show a sound history."""
+    directory: Path | None = None
+    if "tmp_path" in request.fixturenames:
+        directory = request.getfixturevalue("tmp_path")
+    yield
+    if directory is not None:
+        check_logs(directory)
 
 
 @pytest.fixture(autouse=True)
