@@ -20,7 +20,7 @@ import signal
 import sys
 import tempfile
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +28,7 @@ from dht.errors import LocalFault
 from dht.identity import Identity
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 STARTUP_SECONDS = 60.0  # a busy volunteer's machine takes long; an idle one 0.3 s
 SHUTDOWN_SECONDS = 5.0  # between asking it to stop and killing it
@@ -44,23 +44,31 @@ class DaemonConfig:
 
     host_maddrs: tuple[str, ...] = ("/ip4/127.0.0.1/tcp/0",)  # to listen on: TCP
     announce_maddrs: tuple[str, ...] = ()  # that others are told instead of these
-    trusted_relays: tuple[str, ...] = ()  # through which to be reached behind a NAT
-    nat_traversal: bool = False  # ask the router for a port, and else a trusted relay
-    relay_service: bool = False  # relay for others, 16 circuits each
+    map_port: bool = False  # ask the router for a port (UPnP, NAT-PMP)
+    client_mode: bool = False  # listen nowhere
+    trusted_relays: tuple[str, ...] = ()  # through which others reach it, who cannot dial it
+    relay_service: bool = False  # relay for others, 16 circuits each; it can be dialled
+    launcher: tuple[str, ...] = ()  # a command that p2pd is run by, such as `nsenter`
+
+    @property
+    def is_hidden(self) -> bool:
+        """Whether others cannot dial it, or only through a relay."""
+        return self.client_mode or bool(self.trusted_relays)
 
 
 class Daemon:
-    """A running p2pd. Made by `Daemon.start`; must be closed.
+    """A p2pd that runs with one identity. Made by `Daemon.start`; must be closed.
 
     It serves one `KademliaSwarm`, and ends by itself when that is closed.
     """
 
-    def __init__(self, process: asyncio.subprocess.Process, socket_dir: Path, peer_id: str) -> None:
-        self.peer_id = peer_id
-        self.control_maddr = f"/unix{_socket_file(socket_dir)}"
-        self._process = process
-        self._socket_dir = socket_dir
-        self._output = _Output(process)
+    def __init__(self, identity_file: Path, config: DaemonConfig) -> None:
+        self.peer_id = Identity.load_or_create(identity_file).peer_id
+        self.config = config
+        self._identity_file = identity_file
+        self._process: asyncio.subprocess.Process | None = None
+        self._socket_dir: Path | None = None
+        self._output: _Output | None = None
 
     @classmethod
     async def start(cls, identity_file: Path, *, config: DaemonConfig = DaemonConfig()) -> Daemon:
@@ -68,11 +76,54 @@ class Daemon:
 
         Raises `LocalFault`.
         """
-        peer_id = Identity.load_or_create(identity_file).peer_id
-        socket_dir = _make_socket_dir()
-        flags = _flags(config, identity_file=identity_file, socket_file=_socket_file(socket_dir))
+        daemon = cls(identity_file, config)
+        await daemon._launch()
+        return daemon
+
+    async def restart(self, config: DaemonConfig | None = None) -> None:
+        """End p2pd, which may hang or be gone, and launch it anew: same identity, same ports.
+
+        `config` replaces the one so far. Raises `LocalFault`; then there is no p2pd.
+        """
+        listening = self._output.maddrs if self._output is not None else ()
+        await self._end(signal.SIGKILL)
+        config = config or self.config
+        self.config = replace(config, host_maddrs=with_ports(config.host_maddrs, listening))
+        await self._launch()
+
+    @property
+    def control_maddr(self) -> str:
+        """Where it takes orders; another place after a restart."""
+        assert self._socket_dir is not None, "it has been started"
+        return f"/unix{_socket_file(self._socket_dir)}"
+
+    @property
+    def pid(self) -> int:
+        """The process ID of p2pd."""
+        assert self._process is not None, "it has been started"
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether p2pd is still running."""
+        return self._process is not None and self._process.returncode is None
+
+    async def wait(self) -> None:
+        """Until p2pd has ended."""
+        if self._process is not None:
+            await self._process.wait()
+
+    async def close(self) -> None:
+        """Stop p2pd, and remove its socket. Does nothing the second time."""
+        await self._end(signal.SIGTERM)
+
+    async def _launch(self) -> None:
+        self._socket_dir = socket_dir = _make_socket_dir()
+        socket_file = _socket_file(socket_dir)
+        flags = _flags(self.config, identity_file=self._identity_file, socket_file=socket_file)
         try:
-            process = await asyncio.create_subprocess_exec(
+            self._process = await asyncio.create_subprocess_exec(
+                *self.config.launcher,
                 _p2pd_file(),
                 *flags,
                 stdin=asyncio.subprocess.DEVNULL,
@@ -85,27 +136,17 @@ class Daemon:
         except OSError as e:
             shutil.rmtree(socket_dir, ignore_errors=True)
             raise LocalFault(f"cannot run p2pd: {e}", hint="reinstall hivemind") from e
-        daemon = cls(process, socket_dir, peer_id)
+        self._output = _Output(self._process)
         try:
-            await daemon._wait_until_ready()
+            await self._wait_until_ready(self._output)
         except BaseException:
-            await daemon.close()
+            await self.close()
             raise
-        return daemon
 
-    @property
-    def pid(self) -> int:
-        """The process ID of p2pd."""
-        return self._process.pid
-
-    @property
-    def alive(self) -> bool:
-        """Whether p2pd is still running."""
-        return self._process.returncode is None
-
-    async def close(self) -> None:
-        """Stop p2pd, and remove its socket. Does nothing the second time."""
-        self._signal(signal.SIGTERM)
+    async def _end(self, number: signal.Signals) -> None:
+        if self._process is None or self._output is None or self._socket_dir is None:
+            return
+        self._signal(number)
         try:
             async with asyncio.timeout(SHUTDOWN_SECONDS):
                 await self._process.wait()
@@ -121,17 +162,36 @@ class Daemon:
             with suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
-    async def _wait_until_ready(self) -> None:
+    async def _wait_until_ready(self, output: _Output) -> None:
         try:
             async with asyncio.timeout(STARTUP_SECONDS):
-                await self._output.ready.wait()
+                await output.ready.wait()
         except TimeoutError as e:
             raise LocalFault(f"p2pd did not start within {STARTUP_SECONDS:.0f} s") from e
-        if f"Peer ID: {self.peer_id}" not in self._output.text:
+        if f"Peer ID: {self.peer_id}" not in output.text:
             raise LocalFault(
-                f"p2pd did not start: {self._output.last_line}",
+                f"p2pd did not start: {output.last_line}",
                 hint="is another program using the port of the address to listen on?",
             )
+
+
+def with_ports(host_maddrs: Sequence[str], listening: Sequence[str]) -> tuple[str, ...]:
+    """`host_maddrs` with the port that p2pd was given, where any port would do (`/tcp/0`)."""
+    return tuple(_with_port(host_maddr, listening) for host_maddr in host_maddrs)
+
+
+def _with_port(host_maddr: str, listening: Sequence[str]) -> str:
+    host, found, _ = host_maddr.rpartition("/tcp/0")
+    if not found or not host_maddr.endswith("/tcp/0"):
+        return host_maddr
+    family = host.split("/")[1]
+    wildcards = ("/ip4/0.0.0.0", "/ip6/::")
+    prefix = f"/{family}/" if host in wildcards else f"{host}/"
+    for maddr in listening:
+        where, _, port = maddr.rpartition("/tcp/")
+        if f"{where}/".startswith(prefix) and port.isdigit():
+            return f"{host}/tcp/{port}"
+    return host_maddr
 
 
 class _Output:
@@ -141,6 +201,12 @@ class _Output:
         self.text = ""
         self.ready = asyncio.Event()  # it listens, or it has ended
         self._task = asyncio.create_task(self._drain(process))
+
+    @property
+    def maddrs(self) -> list[str]:
+        """Where it listens."""
+        lines = [line.strip() for line in self.text.splitlines()]
+        return [line for line in lines if line.startswith("/")]
 
     @property
     def last_line(self) -> str:
@@ -165,14 +231,17 @@ def _flags(config: DaemonConfig, *, identity_file: Path, socket_file: Path) -> l
     values: dict[str, str | bool] = {
         "listen": f"/unix{socket_file}",
         "id": str(identity_file),
-        "hostAddrs": ",".join(config.host_maddrs),
+        "hostAddrs": "" if config.client_mode else ",".join(config.host_maddrs),
+        "noListenAddrs": config.client_mode,
         "announceAddrs": ",".join(config.announce_maddrs),
         "trustedRelays": ",".join(config.trusted_relays),
-        "autonat": config.nat_traversal,
-        "natPortMap": config.nat_traversal,
-        "autoRelay": config.nat_traversal and bool(config.trusted_relays),
+        "natPortMap": config.map_port,
+        "autoRelay": bool(config.trusted_relays),
+        # p2pd cannot be told what others have found out in any other way, and would wait to do so
+        "forceReachabilityPrivate": config.is_hidden,
+        "forceReachabilityPublic": config.relay_service and not config.is_hidden,
         "relay": True,  # to reach those who can be reached only so
-        "relayService": config.relay_service,
+        "relayService": config.relay_service and not config.is_hidden,
         "dhtServer": True,  # so that peers are found by ID alone, on local networks too
         "tls": True,
         "connManager": True,

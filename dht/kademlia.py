@@ -36,7 +36,7 @@ from hivemind.utils.timed_storage import ValueWithExpiration, get_dht_time
 
 from dht.addresses import split_maddr
 from dht.errors import RunMismatch, Unreachable
-from dht.records import MAX_CLOCK_SKEW_SECONDS, encode
+from dht.records import MAX_CLOCK_SKEW_SECONDS, MAX_LIFETIME_SECONDS, encode
 from dht.storage import RecordStorage
 from dht.swarm import MAX_SUBKEYS, WITHDRAWAL_SECONDS, choose_expiration_time, readable
 from dht.validation import check
@@ -61,6 +61,7 @@ logging.getLogger("hivemind").setLevel(logging.CRITICAL)
 RPC_SECONDS = 3.0  # for one answer of one node
 OPERATION_SECONDS = 20.0  # for one store or read, which asks many nodes
 DIAL_SECONDS = 10.0
+STRAGGLER_SECONDS = 2.0  # for other addresses to answer, once one has
 CLOSE_SECONDS = 3.0  # to take leave of p2pd, which may be gone
 NUM_REPLICAS = 5  # nodes that keep each record
 BUCKET_SIZE = 20  # Kademlia's k: neighbors in an answer, nodes in a search
@@ -70,12 +71,16 @@ CONTROL_BUFFER_BYTES = 2**20  # of a stream from p2pd
 class KademliaSwarm:
     """`dht.swarm.Swarm` over libp2p. Made by `KademliaSwarm.open`; must be closed."""
 
-    def __init__(self, p2p: P2P, node: DHTNode, daemon: Daemon, identity: Identity) -> None:
-        self.p2p = p2p
-        self._node = node
+    p2p: P2P  # this one and the node are others after `reopen`
+    _node: DHTNode
+
+    def __init__(self, daemon: Daemon, identity: Identity) -> None:
         self._daemon = daemon
         self._identity = identity
-        self._expiration_times: dict[str, float] = {}  # of our records, by key
+        self._storage = RecordStorage(get_dht_time)
+        self._published: dict[str, tuple[Record, float]] = {}  # by key, with its expiration time
+        self._operations: set[asyncio.Timeout] = set()  # searches under way
+        self._is_lost = False  # p2pd is gone, or given up, and `reopen` is yet to come
         self._is_closed = False
 
     @classmethod
@@ -84,10 +89,21 @@ class KademliaSwarm:
     ) -> KademliaSwarm:
         """Start a DHT node on `daemon`, and enter the swarm through any of `initial_peers`.
 
-        These are addresses `/ip4/…/tcp/…/p2p/ID`; with none, the swarm begins here. Raises
-        `Unreachable` if none answers, `RunMismatch` if our clock is off.
+        These are addresses `/ip4/…/tcp/…/p2p/ID`; with none, the swarm begins here. A node that
+        others cannot dial keeps nothing for them, and is not asked. Raises `Unreachable` if nobody
+        answers, `RunMismatch` if our clock is off.
         """
-        p2p = await P2P.replicate(Multiaddr(daemon.control_maddr))
+        swarm = cls(daemon, identity)
+        await swarm._start_node()
+        try:
+            await swarm.join(initial_peers)
+        except BaseException:
+            await swarm.p2p.shutdown()
+            raise
+        return swarm
+
+    async def _start_node(self) -> None:
+        p2p = await P2P.replicate(Multiaddr(self._daemon.control_maddr))
         try:
             node = await DHTNode.create(
                 p2p=p2p,
@@ -101,16 +117,45 @@ class KademliaSwarm:
                 cache_on_store=False,
                 cache_refresh_before_expiry=0,
                 reuse_get_requests=False,
+                client_mode=self._daemon.config.is_hidden,
                 record_validator=_Validator(),
             )
-            harden(node.protocol)
-            swarm = cls(p2p, node, daemon, identity)
-            if initial_peers:
-                await swarm.join(initial_peers)
         except BaseException:
             await p2p.shutdown()
             raise
-        return swarm
+        harden(node.protocol, self._storage)
+        self.p2p, self._node = p2p, node
+
+    async def lose(self) -> None:
+        """Take note that p2pd is gone: whatever waits for it fails as `Unreachable`, now."""
+        if self._is_lost or self._is_closed:
+            return
+        self._is_lost = True
+        self._node.is_alive = False
+        for operation in self._operations:
+            if not operation.expired():
+                operation.reschedule(asyncio.get_running_loop().time())
+        await self.p2p.shutdown()
+        control = self.p2p._client.control
+        for task in (control._read_task, control._write_task):
+            if task.done() and not task.cancelled():
+                task.exception()  # we know that it was cut; unasked, asyncio would log it
+
+    async def reopen(self) -> None:
+        """Work on the p2pd that has been started in place of the lost one; then `join` again.
+
+        What this node kept for others is still there. Raises `Unreachable` if p2pd is gone again.
+        """
+        async with _bounded(DIAL_SECONDS, "p2pd does not answer"):
+            await self._start_node()
+
+    async def publish_again(self) -> None:
+        """Store our live records once more, each until it was to expire anyway."""
+        for key in list(self._published):
+            record, expiration_time = self._published[key]  # which may be a newer one by now
+            lifetime_seconds = expiration_time - self.now()
+            if lifetime_seconds > 0:
+                await self.store(record, min(lifetime_seconds, MAX_LIFETIME_SECONDS))
 
     @property
     def peer_id(self) -> str:
@@ -127,21 +172,56 @@ class KademliaSwarm:
         return len(self._node.protocol.routing_table.uid_to_peer_id)
 
     async def maddrs(self) -> list[str]:
-        """The addresses by which others reach this peer now, each with its peer ID."""
-        return [str(maddr) for maddr in await self.p2p.get_visible_maddrs(latest=True)]
+        """The addresses by which others may reach this peer now, each with its peer ID."""
+        request = p2pd_pb2.Request(type=p2pd_pb2.Request.IDENTIFY)
+        async with _bounded(RPC_SECONDS, "p2pd does not answer"):
+            response, _, writer = await ask_daemon(self.p2p, request)
+        writer.close()
+        return [f"{Multiaddr(raw)}/p2p/{self.peer_id}" for raw in response.identify.addrs]
+
+    async def connections(self) -> dict[str, list[str]]:
+        """The peers that p2pd is connected to: peer ID -> addresses `/ip4/…` they are seen at.
+
+        Quick, so that a p2pd that does not answer this within seconds hangs. No timeout here.
+        """
+        request = p2pd_pb2.Request(type=p2pd_pb2.Request.LIST_PEERS)
+        response, _, writer = await ask_daemon(self.p2p, request)
+        writer.close()
+        seen: dict[str, list[str]] = {}
+        for peer in response.peers:
+            maddrs = seen.setdefault(str(PeerID(peer.id)), [])
+            maddrs += [str(Multiaddr(raw)) for raw in peer.addrs]
+        return seen
 
     async def join(self, initial_peers: Sequence[str]) -> None:
-        """Enter the swarm, again if need be, through any of these addresses. See `open`."""
-        attempts = [self._greet(maddr) for maddr in initial_peers]
-        results = await asyncio.gather(*attempts, return_exceptions=True)
-        errors = [result for result in results if isinstance(result, BaseException)]
+        """Enter the swarm, again if need be, through any of these addresses. See `open`.
+
+        After `reopen` records are stored and found again from then on, even if this fails.
+        """
+        try:
+            if initial_peers:
+                await self._join(initial_peers)
+        finally:
+            self._is_lost = False
+
+    async def _join(self, initial_peers: Sequence[str]) -> None:
+        greetings = {asyncio.create_task(self._greet(maddr)) for maddr in initial_peers}
+        try:
+            await _until_one_succeeds(greetings)
+            await asyncio.wait(greetings, timeout=STRAGGLER_SECONDS)
+            done = [task for task in greetings if task.done()]
+            errors = [error for task in done if (error := task.exception()) is not None]
+        finally:
+            for task in greetings:
+                task.cancel()
+            await asyncio.gather(*greetings, return_exceptions=True)
         for error in errors:
             log.debug("cannot enter through one of the addresses: %s", error)
             if not isinstance(error, Unreachable):
                 raise error
-        if len(errors) == len(results):
+        if len(errors) == len(greetings):
             raise errors[0]
-        async with _operation():
+        async with self._operation():
             await self._node.find_nearest_nodes([self._node.node_id])
 
     async def _greet(self, maddr: str) -> None:
@@ -166,7 +246,7 @@ class KademliaSwarm:
     async def store(self, record: Record, lifetime_seconds: float) -> bool:
         """See `Swarm`. Raises `Unreachable` if p2pd is gone or the search takes too long."""
         self._require_open()
-        previous_time = self._expiration_times.get(record.key, float("-inf"))
+        _, previous_time = self._published.get(record.key, (record, float("-inf")))
         if await self._store_after(previous_time, record, lifetime_seconds):
             return True
         # an earlier life of this peer may have left a record that expires later than this one
@@ -179,15 +259,15 @@ class KademliaSwarm:
     ) -> bool:
         expiration_time = choose_expiration_time(self.now(), lifetime_seconds, previous_time)
         raw = encode(record, self._identity, expiration_time)
-        async with _operation():
+        self._remember(record, expiration_time)  # now: one that is stored meanwhile comes later
+        async with self._operation():
             stored = await self._node.store(record.key, raw, expiration_time, subkey=self.peer_id)
-        self._remember(record.key, expiration_time)
         return bool(stored)
 
-    def _remember(self, key: str, expiration_time: float) -> None:
+    def _remember(self, record: Record, expiration_time: float) -> None:
         now = self.now()
-        alive = {k: t for k, t in self._expiration_times.items() if t > now}
-        self._expiration_times = {**alive, key: expiration_time}
+        alive = {key: (r, time) for key, (r, time) in self._published.items() if time > now}
+        self._published = {**alive, record.key: (record, expiration_time)}
 
     async def read(self, key: str) -> list[Record]:
         """See `Swarm`. Raises `Unreachable` if p2pd is gone or the search takes too long."""
@@ -197,7 +277,7 @@ class KademliaSwarm:
 
     async def _entries(self, key: str) -> dict[str, tuple[bytes, float]]:
         """What lies under `key` at all nodes that are responsible for it."""
-        async with _operation():
+        async with self._operation():
             found = await self._node.get(key, latest=True)
         if found is None or not isinstance(found.value, dict):
             return {}
@@ -212,6 +292,8 @@ class KademliaSwarm:
         if self._is_closed:
             return
         self._is_closed = True
+        if self._is_lost:
+            return
         self._node.is_alive = False
         with suppress(TimeoutError, P2PDaemonError, OSError):
             async with asyncio.timeout(CLOSE_SECONDS if self._daemon.alive else 0):
@@ -220,8 +302,21 @@ class KademliaSwarm:
         await asyncio.sleep(0)  # lets hivemind's cancelled tasks close their sockets
 
     def _require_open(self) -> None:
-        if self._is_closed or not self._daemon.alive:
-            raise Unreachable("this peer's p2pd has ended" if not self._is_closed else "left")
+        if self._is_closed:
+            raise Unreachable("this peer has left")
+        if self._is_lost or not self._daemon.alive:
+            raise Unreachable("this peer's p2pd has ended")
+
+    @asynccontextmanager
+    async def _operation(self) -> AsyncIterator[None]:
+        """Bound a search of the DHT, also by the life of p2pd."""
+        why = f"no answer from the DHT within {OPERATION_SECONDS:.0f} s"
+        async with _bounded(OPERATION_SECONDS, why) as timeout:
+            self._operations.add(timeout)
+            try:
+                yield
+            finally:
+                self._operations.discard(timeout)
 
 
 def node_id_of(peer_id: PeerID) -> DHTID:
@@ -243,14 +338,24 @@ def check_clock(asked_time: float, their_time: float, answered_time: float, peer
     )
 
 
+async def _until_one_succeeds(tasks: Collection[asyncio.Task[None]]) -> None:
+    """Until one is done without an exception, or all are done."""
+    for finished in asyncio.as_completed(tasks):
+        with suppress(Exception):
+            await finished
+            return
+
+
 @asynccontextmanager
-async def _operation() -> AsyncIterator[None]:
-    """Bound a search of the DHT."""
+async def _bounded(seconds: float, why: str) -> AsyncIterator[asyncio.Timeout]:
+    """Raise `Unreachable` if the body takes longer than that, or p2pd fails it."""
     try:
-        async with asyncio.timeout(OPERATION_SECONDS):
-            yield
+        async with asyncio.timeout(seconds) as timeout:
+            yield timeout
     except TimeoutError as e:
-        raise Unreachable(f"no answer from the DHT within {OPERATION_SECONDS:.0f} s") from e
+        raise Unreachable(why) from e
+    except (P2PDaemonError, P2PHandlerError, OSError, EOFError) as e:
+        raise Unreachable("this peer's p2pd has ended") from e
 
 
 async def dial(p2p: P2P, maddr: str, *, timeout_seconds: float) -> str:
@@ -377,9 +482,9 @@ def _dictionary(entries: Mapping[str, Entry]) -> ValueWithExpiration:
     return ValueWithExpiration(dictionary, dictionary.latest_expiration_time)
 
 
-def harden(protocol: DHTProtocol) -> None:
+def harden(protocol: DHTProtocol, storage: RecordStorage) -> None:
     """Close the holes that the module's docstring names, in a node's `DHTProtocol`."""
-    protocol.storage = _Storage(RecordStorage(get_dht_time))
+    protocol.storage = _Storage(storage)
     protocol.cache = _NoCache()
     update_routing_table = protocol.update_routing_table
     call_find = protocol.call_find

@@ -25,7 +25,9 @@ class EventLog:
         self._listeners.append(listener)
 
     def write(self, event: str, **fields: Any) -> None:
-        """Log one event; fields must be JSON-able."""
+        """Log one event; fields must be JSON-able. Once closed, nothing is logged any more."""
+        if self._stream.closed:
+            return
         entry = {"time": round(self._now(), 3), "event": event, **fields}
         self._stream.write(json.dumps(entry) + "\n")
         self._stream.flush()

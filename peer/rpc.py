@@ -33,14 +33,15 @@ from peer.transport import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Callable, Coroutine
 
     from hivemind.p2p import P2P
     from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
 
     from peer.transport import Handler
 
-CLOSE_SECONDS = 3.0  # to tell p2pd that we no longer serve
+REGISTER_SECONDS = 5.0  # to tell p2pd that we serve a protocol
+CLOSE_SECONDS = 3.0  # to tell it that we no longer serve any
 MAX_DISCARDED_BYTES = 16 * 2**20  # of a refused request, so that its sender gets to read why
 _CUT = (OSError, EOFError)  # what a broken stream raises
 
@@ -56,7 +57,7 @@ class Libp2pTransport:
         self.peer_id = str(p2p.peer_id)
         self.traffic = Traffic()
         self._p2p = p2p
-        self._protocols: set[str] = set()
+        self._handlers: dict[str, Callable[..., Coroutine[object, object, None]]] = {}
         self._incoming = IncomingLimit()
         self._outgoing = OutgoingLimit()
         self._answering: set[asyncio.Task[None]] = set()
@@ -109,13 +110,22 @@ class Libp2pTransport:
 
     async def serve(self, protocol: str, handler: Handler, *, max_request_bytes: int) -> None:
         """See `Transport`."""
-        self._protocols.add(protocol)
-        answer = partial(self._answer, handler, max_request_bytes)
-        await self._p2p.add_binary_stream_handler(protocol, answer)
+        self._handlers[protocol] = partial(self._answer, handler, max_request_bytes)
+        await self._register(protocol)
 
     async def connect(self, maddr: str, *, timeout_seconds: float = 10.0) -> str:
         """See `Transport`."""
         return await dial(self._p2p, maddr, timeout_seconds=timeout_seconds)
+
+    async def rebind(self, p2p: P2P) -> None:
+        """Serve and ask through another p2pd from now on, since the former one is gone.
+
+        Streams of that one are cut. Raises `Unreachable` if the new one is gone, too.
+        """
+        self._p2p = p2p
+        await self._cut_streams()
+        for protocol in list(self._handlers):
+            await self._register(protocol)
 
     async def close(self) -> None:
         """See `Transport`."""
@@ -124,8 +134,18 @@ class Libp2pTransport:
         self._is_closed = True
         with suppress(TimeoutError, P2PDaemonError, *_CUT):
             async with asyncio.timeout(CLOSE_SECONDS):
-                for protocol in self._protocols:
+                for protocol in self._handlers:
                     await self._p2p.remove_binary_stream_handler(protocol)
+        await self._cut_streams()
+
+    async def _register(self, protocol: str) -> None:
+        try:
+            async with asyncio.timeout(REGISTER_SECONDS):
+                await self._p2p.add_binary_stream_handler(protocol, self._handlers[protocol])
+        except (TimeoutError, P2PDaemonError, *_CUT) as e:
+            raise Unreachable("this peer's p2pd has ended") from e
+
+    async def _cut_streams(self) -> None:
         for writer in self._asking:
             writer.close()
         for task in self._answering:
@@ -195,6 +215,8 @@ class Libp2pTransport:
                 await self._send(writer, FrameKind.ERROR, REFUSAL)
         except _GoneError:
             pass  # its own deadline tells it
+        except asyncio.CancelledError:
+            pass  # by `_cut_streams`; asyncio takes a cancelled server task for an error, and logs
         finally:
             if is_admitted:
                 self._incoming.leave(peer_id)

@@ -27,6 +27,7 @@ from peer.modules import ModuleLog
 from peer.node import Node
 from peer.providers import Providers
 from peer.store import BlobStore
+from peer.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from dht.kademlia import KademliaSwarm
@@ -43,6 +44,7 @@ class Network:
     daemon: Daemon
     swarm: "KademliaSwarm"
     transport: "Libp2pTransport"
+    watchdog: Watchdog
 
 
 @asynccontextmanager
@@ -66,7 +68,11 @@ async def open_network(config: PeerConfig) -> AsyncIterator[Network]:
         stack.push_async_callback(swarm.close)
         transport = Libp2pTransport(swarm.p2p)
         stack.push_async_callback(transport.close)
-        yield Network(identity=identity, daemon=daemon, swarm=swarm, transport=transport)
+        watchdog = Watchdog(daemon, swarm, transport, initial_peers=config.initial_peers)
+        await stack.enter_async_context(watchdog.running())
+        yield Network(
+            identity=identity, daemon=daemon, swarm=swarm, transport=transport, watchdog=watchdog
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,6 +160,7 @@ def run_directory(state_dir: Path, run: str) -> Path:
 def make_node(network: Network, *, manifest: Manifest, run_dir: Path) -> Node:
     """Everything a peer works with, for the run of this first manifest."""
     events = EventLog(run_dir / "events.jsonl", network.swarm.now)
+    network.watchdog.report = events.write
     store = BlobStore(run_dir / "blobs")
     faults = Faults(events)
     history = History(manifest, store, run_dir / "manifests")

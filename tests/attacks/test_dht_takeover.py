@@ -17,6 +17,7 @@ from hivemind.dht.routing import DHTID
 from hivemind.dht.storage import DHTLocalStorage, DictionaryDHTValue
 from hivemind.p2p import PeerID
 from hivemind.proto import dht_pb2
+from hivemind.utils.timed_storage import get_dht_time
 
 from dht.identity import Identity, peer_id_bytes
 from dht.kademlia import _Storage, harden, node_id_of
@@ -48,7 +49,7 @@ async def make_protocol(*, is_hardened: bool) -> DHTProtocol:
         FakeP2P(), node_id_of(FakeP2P.peer_id), 20, 5, 5, wait_timeout=1.0
     )
     if is_hardened:
-        harden(protocol)
+        harden(protocol, RecordStorage(get_dht_time))
     return protocol
 
 
