@@ -102,7 +102,8 @@ def is_roster_due(proposal: Proposal, parent: Certificate | None, slot: int) -> 
 
 def may_rebuild(parent: Certificate | None, slot: int) -> bool:
     """Whether a roster made from the announcements is acceptable in `slot`."""
-    return parent is None or slot - parent.ballot.slot > SLOTS_BEFORE_REBUILD
+    # Not its ballot's slot: that need not be the same in all copies of a certificate.
+    return parent is None or slot - parent.proposal.slot > SLOTS_BEFORE_REBUILD
 
 
 def check_chain(

@@ -180,6 +180,15 @@ class Certificate(Hashed):
     result: Digest
     votes: Annotated[tuple[Vote, ...], Field(min_length=1, max_length=MAX_ROSTER)]
 
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of what is certified, as hex: of this without its ballot and votes.
+
+        Two leaders may each gather votes for the same proposal; it is one version all the same.
+        """
+        body = self.model_dump_json(exclude={"ballot", "votes"})
+        return hashlib.sha256(body.encode()).hexdigest()
+
     @property
     def module(self) -> str:
         """The module's name."""

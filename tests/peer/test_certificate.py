@@ -57,9 +57,9 @@ def vote(who: Identity, what: Proposal, *, attempt: int = 0, result: str = RESUL
     )
 
 
-def certificate(what: Proposal, voters: list[Identity]) -> Certificate:
-    votes = tuple(vote(who, what) for who in voters)
-    return Certificate(proposal=what, ballot=ballot(), result=RESULT, votes=votes)
+def certificate(what: Proposal, voters: list[Identity], *, attempt: int = 0) -> Certificate:
+    votes = tuple(vote(who, what, attempt=attempt) for who in voters)
+    return Certificate(proposal=what, ballot=ballot(attempt), result=RESULT, votes=votes)
 
 
 @pytest.mark.parametrize(("size", "needed"), [(1, 1), (2, 2), (3, 2), (4, 3), (5, 3)])
@@ -120,6 +120,17 @@ def test_a_link_needs_the_right_parent_base_and_roster() -> None:
             origin=ORIGIN,
             sender="x",
         )
+
+
+def test_what_two_ballots_certified_is_one_certificate() -> None:
+    """A leader that is cut off after the votes, and the next one, which hears of them."""
+    what = proposal(PEERS[:3])
+    first, again = certificate(what, PEERS[:2]), certificate(what, PEERS[1:3], attempt=1)
+    check_certificate(again, sender="x")
+    assert again.ballot != first.ballot
+    assert again.digest == first.digest
+    other = certificate(proposal(PEERS[:3], rebuilt=False), PEERS[:2])
+    assert other.digest != first.digest
 
 
 def test_a_proposal_counts_each_peer_once_and_in_order() -> None:
