@@ -35,6 +35,7 @@ from hivemind.utils.multiaddr import Multiaddr
 from hivemind.utils.timed_storage import ValueWithExpiration, get_dht_time
 
 from dht.addresses import split_maddr
+from dht.calls import watch_calls
 from dht.errors import RunMismatch, Unreachable
 from dht.records import MAX_CLOCK_SKEW_SECONDS, MAX_LIFETIME_SECONDS, encode
 from dht.storage import RecordStorage
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 
     from hivemind.dht.protocol import DHTProtocol
 
+    from dht.calls import OnCall
     from dht.daemon import Daemon
     from dht.identity import Identity
     from dht.records import Record
@@ -77,6 +79,7 @@ class KademliaSwarm:
     def __init__(self, daemon: Daemon, identity: Identity) -> None:
         self._daemon = daemon
         self._identity = identity
+        self.on_call: OnCall = lambda sent_bytes, received_bytes: None
         self._storage = RecordStorage(get_dht_time)
         self._published: dict[str, tuple[Record, float]] = {}  # by key, with its expiration time
         self._operations: set[asyncio.Timeout] = set()  # searches under way
@@ -124,6 +127,7 @@ class KademliaSwarm:
             await p2p.shutdown()
             raise
         harden(node.protocol, self._storage)
+        watch_calls(p2p._client.control, lambda *num_bytes: self.on_call(*num_bytes))
         self.p2p, self._node = p2p, node
 
     async def lose(self) -> None:
@@ -382,7 +386,7 @@ async def dial(p2p: P2P, maddr: str, *, timeout_seconds: float) -> str:
 
 
 async def ask_daemon(
-    p2p: P2P, request: p2pd_pb2.Request
+    p2p: P2P, request: p2pd_pb2.Request, *, buffer_bytes: int = CONTROL_BUFFER_BYTES
 ) -> tuple[p2pd_pb2.Response, asyncio.StreamReader, asyncio.StreamWriter]:
     """Send p2pd a request on a connection of its own; (response, reader, writer) if it agrees.
 
@@ -391,7 +395,7 @@ async def ask_daemon(
     """
     try:
         reader, writer = await asyncio.open_unix_connection(
-            p2p._daemon_listen_maddr["unix"], limit=CONTROL_BUFFER_BYTES
+            p2p._daemon_listen_maddr["unix"], limit=buffer_bytes
         )
     except OSError as e:
         raise Unreachable("this peer's p2pd has ended") from e

@@ -7,6 +7,7 @@ hint; a traceback is shown only with `-vv`.
 import asyncio
 import errno
 import functools
+import re
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +18,8 @@ from dht.errors import LocalFault, SwarmError
 from dipaco.errors import DipacoError
 
 T = TypeVar("T")
+
+SIZE_UNITS = {unit: 1000 ** (power + 1) for power, unit in enumerate("kmgt")}
 
 CONTEXT_SETTINGS = {
     "help_option_names": ["-h", "--help"],
@@ -65,6 +68,27 @@ class ListenMaddrType(click.ParamType[str]):
         return value
 
 
+class SizeType(click.ParamType[int]):
+    """A number of bytes: `20`, `20GB`, `512 MB`; without a unit, gigabytes."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:  # noqa: ANN401
+        """The size in bytes; fails with what one looks like."""
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d*)?)\s*(?:([kmgt])i?b?)?", value.strip().lower())
+        num_bytes = round(float(match[1]) * SIZE_UNITS[match[2] or "g"]) if match else 0
+        if num_bytes <= 0:
+            self.fail(
+                f"`{value}` is not a size\n\nhint: a size looks like 20GB, 512MB or 1.5TB; "
+                "a number alone is in GB",
+                param,
+                ctx,
+            )
+        return num_bytes
+
+
 maddr_argument = click.argument(
     "address", nargs=-1, required=True, type=MaddrType(), metavar="ADDRESS..."
 )
@@ -91,6 +115,12 @@ def network_options(command: Callable[..., T]) -> Callable[..., T]:
             "--state-dir",
             type=click.Path(file_okay=False, path_type=Path),
             help="Identity, blobs and checkpoints; for `serve`, DIRECTORY itself by default.",
+        ),
+        click.option(
+            "--max-mbps",
+            type=click.FloatRange(min=1),
+            metavar="N",
+            help="Send at most N Mbit/s, and receive at most as much.  [default: no limit]",
         ),
     ):
         command = option(command)

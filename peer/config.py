@@ -1,5 +1,6 @@
 """What a volunteer may choose. Nothing here changes what the swarm computes (promise P9)."""
 
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,3 +28,11 @@ class PeerConfig:
     device: DeviceName = "auto"
     optimizer: OptimizerChoiceName = "auto"
     threads: int = field(default_factory=lambda: os.cpu_count() or 1)
+    max_mbps: float = math.inf  # Mbit/s, in either direction
+    disk_limit_bytes: int | None = None  # for all blobs; None is what the disk has
+    memory_limit_bytes: int | None = None  # of this process; None is what the machine has
+
+    @property
+    def max_bytes_per_second(self) -> float:
+        """The ceiling on what is sent, and on what is received."""
+        return self.max_mbps * 1e6 / 8

@@ -13,14 +13,19 @@ A length is checked against the reader's limit before anything is read.
 
 from __future__ import annotations
 
+import asyncio
 import struct
+from contextlib import asynccontextmanager
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
+from peer.throttle import URGENT_BYTES
 from peer.transport import MAX_ERROR_BYTES
 
 if TYPE_CHECKING:
-    import asyncio
+    from collections.abc import AsyncIterator, Iterator
+
+    from peer.throttle import Meter
 
 HEADER = struct.Struct(">BI")
 ACK = b"\x06"
@@ -63,19 +68,69 @@ def parse_header(header: bytes, *, max_frame_bytes: int) -> tuple[FrameKind, int
 
 
 async def read_frame(
-    reader: asyncio.StreamReader, *, max_frame_bytes: int
+    reader: asyncio.StreamReader,
+    *,
+    max_frame_bytes: int,
+    meter: Meter,
+    timeout: asyncio.Timeout | None = None,
 ) -> tuple[FrameKind, bytes]:
-    """The next frame. Raises `FramingError`, or `IncompleteReadError` where the stream is cut."""
+    """The next frame. Raises `FramingError`, or `IncompleteReadError` where the stream is cut.
+
+    What the meter takes is added to `timeout`, since that is not the other side's fault.
+    """
     header = await reader.readexactly(HEADER.size)
     kind, payload_bytes = parse_header(header, max_frame_bytes=max_frame_bytes)
-    return kind, await reader.readexactly(payload_bytes) if payload_bytes else b""
+    urgent = payload_bytes <= URGENT_BYTES
+    async with _suspended(timeout):
+        await meter.receive(HEADER.size, urgent=urgent)
+    slices = []
+    for num_bytes in slice_lengths(payload_bytes, meter.down.slice_bytes):
+        slices.append(await reader.readexactly(num_bytes))
+        async with _suspended(timeout):
+            await meter.receive(num_bytes, urgent=urgent)
+    return kind, slices[0] if len(slices) == 1 else b"".join(slices)
+
+
+@asynccontextmanager
+async def _suspended(timeout: asyncio.Timeout | None) -> AsyncIterator[None]:
+    """Stop the clock of a deadline during the body."""
+    when = None if timeout is None else timeout.when()
+    if timeout is None or when is None:
+        yield
+        return
+    loop = asyncio.get_running_loop()
+    begin = loop.time()
+    timeout.reschedule(None)
+    yield
+    timeout.reschedule(when + loop.time() - begin)
 
 
 async def write_frame(
-    writer: asyncio.StreamWriter, kind: FrameKind, payload: bytes | memoryview = b""
+    writer: asyncio.StreamWriter,
+    kind: FrameKind,
+    payload: bytes | memoryview = b"",
+    *,
+    meter: Meter,
+    idle_seconds: float,
 ) -> None:
-    """Send a frame, and wait until the connection has room again."""
-    writer.write(frame_header(kind, len(payload)))
-    if payload:
-        writer.write(payload)
-    await writer.drain()
+    """Send a frame slice by slice; the connection has `idle_seconds` to take each, as soon as the
+    meter lets it through. Raises `TimeoutError`, or `OSError` where the stream is cut.
+    """
+    view = memoryview(payload)
+    urgent = len(view) <= URGENT_BYTES
+    await meter.send(HEADER.size, urgent=urgent)
+    writer.write(frame_header(kind, len(view)))
+    start = 0
+    for num_bytes in slice_lengths(len(view), meter.up.slice_bytes):
+        await meter.send(num_bytes, urgent=urgent)
+        writer.write(view[start : start + num_bytes])
+        start += num_bytes
+        async with asyncio.timeout(idle_seconds):
+            await writer.drain()
+
+
+def slice_lengths(num_bytes: int, slice_bytes: int) -> Iterator[int]:
+    """Cut that much into slices."""
+    while num_bytes > 0:
+        yield min(num_bytes, slice_bytes)
+        num_bytes -= slice_bytes

@@ -19,13 +19,13 @@ from dht.errors import BadMessage, Unreachable
 from dht.identity import peer_id_bytes
 from dht.kademlia import CONTROL_BUFFER_BYTES, ask_daemon, dial
 from peer.framing import ACK, HEADER, FrameKind, FramingError, frame_header, read_frame, write_frame
+from peer.throttle import Meter
 from peer.transport import (
     IDLE_SECONDS,
     REFUSAL,
     IncomingLimit,
     OutgoingLimit,
     RemoteError,
-    Traffic,
     answers,
     deadline,
     error_text,
@@ -53,9 +53,10 @@ class _GoneError(Exception):
 class Libp2pTransport:
     """The streams of one p2pd. `p2p` is `KademliaSwarm.p2p`, and stays the swarm's to close."""
 
-    def __init__(self, p2p: P2P) -> None:
+    def __init__(self, p2p: P2P, *, meter: Meter | None = None) -> None:
         self.peer_id = str(p2p.peer_id)
-        self.traffic = Traffic()
+        self._meter = meter or Meter()
+        self.traffic = self._meter.traffic
         self._p2p = p2p
         self._handlers: dict[str, Callable[..., Coroutine[object, object, None]]] = {}
         self._incoming = IncomingLimit()
@@ -75,19 +76,20 @@ class Libp2pTransport:
     ) -> AsyncGenerator[bytes, None]:
         """See `Transport`."""
         async with AsyncExitStack() as stack:
-            async with deadline(peer_id, timeout_seconds):
+            async with deadline(peer_id, timeout_seconds) as timeout:
                 await stack.enter_async_context(self._outgoing.slot(peer_id))
                 reader, writer = await self._open(peer_id, protocol)
                 stack.callback(self._leave, writer)
+                await self._meter.send(HEADER.size + len(payload), urgent=True)
                 # not drained: a peer that refuses a large request answers before it has read it
                 writer.write(frame_header(FrameKind.DATA, len(payload)))
                 writer.write(payload)
-                self.traffic.sent_bytes += HEADER.size + len(payload)
-                frame = await self._next_frame(peer_id, reader, writer, max_frame_bytes)
+                next_frame = partial(self._next_frame, peer_id, reader, writer, max_frame_bytes)
+                frame = await next_frame(timeout)
             while frame is not None:
                 yield frame
-                async with deadline(peer_id, timeout_seconds):
-                    frame = await self._next_frame(peer_id, reader, writer, max_frame_bytes)
+                async with deadline(peer_id, timeout_seconds) as timeout:
+                    frame = await next_frame(timeout)
 
     async def request(
         self,
@@ -162,9 +164,12 @@ class Libp2pTransport:
         stream = p2pd_pb2.StreamOpenRequest(peer=peer_id_bytes(peer_id), proto=[protocol])
         request = p2pd_pb2.Request(type=p2pd_pb2.Request.STREAM_OPEN, streamOpen=stream)
         try:
-            _, reader, writer = await ask_daemon(self._p2p, request)
+            _, reader, writer = await ask_daemon(
+                self._p2p, request, buffer_bytes=self._meter.buffer_bytes
+            )
         except Unreachable as e:
             raise Unreachable(f"peer {peer_id}: {e}") from e
+        self._meter.opened()
         self._asking.add(writer)
         return reader, writer
 
@@ -178,15 +183,17 @@ class Libp2pTransport:
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         max_frame_bytes: int,
+        timeout: asyncio.Timeout | None = None,
     ) -> bytes | None:
         """The next data frame, or None after the last one, which is then acknowledged."""
         try:
-            kind, frame = await read_frame(reader, max_frame_bytes=max_frame_bytes)
+            kind, frame = await read_frame(
+                reader, max_frame_bytes=max_frame_bytes, meter=self._meter, timeout=timeout
+            )
         except FramingError as e:
             raise BadMessage(peer_id, str(e)) from e
         except _CUT as e:
             raise Unreachable(f"peer {peer_id}: the stream was cut") from e
-        self.traffic.received_bytes += HEADER.size + len(frame)
         if kind is FrameKind.DATA:
             return frame
         writer.write(ACK)
@@ -207,6 +214,7 @@ class Libp2pTransport:
         task = asyncio.current_task()
         assert task is not None
         self._answering.add(task)
+        self._meter.opened()
         is_admitted = not self._is_closed and self._incoming.enter(peer_id)
         try:
             if is_admitted:
@@ -257,20 +265,19 @@ class Libp2pTransport:
     async def _read_request(self, reader: asyncio.StreamReader, max_request_bytes: int) -> bytes:
         try:
             async with asyncio.timeout(IDLE_SECONDS):
-                kind, payload = await read_frame(reader, max_frame_bytes=max_request_bytes)
+                kind, payload = await read_frame(
+                    reader, max_frame_bytes=max_request_bytes, meter=self._meter
+                )
         except (TimeoutError, *_CUT) as e:
             raise _GoneError from e
         if kind is not FrameKind.DATA:
             raise FramingError("a request is a data frame")
-        self.traffic.received_bytes += HEADER.size + len(payload)
         return payload
 
     async def _send(
         self, writer: asyncio.StreamWriter, kind: FrameKind, payload: bytes | memoryview = b""
     ) -> None:
         try:
-            async with asyncio.timeout(IDLE_SECONDS):
-                await write_frame(writer, kind, payload)
+            await write_frame(writer, kind, payload, meter=self._meter, idle_seconds=IDLE_SECONDS)
         except (TimeoutError, *_CUT) as e:
             raise _GoneError from e
-        self.traffic.sent_bytes += HEADER.size + len(payload)

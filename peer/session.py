@@ -27,6 +27,7 @@ from peer.modules import ModuleLog
 from peer.node import Node
 from peer.providers import Providers
 from peer.store import BlobStore
+from peer.throttle import Meter
 from peer.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -66,7 +67,9 @@ async def open_network(config: PeerConfig) -> AsyncIterator[Network]:
         stack.push_async_callback(daemon.close)
         swarm = await KademliaSwarm.open(daemon, identity, initial_peers=config.initial_peers)
         stack.push_async_callback(swarm.close)
-        transport = Libp2pTransport(swarm.p2p)
+        meter = Meter(config.max_bytes_per_second)
+        swarm.on_call = meter.called
+        transport = Libp2pTransport(swarm.p2p, meter=meter)
         stack.push_async_callback(transport.close)
         watchdog = Watchdog(daemon, swarm, transport, initial_peers=config.initial_peers)
         await stack.enter_async_context(watchdog.running())

@@ -13,7 +13,7 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from dht.errors import BadMessage, PeerFault, SwarmError, Unreachable
 
@@ -37,10 +37,39 @@ class RemoteError(PeerFault):
 
 @dataclass(kw_only=True, slots=True)
 class Traffic:
-    """Bytes of frames since the start, headers included, both as client and as server."""
+    """What went through since the start, both as client and as server.
+
+    `sent_bytes` and `received_bytes` are of frames, with their headers. `wire_…` is about what the
+    network interface counts: with the DHT, and the headers of all layers below.
+    """
+
+    HEADER_SHARE: ClassVar = 0.055  # of what is sent: 78 of 1526 bytes per packet, and encryption
+    ACK_SHARE: ClassVar = 0.015  # of what is received, sent back: 66 bytes for several packets
+    STREAM_BYTES: ClassVar = 400  # either way, to agree on a protocol and to part
 
     sent_bytes: int = 0
     received_bytes: int = 0
+    dht_sent_bytes: int = 0
+    dht_received_bytes: int = 0
+    num_streams: int = 0
+
+    @property
+    def wire_sent_bytes(self) -> int:
+        """What the network interface has sent for this peer."""
+        return self._wire_bytes(
+            self.sent_bytes + self.dht_sent_bytes, self.received_bytes + self.dht_received_bytes
+        )
+
+    @property
+    def wire_received_bytes(self) -> int:
+        """What the network interface has received for this peer."""
+        return self._wire_bytes(
+            self.received_bytes + self.dht_received_bytes, self.sent_bytes + self.dht_sent_bytes
+        )
+
+    def _wire_bytes(self, there: int, back: int) -> int:
+        streams = self.num_streams * self.STREAM_BYTES
+        return round(there * (1 + self.HEADER_SHARE) + back * self.ACK_SHARE + streams)
 
 
 class Transport(Protocol):
@@ -91,11 +120,11 @@ class Transport(Protocol):
 
 
 @asynccontextmanager
-async def deadline(peer_id: str, seconds: float) -> AsyncIterator[None]:
+async def deadline(peer_id: str, seconds: float) -> AsyncIterator[asyncio.Timeout]:
     """Raise `Unreachable` if the body, which waits for `peer_id`, takes longer than `seconds`."""
     try:
-        async with asyncio.timeout(seconds):
-            yield
+        async with asyncio.timeout(seconds) as timeout:
+            yield timeout
     except TimeoutError as e:
         raise Unreachable(f"peer {peer_id} did not answer within {seconds:g} s") from e
 

@@ -260,8 +260,8 @@ class Volunteer:
             tokens=self._tokens,
             loss=work.last_loss,
             inner_share=round(self._inner_share(), 4),
-            sent_bytes=node.transport.traffic.sent_bytes,
-            received_bytes=node.transport.traffic.received_bytes,
+            sent_bytes=node.transport.traffic.wire_sent_bytes,
+            received_bytes=node.transport.traffic.wire_received_bytes,
         )
         self.keeper.start(self.keeper.rounds.commit(commitments), "commit")
         await node.offload(work.save)
@@ -322,8 +322,8 @@ class Volunteer:
             tokens=self._tokens,
             inner_share=round(self._inner_share(), 4),
             tokens_per_second=round(self._tokens / max(self._train_seconds, 1e-9)),
-            sent_bytes=node.transport.traffic.sent_bytes,
-            received_bytes=node.transport.traffic.received_bytes,
+            sent_bytes=node.transport.traffic.wire_sent_bytes,
+            received_bytes=node.transport.traffic.wire_received_bytes,
         )
         self.keeper.start(self.keeper.presence.announce(), "announcement")
 

@@ -68,7 +68,7 @@ def test_the_options_are_these() -> None:
         )
         for command_name, command in group.commands.items()
     }
-    network = ["--announce-maddr", "--host-maddr", "--state-dir"]
+    network = ["--announce-maddr", "--host-maddr", "--max-mbps", "--state-dir"]
     assert options == {
         "dipaco-peer join": sorted(
             [*network, "--device", "--optimizer", "--quiet", "--threads", "--verbose"]

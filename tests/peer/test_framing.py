@@ -14,6 +14,7 @@ from peer.framing import (
     parse_header,
     read_frame,
 )
+from peer.throttle import Meter
 
 
 def read_all(raw: bytes, *, max_frame_bytes: int) -> list[tuple[FrameKind, bytes]]:
@@ -25,7 +26,8 @@ def read_all(raw: bytes, *, max_frame_bytes: int) -> list[tuple[FrameKind, bytes
         reader.feed_eof()
         frames = []
         while not reader.at_eof():
-            frames.append(await read_frame(reader, max_frame_bytes=max_frame_bytes))
+            frame = await read_frame(reader, max_frame_bytes=max_frame_bytes, meter=Meter())
+            frames.append(frame)
         return frames
 
     return asyncio.run(main())

@@ -7,10 +7,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dht.daemon import Daemon
+from dht.daemon import Daemon, DaemonConfig
 from dht.identity import Identity
 from dht.kademlia import KademliaSwarm
 from peer.rpc import Libp2pTransport
+from peer.throttle import Meter
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -35,18 +36,27 @@ class LocalPeer:
         await self.daemon.close()
 
 
-async def start_peer(directory: Path, name: str, *, initial_peers: Sequence[str] = ()) -> LocalPeer:
+async def start_peer(
+    directory: Path,
+    name: str,
+    *,
+    initial_peers: Sequence[str] = (),
+    config: DaemonConfig | None = None,
+    meter: Meter | None = None,
+) -> LocalPeer:
     """Start the peer whose identity is in `directory/name.key`."""
     identity_file = directory / f"{name}.key"
     identity = Identity.load_or_create(identity_file)
-    daemon = await Daemon.start(identity_file)
+    daemon = await Daemon.start(identity_file, config=config or DaemonConfig())
     try:
         swarm = await KademliaSwarm.open(daemon, identity, initial_peers=initial_peers)
     except BaseException:
         await daemon.close()
         raise
     [maddr] = await swarm.maddrs()
-    transport = Libp2pTransport(swarm.p2p)
+    meter = meter or Meter()
+    swarm.on_call = meter.called
+    transport = Libp2pTransport(swarm.p2p, meter=meter)
     return LocalPeer(
         identity=identity, daemon=daemon, swarm=swarm, transport=transport, maddr=maddr
     )
