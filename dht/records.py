@@ -55,6 +55,8 @@ class Announcement(_Record):
     round: Count
     step: Count = 0  # inner steps this peer made on the path
     tokens: Count = 0  # that this peer trained, on any path
+    slot_tokens: Count = 0  # that this peer trained in the last slot
+    room_bytes: Count | None = None  # of memory for training; None if there is no limit
     path_tokens: Count = 0  # that all peers trained on the path's shard, as far as this one knows
     commits: Count = 0  # certificates that hold a contribution of this peer
     inner_share: Share = 0.0  # of its wall time, spent in inner steps
@@ -82,6 +84,7 @@ class Head(_Record):
     version: Count
     certificate: Digest | Literal[""] = ""  # empty at the start, which the manifest certifies
     state: Digest
+    path_tokens: Count = 0  # of a path-specific module: trained on its path's shard and counted
 
     @property
     def key(self) -> str:

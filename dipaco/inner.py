@@ -36,6 +36,7 @@ _IDENTITY = "identity"
 # parameter: 4 + 4, and as much again.
 _TRAINING_BYTES_PER_PARAMETER = 16
 _ADAMW_BYTES_PER_PARAMETER = 8
+_ADAMW8BIT_BYTES_PER_PARAMETER = 2
 # Logits of training held at a time: few enough for the cache of a CPU core, enough to fill a GPU.
 _LOGITS_AT_ONCE = {"cpu": 2**19, "cuda": 2**27}
 
@@ -76,6 +77,11 @@ def choose_optimizer(num_parameters: int, free_memory_bytes: int | None) -> Opti
     if needed <= free_memory_bytes:
         return OptimizerChoice(name="adamw", reason=f"32-bit AdamW fits the GPU: {sizes}")
     return OptimizerChoice(name="adamw8bit", reason=f"GPU memory is short for AdamW: {sizes}")
+
+
+def least_training_bytes(num_parameters: int) -> int:
+    """Memory without which a path of that many parameters is not trained, in bytes, about."""
+    return num_parameters * (_TRAINING_BYTES_PER_PARAMETER + _ADAMW8BIT_BYTES_PER_PARAMETER)
 
 
 class Batches:

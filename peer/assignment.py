@@ -8,64 +8,109 @@ then. Ties are broken by a hash of peer and path, so that joiners at the same in
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from heapq import heapify, heapreplace
+from math import copysign
+from statistics import fmean
 
 from dipaco.topology import ModuleID, PathID
 
-# A peer leaves a path for a neglected one only when that one is behind by more than this share of
-# the whole run's progress per path: without a margin, peers would swap paths every round.
-HYSTERESIS = 0.02
+# A peer leaves a path for a neglected one only if its next slot's tokens are missing there by this
+# many slots more than here: without a margin, peers would swap paths every round.
+MARGIN_SLOTS = 0.25
+# With peers enough for all paths, moving gains little and costs downloads: what a path is ahead or
+# behind by less than this many slots is left as it is.
+SLACK_SLOTS = 2.0
+# A peer slower than this share of another one changes places with it where that helps.
+SLOWER_SHARE = 0.5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Snapshot:
-    """What a peer knows of the swarm when it chooses.
+    """What a peer knows of the swarm when it chooses a path for the next slot.
 
-    `training`: path of every announced peer. `progress`: tokens trained per path over its shard's
-    tokens, i.e. epochs; a path that nobody reports counts as 0.
+    `training`: path of every announced peer. `shard_tokens`: size of every path's shard.
+    `tokens`: trained on each path's shard by the end of this slot, as far as can be told.
+    `slot_tokens`: what a peer trains in a slot; the mean stands for who has not said it. A peer
+    with `room_bytes` takes only paths that `need_bytes` fit into.
     """
 
     training: Mapping[str, PathID]
-    progress: Mapping[PathID, float]
+    shard_tokens: Mapping[PathID, int]
+    tokens: Mapping[PathID, int] = field(default_factory=dict)
+    slot_tokens: Mapping[str, int] = field(default_factory=dict)
+    room_bytes: Mapping[str, int] = field(default_factory=dict)
+    need_bytes: Mapping[PathID, int] = field(default_factory=dict)
+
+    def fits(self, peer: str, path: PathID) -> bool:
+        """Whether `peer` has the memory for `path`."""
+        room = self.room_bytes.get(peer)
+        return room is None or self.need_bytes.get(path, 0) <= room
+
+    def speed(self, peer: str) -> float:
+        """Tokens that `peer` trains in a slot, or probably does."""
+        known = self.slot_tokens.get(peer, 0)
+        return float(known) if known > 0 else self.mean_speed
+
+    @property
+    def mean_speed(self) -> float:
+        """Tokens that a peer trains in a slot; 1 as long as nobody has said it."""
+        known = [t for peer, t in self.slot_tokens.items() if t > 0 and peer in self.training]
+        return fmean(known) if known else 1.0
 
 
-def assign_paths(snapshot: Snapshot, paths: Sequence[PathID]) -> dict[str, PathID]:
-    """The path of every announced peer.
+def with_slot_under_way(snapshot: Snapshot) -> Snapshot:
+    """A snapshot of what was trained before this slot, with what is trained in it added."""
+    tokens = Counter(snapshot.tokens)
+    for peer, path in snapshot.training.items():
+        tokens[path] += round(snapshot.speed(peer))
+    return replace(snapshot, tokens=tokens)
 
-    Each path gets as many peers as any other, within one, the most neglected ones first; a peer
-    stays where it is as long as its path has room.
+
+def assign_paths(snapshot: Snapshot) -> dict[str, PathID]:
+    """The path of every announced peer in the next slot; one whom no path fits is left out.
+
+    Tokens go to the paths in proportion to their shards, as far as whole slots allow, and no path
+    is left out while there are peers enough. Who may stay stays; the fastest of the others goes
+    where most is missing.
     """
-    room = _capacities(snapshot, paths)
+    room = _seats(snapshot)
     assignment: dict[str, PathID] = {}
     homeless: list[str] = []
-    for peer in sorted(snapshot.training, key=lambda peer: _rank(peer, snapshot.training[peer])):
+    for peer in sorted(snapshot.training, key=lambda p: (-snapshot.speed(p), _hash(p))):
         path = snapshot.training[peer]
-        if room.get(path, 0) > 0:
+        if room.get(path, 0) > 0 and snapshot.fits(peer, path):
             room[path] -= 1
             assignment[peer] = path
         else:
             homeless.append(peer)
-    for peer in homeless:
+    for peer in sorted(homeless, key=lambda p: sum(snapshot.fits(p, path) for path in room)):
+        possible = [path for path in room if snapshot.fits(peer, path)]
+        if not possible:
+            continue
         path = min(
-            (path for path in room if room[path] > 0),
-            key=lambda path: (-room[path], snapshot.progress.get(path, 0.0), _rank(peer, path)),
+            possible,
+            key=lambda path: (room[path] <= 0, _epochs(snapshot, path), _rank(peer, path)),
         )
         room[path] -= 1
         assignment[peer] = path
+    _exchange_slow(assignment, snapshot)
     return assignment
 
 
-def choose_path(peer: str, snapshot: Snapshot, paths: Sequence[PathID]) -> PathID:
-    """The path that `peer`, which trains none yet, should take.
+def joining_order(peer: str, snapshot: Snapshot) -> list[PathID]:
+    """The paths that fit `peer`, which trains none yet, the one that it should take first.
 
-    Fewest peers first, then most behind, then by hash.
+    Those without a peer first, then those with the fewest epochs, then by hash.
     """
-    counts = dict.fromkeys(paths, 0)
-    for other, path in snapshot.training.items():
-        if other != peer and path in counts:
-            counts[path] += 1
-    return min(
-        paths, key=lambda path: (counts[path], snapshot.progress.get(path, 0.0), _rank(peer, path))
+    counts = Counter(path for other, path in snapshot.training.items() if other != peer)
+
+    def urgency(path: PathID) -> tuple[bool, float, int]:
+        tokens = snapshot.tokens.get(path, 0) + (counts[path] + 0.5) * snapshot.mean_speed
+        return counts[path] > 0, tokens / _shard(snapshot, path), _rank(peer, path)
+
+    return sorted(
+        (path for path in snapshot.shard_tokens if snapshot.fits(peer, path)), key=urgency
     )
 
 
@@ -89,20 +134,73 @@ def shard_name(path: PathID) -> str:
     return f"shard {path}"
 
 
-def _capacities(snapshot: Snapshot, paths: Sequence[PathID]) -> dict[PathID, int]:
-    """How many of the announced peers each path should have."""
-    each, extra = divmod(len(snapshot.training), len(paths))
-    counts = Counter(snapshot.training.values())
-    bonus = HYSTERESIS * max(snapshot.progress.values(), default=0.0)
+def _seats(snapshot: Snapshot) -> dict[PathID, int]:
+    """How many of the announced peers each path should have in the next slot.
 
-    def neglect(path: PathID) -> tuple[float, int]:
-        stay = bonus if counts[path] > each else 0.0  # the seat in question is taken already
-        return (snapshot.progress.get(path, 0.0) - stay, _hash(str(path)))
+    One seat after another goes to the path that would have the fewest epochs in the middle of it:
+    so after any number of slots a path is about half a slot from its share (Sainte-Laguë). No path
+    gets more seats at a time than its share of the peers, rounded up.
+    """
+    num_peers, num_paths = len(snapshot.training), len(snapshot.shard_tokens)
+    counts = Counter(p for peer, p in snapshot.training.items() if snapshot.fits(peer, p))
+    shards = sum(_shard(snapshot, path) for path in snapshot.shard_tokens)
+    trained = sum(snapshot.tokens.get(path, 0) for path in snapshot.shard_tokens)
+    speed = snapshot.mean_speed
+    slack = SLACK_SLOTS * speed if num_peers >= num_paths else 0.0
 
-    capacities = dict.fromkeys(paths, each)
-    for path in sorted(paths, key=neglect)[:extra]:
-        capacities[path] += 1
-    return capacities
+    def urgency(path: PathID, seat: int) -> tuple[int, float, int]:
+        """What comes first is seated first: in three groups, each by epochs."""
+        shard = _shard(snapshot, path)
+        is_first = seat == 0 and num_peers >= num_paths
+        is_over_share = seat * shards >= num_peers * shard
+        ahead = snapshot.tokens.get(path, 0) - trained * shard / shards
+        counted = copysign(max(0.0, abs(ahead) - slack), ahead)
+        slots = seat + 0.5 - (MARGIN_SLOTS if seat < counts[path] else 0.0)
+        group = 0 if is_first else 2 if is_over_share else 1
+        return group, (counted + slots * speed) / shard, _hash(str(path))
+
+    seats = dict.fromkeys(snapshot.shard_tokens, 0)
+    queue = [(urgency(path, 0), path) for path in seats]
+    heapify(queue)
+    for _ in snapshot.training:
+        _, path = queue[0]
+        seats[path] += 1
+        heapreplace(queue, (urgency(path, seats[path]), path))
+    return seats
+
+
+def _exchange_slow(assignment: dict[str, PathID], snapshot: Snapshot) -> None:
+    """Where a slow peer keeps its path behind, let it change places with a fast one ahead."""
+    tokens = dict.fromkeys(assignment.values(), 0.0)
+    for peer, path in assignment.items():
+        tokens[path] += snapshot.speed(peer)
+
+    def epochs(path: PathID) -> float:
+        return _epochs(snapshot, path) + tokens[path] / _shard(snapshot, path)
+
+    for _ in range(len(assignment)):
+        behind, ahead = min(tokens, key=epochs), max(tokens, key=epochs)
+        slow = min((p for p in assignment if assignment[p] == behind), key=snapshot.speed)
+        fast = max((p for p in assignment if assignment[p] == ahead), key=snapshot.speed)
+        more = snapshot.speed(fast) - snapshot.speed(slow)
+        gain = more / _shard(snapshot, behind) + more / _shard(snapshot, ahead)
+        if (
+            snapshot.speed(slow) >= SLOWER_SHARE * snapshot.speed(fast)
+            or epochs(ahead) - epochs(behind) < gain
+            or not (snapshot.fits(fast, behind) and snapshot.fits(slow, ahead))
+        ):
+            return
+        assignment[slow], assignment[fast] = ahead, behind
+        tokens[behind] += more
+        tokens[ahead] -= more
+
+
+def _epochs(snapshot: Snapshot, path: PathID) -> float:
+    return snapshot.tokens.get(path, 0) / _shard(snapshot, path)
+
+
+def _shard(snapshot: Snapshot, path: PathID) -> int:
+    return max(1, snapshot.shard_tokens[path])
 
 
 def _rank(peer: str, path: PathID) -> int:

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 from dht.errors import SwarmError
 from dipaco.errors import DipacoError
@@ -44,7 +45,7 @@ class Keeper:
         round_seconds = node.history.first.run_config.rounds.round_seconds
         self.node = node
         self.providers = providers
-        self.snapshot = Snapshot(training={}, progress={})
+        self.snapshot = Snapshot(training={}, shard_tokens=node.manifest.shard_tokens)
         self.versions = Changes()  # notified whenever a held module has a new version
         self._keep_all = keep_all
         self._unreferenced_seconds = max(UNREFERENCED_SECONDS, 3 * round_seconds)
@@ -107,7 +108,7 @@ class Keeper:
 
     async def look_around(self) -> Snapshot:
         """A fresh snapshot of who trains what."""
-        self.snapshot = await self.presence.snapshot()
+        self.snapshot = await self.presence.snapshot(self.node.manifest)
         return self.snapshot
 
     async def look_for_manifest(self) -> None:
@@ -220,7 +221,9 @@ class Keeper:
         wanted = [manifest.tokenizer, manifest.router]
         own = self._own_shard
         if own is not None and manifest is not self.node.manifest:
-            own = assign_paths(snapshot, manifest.topology.paths).get(self.node.peer_id, own)
+            # What was trained on its shards does not count for those of the next version.
+            later = replace(snapshot, shard_tokens=manifest.shard_tokens, tokens={})
+            own = assign_paths(later).get(self.node.peer_id, own)
         for path in manifest.topology.paths:
             others = [peer for peer, theirs in snapshot.training.items() if theirs != path]
             if path == own or self._keeps(shard_name(path), others):

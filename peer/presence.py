@@ -5,13 +5,17 @@ from everyone's view within `lifetime_seconds`.
 """
 
 from collections.abc import Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import median_low
 
 from dht.errors import Rejected, Unreachable
-from dht.keys import announcement_key
+from dht.keys import announcement_key, head_key
 from dht.records import MAX_LIFETIME_SECONDS, Announcement, Head, ManifestPointer, Record, Scores
+from dipaco.inner import least_training_bytes
 from dipaco.topology import ModuleID, PathID
-from peer.assignment import Snapshot
+from peer.assignment import Snapshot, with_slot_under_way
+from peer.manifest import Manifest
+from peer.modules import Held
 from peer.node import Node
 
 MIN_LIFETIME_SECONDS = 12.0
@@ -26,6 +30,7 @@ class Progress:
     step: int = 0
     tokens: int = 0
     path_tokens: int = 0
+    slot_tokens: int = 0
     commits: int = 0
     inner_share: float = 0.0
     loss: float | None = None
@@ -41,6 +46,7 @@ class Presence:
         self._retiring = retiring  # modules held still, but no longer announced
         self.path: PathID | None = None
         self.progress = Progress()
+        self.room_bytes: int | None = None  # of memory for training; None: no limit
         self.scores: dict[PathID, Scores] = {}  # of the phase that is due, by path
         round_seconds = node.history.first.run_config.rounds.round_seconds
         self.lifetime_seconds = min(
@@ -113,21 +119,72 @@ class Presence:
         if record is not None:
             await self._node.swarm.withdraw(record)
 
-    async def snapshot(self) -> Snapshot:
-        """Who trains what, from all announcements; this peer's own line as it knows it."""
-        node, manifest = self._node, self._node.manifest
-        training: dict[str, PathID] = {}
-        progress: dict[PathID, float] = {}
+    async def snapshot(self, manifest: Manifest) -> Snapshot:
+        """Who trains what, from all announcements; this peer's own line as it knows it.
+
+        To choose a path for a slot, give the `manifest` that will be in force in it.
+        """
+        node = self._node
+        lines: dict[str, tuple[PathID, Announcement]] = {}
         for path in manifest.topology.paths:
             for record in await node.swarm.read(announcement_key(node.run, str(path))):
                 if isinstance(record, Announcement):
-                    training[record.peer] = path
-                    epochs = record.path_tokens / manifest.shard_tokens[path]
-                    progress[path] = max(progress.get(path, 0.0), epochs)
-        training.pop(node.peer_id, None)
-        if self.path is not None:
-            training[node.peer_id] = self.path
-        return Snapshot(training=training, progress=progress)
+                    lines[record.peer] = path, record
+        lines.pop(node.peer_id, None)
+        own = self._announcement()
+        if self.path is not None and own is not None:
+            lines[node.peer_id] = self.path, own
+        snapshot = Snapshot(
+            training={peer: path for peer, (path, _) in lines.items()},
+            shard_tokens=manifest.shard_tokens,
+            slot_tokens={peer: record.slot_tokens for peer, (_, record) in lines.items()},
+            room_bytes={
+                peer: record.room_bytes
+                for peer, (_, record) in lines.items()
+                if record.room_bytes is not None
+            },
+            need_bytes=self._need_bytes(manifest),
+        )
+        if manifest.first_slot > node.slot:
+            return snapshot  # nothing was trained under it yet
+        counted = {
+            path: await self._counted_tokens(path, manifest) for path in manifest.topology.paths
+        }
+        return with_slot_under_way(replace(snapshot, tokens=counted))
+
+    async def _counted_tokens(self, path: PathID, manifest: Manifest) -> int:
+        """Tokens of a path that certificates count, of earlier slots and under `manifest`.
+
+        Known for certain where this peer holds a module of the path, as it does if a level is
+        shared by all; otherwise what the holders of the path's own module say, the median of them.
+        """
+        node = self._node
+        modules = manifest.topology.modules_of(path)
+        held = [node.log.held[module] for module in modules if module in node.log.held]
+        if held:
+            return max(counted_tokens(one, path, manifest, before=node.slot) for one in held)
+        claims: list[int] = []
+        for module in modules:
+            if manifest.topology.num_paths_through(module) == 1:
+                records = await node.swarm.read(head_key(node.run, str(module)))
+                claims += [record.path_tokens for record in records if isinstance(record, Head)]
+        return median_low(claims) if claims else 0
+
+    def _need_bytes(self, manifest: Manifest) -> dict[PathID, int]:
+        """Memory for training, by path; shards are mapped, and need none of their own."""
+        log, topology = self._node.log, manifest.topology
+        return {
+            path: least_training_bytes(sum(map(log.num_parameters, topology.modules_of(path))))
+            for path in topology.paths
+        }
+
+    def _tokens_of_own_path(self, held: Held) -> int:
+        """For a head: tokens counted for the one path of a path-specific module."""
+        manifest, slot = self._node.manifest, self._node.slot
+        if not manifest.topology.has_module(held.module):
+            return 0  # of a later version
+        paths = manifest.topology.paths_through(held.module)
+        return counted_tokens(held, paths[0], manifest, before=slot) if len(paths) == 1 else 0
 
     def _announcement(self) -> Announcement | None:
         if self.path is None:
@@ -140,6 +197,8 @@ class Presence:
             round=progress.round,
             step=progress.step,
             tokens=progress.tokens,
+            slot_tokens=progress.slot_tokens,
+            room_bytes=self.room_bytes,
             path_tokens=progress.path_tokens,
             commits=progress.commits,
             inner_share=progress.inner_share,
@@ -166,6 +225,7 @@ class Presence:
             version=held.version,
             certificate=held.certificate.digest if held.certificate else "",
             state=held.state,
+            path_tokens=self._tokens_of_own_path(held),
         )
 
     async def _store(self, record: Record) -> None:
@@ -173,3 +233,16 @@ class Presence:
             await self._node.swarm.store(record, self.lifetime_seconds)
         except (Unreachable, Rejected) as error:
             self._node.events.write("not stored", key=record.key, why=str(error))
+
+
+def counted_tokens(held: Held, path: PathID, manifest: Manifest, *, before: int) -> int:
+    """Tokens of `path` that a module's certificates count, of slots before `before`.
+
+    Only since `manifest` is in force: the shard may be another one since.
+    """
+    return sum(
+        commitment.tokens
+        for certificate in held.chain
+        for commitment in certificate.proposal.contributions
+        if commitment.path == str(path) and manifest.first_slot <= commitment.slot < before
+    )

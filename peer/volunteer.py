@@ -1,11 +1,11 @@
 """A volunteer: a keeper that also trains a path, slot after slot of the common clock."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from dht.errors import SwarmError, Unreachable
+from dht.errors import LocalFault, SwarmError, Unreachable
 from dipaco.checkpoint import ModuleState
 from dipaco.compression import warm_up
 from dipaco.config import RunConfig
@@ -13,15 +13,18 @@ from dipaco.errors import DipacoError
 from dipaco.inner import PathTrainer
 from dipaco.shards import Shard
 from dipaco.topology import ModuleID, PathID
-from peer.assignment import Snapshot, assign_paths, choose_path
+from peer.assignment import assign_paths, joining_order
 from peer.keeper import Keeper
 from peer.manifest import Manifest
 from peer.messages import Certificate
+from peer.modules import Held
 from peer.path_work import PathWork
+from peer.presence import counted_tokens
 from peer.scoring import Scoring
 
 BURST_SECONDS = 0.5  # of inner steps between two looks at the clock and at new versions
 SCORING_SHARE = 0.5  # of a burst, after each burst while a phase of the routing is due
+PLAN_SHARE = 0.75  # of a slot: when paths are chosen for the next one
 SETTLE_SECONDS = 1.0  # between two looks at who else is there, before the run starts
 
 TrainerFactory = Callable[[Manifest, PathID, Shard, int], PathTrainer]
@@ -58,10 +61,12 @@ class Volunteer:
         self._make_trainer = make_trainer
         self._pace = pace or Pace()
         self._scoring = Scoring(keeper.node, keeper.presence)
+        self._plan: Mapping[str, PathID] = {}  # who trains what in the next slot
         self._work: PathWork | None = None
         self._footing: _Footing | None = None
         self._first_step_time: float | None = None
         self._train_seconds = 0.0
+        self._step_seconds = 0.0  # how long an inner step takes, by the latest ones
         self._steps = 0
         self._tokens = 0
         self._evaluated_round = -1
@@ -75,8 +80,10 @@ class Volunteer:
         await self._settle()
         wire_format = self._config.outer.wire_format
         self.keeper.start(self._node.offload(lambda: warm_up(wire_format)), "encoder")
+        slot = -1
         while not self.stop.is_set() and not self._is_finished():
-            await self._train_slot(max(0, self._node.slot))
+            slot = max(slot + 1, self._node.slot)
+            await self._train_slot(slot)
             await self._maybe_move()
             await self._follow_manifest()
         if self._work is not None:
@@ -89,15 +96,21 @@ class Volunteer:
         node = self._node
         await self.keeper.look_for_manifest()
         snapshot = await self.keeper.look_around()
-        await self._take_any(snapshot_order(node.peer_id, snapshot, node.manifest.topology.paths))
+        self._plan = snapshot.training
+        await self._take_any(joining_order(node.peer_id, snapshot))
         while node.slot < 0 and not self.stop.is_set():
             left = node.history.first.start_time - node.now()
             await self._pause(min(SETTLE_SECONDS, max(0.0, left)))
-            await self.keeper.look_around()
+            self._plan = assign_paths(await self.keeper.look_around())
             await self._maybe_move()
 
     async def _take_any(self, paths: Sequence[PathID]) -> None:
         """Take the first of `paths` whose shard and modules can be had."""
+        if not paths:
+            raise LocalFault(
+                "no path of this run fits into the memory for training",
+                hint="allow more memory, or use another device",
+            )
         for path in paths:
             try:
                 await self._take(path)
@@ -194,16 +207,21 @@ class Volunteer:
 
     def _replica(self, path: PathID) -> int:
         """Our place among the peers on a path, so that each trains on other batches."""
-        others = [p for p, theirs in self.keeper.snapshot.training.items() if theirs == path]
+        others = [peer for peer, theirs in self._plan.items() if theirs == path]
         return sorted({*others, self._node.peer_id}).index(self._node.peer_id)
 
     async def _train_slot(self, slot: int) -> None:
-        """Inner steps until the slot is over, then one contribution per module."""
+        """Inner steps until no other one fits into the slot, then one contribution per module.
+
+        The time that is left belongs to the next slot: who is slow is not late.
+        """
         node = self._node
         end = node.history.first.slot_start(slot + 1)
         rounds = self._config.rounds
         steps = 0
-        while not self.stop.is_set() and node.now() < end:
+        tokens_before = self._tokens
+        self.keeper.start(self._make_plan(slot), "path choice")
+        while not self.stop.is_set() and node.now() < end - self._step_seconds * (steps > 0):
             await self._apply_versions()
             if self._is_finished():
                 return
@@ -219,9 +237,22 @@ class Volunteer:
             steps += await self._burst(min(room, self._pace.burst_steps), steps, end)
         if self.stop.is_set() or self._the_work().is_counted:
             return
+        self.keeper.presence.progress.slot_tokens = self._tokens - tokens_before
         await self._contribute(slot)
         if rounds.blocking:
             await self._await_versions(slot)
+
+    async def _make_plan(self, slot: int) -> None:
+        """Late in a slot, when versions and announcements have come to rest, look who trains what.
+
+        So all peers see the same, and compute the same assignment for the slot after.
+        """
+        node = self._node
+        round_seconds = self._config.rounds.round_seconds
+        look_time = node.history.first.slot_start(slot) + PLAN_SHARE * round_seconds
+        await self._pause(max(0.0, look_time - node.now()))
+        next_manifest = node.history.at(slot + 1)
+        self._plan = assign_paths(await self.keeper.presence.snapshot(next_manifest))
 
     async def _score(self) -> bool:
         """Score some router data, if a phase is due; for less time than training has."""
@@ -237,10 +268,11 @@ class Volunteer:
         if self._first_step_time is None:
             self._first_step_time = node.now()
             node.events.write("first step", path=str(work.trainer.path))
-        before = work.train_seconds
+        before, begin_time = work.train_seconds, node.now()
         steps = await node.offload(
             lambda: work.train(seconds=seconds, max_steps=max_steps, first_step=first_step)
         )
+        self._step_seconds = (node.now() - begin_time) / steps
         self._train_seconds += work.train_seconds - before
         self._steps += steps
         self._tokens += steps * work.trainer.tokens_per_step
@@ -267,7 +299,10 @@ class Volunteer:
         await node.offload(work.save)
 
     async def _await_versions(self, slot: int) -> None:
-        """Exact runs: wait until every module of the path has its next version, or time is up."""
+        """Exact runs: wait until every module of the path has its next version, or time is up.
+
+        What was decided without us brings none: then our contribution is for the next slot.
+        """
         node, work = self._node, self._the_work()
         modules = work.trainer.modules
         before = {module: work.version(module) for module in modules}
@@ -275,7 +310,11 @@ class Volunteer:
         await self.keeper.versions.until(
             lambda: (
                 self.stop.is_set()
-                or all(node.log.held[module].version > before[module] for module in modules)
+                or all(
+                    node.log.held[module].version > before[module]
+                    or _is_decided(node.log.held[module], slot)
+                    for module in modules
+                )
             ),
             max(0.0, deadline - node.now()),
         )
@@ -332,8 +371,7 @@ class Volunteer:
         node, work = self._node, self._work
         if work is None or self.stop.is_set() or self._is_finished():
             return
-        wanted = assign_paths(self.keeper.snapshot, node.manifest.topology.paths)
-        path = wanted.get(node.peer_id, work.trainer.path)
+        path = self._plan.get(node.peer_id, work.trainer.path)
         if path != work.trainer.path:
             former = work.trainer.path
             try:
@@ -365,27 +403,22 @@ class Volunteer:
         elapsed = self._node.now() - self._first_step_time
         return min(1.0, self._train_seconds / elapsed) if elapsed > 0 else 0.0
 
-    def _certificates(self) -> list[Certificate]:
-        """The history of the path's module with the fewest other paths."""
-        work = self._the_work()
+    def _rarest_module(self) -> ModuleID:
+        """The path's module with the fewest other paths."""
         topology = self._node.history.newest.topology
-        module = min(work.trainer.modules, key=topology.num_paths_through)
-        return self._node.log.held[module].chain
+        return min(self._the_work().trainer.modules, key=topology.num_paths_through)
 
     def _path_tokens(self) -> int:
-        """Counted tokens of the path since the manifest in force began: its shard may be new."""
-        path, first_slot = str(self._the_work().trainer.path), self._node.manifest.first_slot
-        return sum(
-            commitment.tokens
-            for certificate in self._certificates()
-            for commitment in certificate.proposal.contributions
-            if commitment.path == path and commitment.slot >= first_slot
-        )
+        """Counted tokens of the path under the manifest in force."""
+        node = self._node
+        held = node.log.held[self._rarest_module()]
+        path = self._the_work().trainer.path
+        return counted_tokens(held, path, node.manifest, before=node.slot + 1)
 
     def _commits(self) -> int:
         return sum(
             any(c.peer == self._node.peer_id for c in certificate.proposal.contributions)
-            for certificate in self._certificates()
+            for certificate in self._node.log.held[self._rarest_module()].chain
         )
 
     async def _pause(self, seconds: float) -> None:
@@ -397,14 +430,9 @@ class Volunteer:
             pass
 
 
-def snapshot_order(peer: str, snapshot: Snapshot, paths: Sequence[PathID]) -> list[PathID]:
-    """All paths, the one that `peer` should take first."""
-    left = list(paths)
-    order = []
-    while left:
-        order.append(choose_path(peer, snapshot, left))
-        left.remove(order[-1])
-    return order
+def _is_decided(held: Held, slot: int) -> bool:
+    """Whether there is a certificate of `slot` or a later one."""
+    return held.certificate is not None and held.certificate.ballot.slot >= slot
 
 
 def _counted_slot(certificates: Sequence[Certificate], peer: str) -> int | None:

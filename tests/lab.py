@@ -243,10 +243,17 @@ class Lab:
         await peer.stack.enter_async_context(peer.keeper.running())
         return peer
 
-    async def join(self, name: str, *, through: str = "bootstrap") -> LabPeer:
-        """A volunteer; its state directory survives `kill`, so joining again is a restart."""
+    async def join(
+        self, name: str, *, through: str = "bootstrap", step_seconds: float = 0.0
+    ) -> LabPeer:
+        """A volunteer; its state directory survives `kill`, so joining again is a restart.
+
+        An inner step takes it `step_seconds` more than anything else that runs in a thread.
+        """
         number = self.numbers.setdefault(name, 2 + len(self.numbers))
-        peer = await self._start(name, number, keep_all=False, trains=True)
+        peer = await self._start(
+            name, number, keep_all=False, trains=True, step_seconds=step_seconds
+        )
         peer.keeper.providers.hints.append(self.peers[through].peer_id)
         await peer.stack.enter_async_context(peer.keeper.running())
         assert peer.volunteer is not None
@@ -309,7 +316,9 @@ class Lab:
             assert loop.time() < deadline, f"not within {within} s: {what}"
             await asyncio.sleep(0.25)
 
-    async def _start(self, name: str, number: int, *, keep_all: bool, trains: bool) -> LabPeer:
+    async def _start(
+        self, name: str, number: int, *, keep_all: bool, trains: bool, step_seconds: float = 0.0
+    ) -> LabPeer:
         state_dir = self.directory / name
         key = identity(number)
         swarm = MemorySwarm(self.dht, key)
@@ -320,6 +329,7 @@ class Lab:
         store = BlobStore(state_dir / "blobs")
         faults = Faults(events)
         history = History(self.run.manifest, store, state_dir / "manifests")
+        device = Device(step_seconds)
         node = Node(
             identity=key,
             history=history,
@@ -330,14 +340,14 @@ class Lab:
             log=ModuleLog(state_dir / "modules", history, store),
             events=events,
             faults=faults,
-            offload=offload_inline,
+            offload=device.offload,
             state_dir=state_dir,
         )
         keeper = Keeper(node, Providers(swarm, store, node.blobs), keep_all=keep_all)
         volunteer = None
         if trains:
             pace = Pace(burst_steps=1)
-            volunteer = Volunteer(keeper, make_trainer, pace=pace)
+            volunteer = Volunteer(keeper, device.make_trainer, pace=pace)
         peer = LabPeer(name=name, keeper=keeper, volunteer=volunteer, events=logged)
         self.peers[name] = peer
         peer.stack.callback(events.close)
@@ -346,15 +356,30 @@ class Lab:
         return peer
 
 
-def make_trainer(manifest: Manifest, path: PathID, shard: Shard, replica: int) -> PathTrainer:
-    return PathTrainer(manifest.run_config, manifest.topology, path, shard, replica=replica)
+class Device:
+    """What a real peer runs in a thread, run here, and charged to the virtual clock."""
 
+    def __init__(self, step_seconds: float) -> None:
+        self._step_seconds = step_seconds
+        self._num_steps = 0
 
-async def offload_inline(function: Callable[[], T]) -> T:
-    """Run it here, and charge virtual time for it."""
-    result = function()
-    await asyncio.sleep(STEP_SECONDS)
-    return result
+    async def offload(self, function: Callable[[], T]) -> T:
+        self._num_steps = 0
+        result = function()
+        await asyncio.sleep(STEP_SECONDS + self._num_steps * self._step_seconds)
+        return result
+
+    def make_trainer(
+        self, manifest: Manifest, path: PathID, shard: Shard, replica: int
+    ) -> PathTrainer:
+        device = self
+
+        class CountingTrainer(PathTrainer):
+            def train_step(self, position_steps: int) -> Tensor:
+                device._num_steps += 1
+                return super().train_step(position_steps)
+
+        return CountingTrainer(manifest.run_config, manifest.topology, path, shard, replica=replica)
 
 
 @asynccontextmanager

@@ -1,0 +1,111 @@
+"""Path choice in a running swarm: turns, slow peers, joiners at one instant."""
+
+import asyncio
+from collections import Counter
+from pathlib import Path
+
+from tests.lab import Lab, LabPeer, certified_states, lab, little_config
+from tests.virtual_clock import run_virtual
+
+ROUND = 20.0  # virtual seconds
+STEP_SECONDS = 3.0
+
+
+def assert_agreement(peers: list[LabPeer]) -> None:
+    """P1: whoever applied a version applied the same bytes."""
+    assert all(len(states) == 1 for states in certified_states(peers).values())
+    assert not any(peer.seen("diverged") or peer.seen("error") for peer in peers)
+
+
+def counted_tokens(bootstrap: LabPeer, *, before: int) -> Counter[str]:
+    """Tokens by path that certificates count, of slots before `before`."""
+    counts: Counter[str] = Counter()
+    log = bootstrap.keeper.node.log
+    [shared] = [module for module in log.held if module.level == 0]
+    for certificate in log.held[shared].chain:
+        for commitment in certificate.proposal.contributions:
+            if commitment.slot < before:
+                counts[commitment.path] += commitment.tokens
+    return counts
+
+
+def worst_share(place: Lab, counts: Counter[str]) -> float:
+    """How far the tokens of any path are from its shard's share, relative to that."""
+    shards = {str(p): tokens for p, tokens in place.run.manifest.shard_tokens.items()}
+    total, all_shards = sum(counts.values()), sum(shards.values())
+    return max(abs(counts[p] * all_shards / (total * shard) - 1) for p, shard in shards.items())
+
+
+def test_three_peers_give_each_of_four_paths_its_share_of_tokens(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        config = little_config(num_rounds=100, blocking=False)
+        async with lab(tmp_path, config) as place:
+            bootstrap = await place.bootstrap()
+            peers = [await place.join(f"peer{n}", step_seconds=STEP_SECONDS) for n in range(3)]
+            await place.until(
+                lambda: bootstrap.keeper.node.slot > 20, within=23 * ROUND, what="20 slots"
+            )
+            counts = counted_tokens(bootstrap, before=20)
+            assert worst_share(place, counts) <= 0.1
+            assert_agreement([bootstrap, *peers])
+
+    run_virtual(scenario())
+
+
+def test_a_peer_ten_times_slower_takes_part_and_harms_nobody(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        config = little_config(num_rounds=100, blocking=False)
+        async with lab(tmp_path, config) as place:
+            bootstrap = await place.bootstrap()
+            fast = [await place.join(f"fast{n}", step_seconds=0.7) for n in range(3)]
+            slow = await place.join("slow", step_seconds=8.8)
+            await place.until(
+                lambda: bootstrap.keeper.node.slot > 6, within=10 * ROUND, what="six slots"
+            )
+            assert_agreement([bootstrap, *fast, slow])
+            for module, version in bootstrap.versions().items():
+                assert version >= 6, f"{module} did not advance in each of the six slots"
+            chains = {m.level: h.chain for m, h in bootstrap.keeper.node.log.held.items()}
+            tokens: dict[str, list[int]] = {peer.peer_id: [] for peer in [*fast, slow]}
+            for certificate in chains[0]:
+                for commitment in certificate.proposal.contributions:
+                    tokens[commitment.peer].append(commitment.tokens)
+            assert all(len(counted) >= 6 for counted in tokens.values()), "each counts in each slot"
+            least = min(sum(tokens[peer.peer_id][1:6]) for peer in fast)
+            assert 0 < sum(tokens[slow.peer_id][1:6]) <= least / 5
+
+    run_virtual(scenario())
+
+
+def test_joiners_at_the_same_instant_settle_within_one_round(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        config = little_config(num_rounds=100, blocking=False)
+        async with lab(tmp_path, config) as place:
+            there = [
+                await place.bootstrap(),
+                await place.join("old0", step_seconds=STEP_SECONDS),
+                await place.join("old1", step_seconds=STEP_SECONDS),
+            ]
+            await place.until(
+                lambda: bool(there[0].seen("version")), within=3 * ROUND, what="a version"
+            )
+            joiners = await asyncio.gather(
+                place.join("new0", step_seconds=STEP_SECONDS),
+                place.join("new1", step_seconds=STEP_SECONDS),
+            )
+            await place.until(
+                lambda: all(peer.seen("path") for peer in joiners), within=ROUND, what="a path each"
+            )
+            slot = there[0].keeper.node.slot
+            await place.until(
+                lambda: there[0].keeper.node.slot > slot + 1,
+                within=3 * ROUND,
+                what="two more slots",
+            )
+            peers = [*there[1:], *joiners]
+            settled = {e["path"] for p in peers for e in p.seen("contributed")
+                       if e["slot"] == slot + 1}  # fmt: skip
+            assert len(settled) == len(peers)
+            assert_agreement([*there, *joiners])
+
+    run_virtual(scenario())
