@@ -33,6 +33,7 @@ bench: $(READY) ## Run the benchmarks of docs/results.md.
 	$(BIN)/python -m benchmarks.inner_step
 	$(BIN)/python -m benchmarks.averaging --peers 2
 	$(BIN)/python -m benchmarks.averaging --peers 4
+	$(BIN)/python -m benchmarks.fetches --fetches 10000
 
 quality: $(READY) ## Compare routers, topologies and outer steps; an hour and a half on two cores.
 	$(BIN)/python -m benchmarks.quality --size cpu --json quality-run/quality.json --plots quality-run

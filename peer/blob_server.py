@@ -8,9 +8,11 @@ against the blob's name, every chunk against the index, so a wrong byte costs th
 and at most one chunk of traffic.
 """
 
+import asyncio
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Collection
 from typing import Annotated
+from weakref import WeakValueDictionary
 
 from pydantic import Field
 
@@ -59,6 +61,8 @@ class BlobServer:
 
     def __init__(self, store: BlobStore) -> None:
         self._store = store
+        # One chunk at a time to each peer, so that a connection that is cut costs only that one.
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._num_sent: OrderedDict[str, dict[int, int]] = OrderedDict()  # times, by blob and chunk
 
     async def serve(self, transport: Transport) -> None:
@@ -75,11 +79,13 @@ class BlobServer:
             return
         granted = self._grant(request)
         yield chunk_bits(granted, request.first_chunk)
+        turn = self._turns.setdefault(peer_id, asyncio.Lock())
         for chunk in granted:
-            data = self._store.read_chunk(request.digest, chunk)
-            if data is None:
-                raise ValueError("that chunk is gone")
-            yield data
+            async with turn:
+                data = self._store.read_chunk(request.digest, chunk)
+                if data is None:
+                    raise ValueError("that chunk is gone")
+                yield data
 
     def _grant(self, request: BlobRequest) -> list[int]:
         """Of the wanted chunks that are here, those that were sent least; ascending."""

@@ -233,7 +233,7 @@ class Download:
         seconds = {s.peer: self._chunk_seconds(s) for s in useful}
         speed = sum(1 / seconds[s.peer] for s in useful)
         share = math.ceil(num_free / (speed * self._chunk_seconds(source)))
-        return max(1, min(run, share, MAX_CHUNKS_PER_REQUEST))
+        return max(1, min(run, share, num_free, MAX_CHUNKS_PER_REQUEST))
 
     def _late_chunk(self, source: _Source, alive: list[_Source], now: float) -> int | None:
         """The chunk that another source would bring last, if `source` would bring it far sooner."""
