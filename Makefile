@@ -35,10 +35,13 @@ bench: $(READY) ## Run the benchmarks of docs/results.md.
 	$(BIN)/python -m benchmarks.averaging --peers 4
 	$(BIN)/python -m benchmarks.fetches --fetches 10000
 
+churn: $(READY) ## Soak 12 peers that keep leaving and coming back, under a virtual clock.
+	$(BIN)/python -m benchmarks.churn
+
 quality: $(READY) ## Compare routers, topologies and outer steps; an hour and a half on two cores.
 	$(BIN)/python -m benchmarks.quality --size cpu --json quality-run/quality.json --plots quality-run
 
 clean: ## Remove the virtual environment and what the demo left.
 	rm -rf $(VENV) demo-run quality-run
 
-.PHONY: help setup demo test check bench quality clean
+.PHONY: help setup demo test check bench churn quality clean

@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from bootstrap.operator import Operator, issue
+from bootstrap.prepare import load_or_sign_manifest
 from dht.identity import Identity
 from dht.memory import MemoryDHT, MemorySwarm
 from dipaco.checkpoint import ModuleState, encode_state
@@ -31,6 +32,7 @@ from dipaco.digest import blob_digest
 from dipaco.inner import PathTrainer
 from dipaco.model import PathNet, initialize, read_module
 from dipaco.shards import Shard
+from dipaco.start import Start
 from dipaco.topology import ModuleID, PathID, Topology
 from peer.blobs import BlobClient
 from peer.events import EventLog
@@ -132,6 +134,23 @@ def make_run(config: RunConfig, *, operator: Identity, start_time: float) -> Run
     )
 
 
+def run_of(start: Start, directory: Path, *, start_time: float) -> Run:
+    """A run of real text, signed by an operator whose key lies in `directory`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    manifest = load_or_sign_manifest(directory, start, start_time=start_time)
+    topology = start.topology
+    files = [start.tokenizer_file, start.router_file]
+    files += [start.shard_file(path) for path in topology.paths]
+    files += [start.state_file(level.index) for level in topology.levels]
+    return Run(
+        manifest=manifest,
+        digest=manifest.digest,
+        blobs=[manifest.to_bytes(), *(file.read_bytes() for file in files)],
+        shards={path: start.shard(path) for path in topology.paths},
+        starts={module: start.module_state(module) for module in topology.modules},
+    )
+
+
 def make_shards(config: RunConfig, *, seed: int) -> dict[PathID, Shard]:
     """Random rows, as many as chance gives."""
     generator = np.random.default_rng(seed)
@@ -225,7 +244,13 @@ class Lab:
     """Starts, stops and kills peers; every peer runs the code that the real one runs."""
 
     def __init__(
-        self, directory: Path, config: RunConfig, *, start_in: float = 10.0, seed: int = 0
+        self,
+        directory: Path,
+        config: RunConfig,
+        *,
+        start_in: float = 10.0,
+        seed: int = 0,
+        prepared: Start | None = None,
     ) -> None:
         self.directory = directory
         self.dht = MemoryDHT(latency_seconds=0.01)
@@ -233,7 +258,10 @@ class Lab:
         self.peers: dict[str, LabPeer] = {}
         self.numbers: dict[str, int] = {}
         now = MemorySwarm(self.dht, identity(1)).now()
-        self.run = make_run(config, operator=identity(1), start_time=now + start_in)
+        if prepared is None:
+            self.run = make_run(config, operator=identity(1), start_time=now + start_in)
+        else:
+            self.run = run_of(prepared, directory, start_time=now + start_in)
 
     async def bootstrap(self) -> LabPeer:
         """The first peer: has every blob, trains nothing, keeps everything."""
