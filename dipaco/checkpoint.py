@@ -11,12 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dipaco.digest import blob_digest
 from dipaco.errors import BadState
-from dipaco.tensors import Layout, decode_tensors, encode_tensors, encoded_bytes, is_finite
+from dipaco.tensors import (
+    Layout,
+    decode_tensors,
+    encode_header,
+    encode_tensors,
+    encoded_bytes,
+    is_finite,
+    split_tensors,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -47,6 +56,25 @@ class ModuleState:
 def encode_state(state: ModuleState) -> bytes:
     """The state as safetensors: the same state gives the same bytes on every machine."""
     return encode_tensors({"parameters": state.parameters, "momentum": state.momentum})
+
+
+def blank_state(num_parameters: int) -> tuple[memoryview, ModuleState]:
+    """An encoded state to be filled in: what is written into the vectors is in the bytes too.
+
+    So a new version is computed right where it is hashed and written from. The values are
+    arbitrary until then.
+    """
+    layout = _layout(num_parameters)
+    # From numpy, which asks for large pages: touching so much memory anew is half of the work.
+    raw = np.empty(encoded_bytes(layout), dtype=np.uint8)
+    header = encode_header(layout)
+    raw[: len(header)] = np.frombuffer(header, dtype=np.uint8)
+    bodies = split_tensors(raw.data, layout)
+    vectors = {
+        name: torch.from_numpy(np.asarray(body).view(np.float32)) for name, body in bodies.items()
+    }
+    state = ModuleState(parameters=vectors["parameters"], momentum=vectors["momentum"])
+    return raw.data, state
 
 
 def state_bytes(num_parameters: int) -> int:

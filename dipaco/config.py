@@ -245,18 +245,21 @@ class OuterConfig:
     """The outer step of a module: Nesterov on rescaled averages (paper 2.6, 2.7 and 7.1).
 
     `learning_rate_by_paths` is a list of [number of paths, rate]: a module through which at least
-    so many paths run takes that rate instead of `learning_rate`.
+    so many paths run takes that rate instead of `learning_rate`. No contribution counts as longer
+    than `clip_norm` times the median one; 0 lets all pass.
     """
 
     learning_rate: float = 0.7
     momentum: float = 0.9
     rescale: Rescale = "sqrt"
-    wire_format: Literal["float32", "float16", "int8", "int4"] = "int8"
+    wire_format: Literal["float32", "float16", "int8", "int4", "topk"] = "int4"
+    clip_norm: float = 3.0
     learning_rate_by_paths: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self) -> None:
         _check("outer.learning_rate", self.learning_rate, 0.0, 10.0)
         _check("outer.momentum", self.momentum, 0.0, 0.9999)
+        _check("outer.clip_norm", self.clip_norm, 0.0, 1e6)
         for entry in self.learning_rate_by_paths:
             if len(entry) != 2:
                 raise ConfigError(

@@ -4,24 +4,35 @@ Every peer reduces for itself, and all must end with the same bits. So everythin
 elementwise, float32, on the CPU, one operation at a time and in one order: IEEE 754 then fixes
 each rounding, whatever the processor, its vector width or the number of threads. A library's sum
 over elements (a norm, a dot product) or a fused multiply-add (`add` with `alpha`, `addcmul`,
-`lerp`) would not have that property and must not decide a value; where a norm does, `exact_norm`
-adds up in an order of its own. Scalars are rounded to float32 first.
+`lerp`) would not have that property and must not decide a value; where a norm does, it is added up
+in an order of its own (`NormSum`). Scalars are rounded to float32 first.
+
+Numpy does it on one thread, one part of the vector after another, each small enough for a cache:
+that is as fast as the memory is, and leaves the other threads to training.
 """
 
 import math
+import statistics
 import struct
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 from torch import Tensor
 
-from dipaco.checkpoint import ModuleState
+from dipaco.checkpoint import ModuleState, blank_state
+from dipaco.codec import PART_VALUES
 from dipaco.config import OuterConfig, Rescale
+from dipaco.gradient import Gradient, NormSum, TensorGradient
 from dipaco.topology import PathID
 
-_NORM_LANES = 2**16
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float32]
+
 _LEAST_NORM = 1e-20  # a shorter vector has no direction worth a float32
 
 
@@ -56,82 +67,17 @@ def contribution_weights(
     ]
 
 
-class OuterReduction:
-    """The weighted average of outer gradients, one at a time; the order is part of the result.
+def clip_factors(norms: Sequence[float], clip_norm: float) -> list[float]:
+    """What to multiply each contribution by, so that none is longer than `clip_norm` medians.
 
-    With `rescale` = "rda" norms and directions are averaged separately (Decoupled DiLoCo, arXiv
-    2604.21428): the result points where the weighted directions do and is as long as the weighted
-    average of the norms, however much the gradients agree.
+    The median is of the norms that are not 0, the upper one of an even number: of one or two
+    contributions nobody can say which is too long. 0 switches clipping off.
     """
-
-    def __init__(self, rescale: Rescale) -> None:
-        self._rescale = rescale
-        self._sum: Tensor | None = None
-        self._mean_norm = 0.0
-
-    def add(self, weight: float, gradient: Tensor) -> None:
-        """Add one gradient. ValueError unless it is 1-D float32, as long as the ones before."""
-        if gradient.dim() != 1 or gradient.dtype != torch.float32:
-            raise ValueError("an outer gradient is a 1-D float32 vector")
-        if self._sum is not None and self._sum.shape != gradient.shape:
-            raise ValueError("outer gradients of one module differ in length")
-        factor = weight
-        if self._rescale == "rda":
-            norm = exact_norm(gradient)
-            factor = weight / norm if norm > _LEAST_NORM else 0.0
-        else:
-            norm = float(torch.linalg.vector_norm(gradient))
-        self._mean_norm += weight * norm
-        weighted = gradient * as_float32(factor)
-        if self._sum is None:
-            self._sum = weighted
-        else:
-            self._sum += weighted
-
-    def finish(self, num_paths: int) -> "Reduced":
-        """The average, rescaled for contributions of `num_paths` paths; ValueError without any."""
-        if self._sum is None:
-            raise ValueError("nothing to reduce")
-        gradient, self._sum = self._sum, None
-        norm = float(torch.linalg.vector_norm(gradient))
-        if self._rescale == "rda":
-            ratio = norm
-            exact = exact_norm(gradient)
-            gradient *= as_float32(self._mean_norm / exact) if exact > _LEAST_NORM else 0.0
-        else:
-            ratio = norm / self._mean_norm if self._mean_norm else 0.0
-            gradient *= rescale_factor(self._rescale, num_paths)
-        return Reduced(gradient=gradient, norm_ratio=ratio)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Reduced:
-    """The outer gradient of a module, and how well its contributions agreed.
-
-    `norm_ratio` is the norm of their average over the average of their norms, before rescaling:
-    1 if all point the same way, 1 / sqrt(n) if n of equal length are orthogonal. With "rda" it is
-    that of the directions. For people to read; no value of the model depends on it.
-    """
-
-    gradient: Tensor
-    norm_ratio: float
-
-
-def exact_norm(vector: Tensor) -> float:
-    """The Euclidean norm of a 1-D float32 vector, the same bits on every machine.
-
-    Squares of float32 are exact in float64; they are added to fixed lanes one after another, and
-    the lanes pairwise.
-    """
-    lanes = torch.zeros(_NORM_LANES, dtype=torch.float64)
-    for part in torch.split(vector, _NORM_LANES):
-        squares = part.double()
-        squares *= squares
-        lanes[: len(squares)] += squares
-    while len(lanes) > 1:
-        half = len(lanes) // 2
-        lanes = lanes[:half] + lanes[half:]
-    return math.sqrt(lanes.item())
+    lengths = [norm for norm in norms if norm > _LEAST_NORM]
+    if not lengths or not clip_norm:
+        return [1.0] * len(norms)
+    limit = clip_norm * statistics.median_high(lengths)
+    return [limit / norm if norm > limit else 1.0 for norm in norms]
 
 
 def rescale_factor(rescale: Rescale, num_paths: int) -> float:
@@ -146,45 +92,142 @@ def outer_step(
 
     m' = mu m + g;  theta' = theta - lr (g + mu m'). The old state is left as it was.
     """
-    lr = as_float32(config.learning_rate_for(num_paths))
-    mu = as_float32(config.momentum)
-    momentum = state.momentum * mu
-    momentum += gradient
-    step = momentum * mu
-    step += gradient
-    step *= lr
-    return ModuleState(parameters=state.parameters - step, momentum=momentum)
+    unscaled = replace(config, rescale="none")
+    return apply_contributions(state, [(1.0, gradient)], num_paths, unscaled).state
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class OuterUpdate:
-    """The next version of a module, and how well its contributions agreed (see `Reduced`)."""
+    """The next version of a module.
+
+    `encoded` is the state as bytes; both share their memory. `norm_ratio` is the norm of the
+    average of the contributions over the average of their norms, before rescaling: 1 if all point
+    the same way, 1 / sqrt(n) if n of equal length are orthogonal; with "rda" it is that of the
+    directions. It and `num_clipped` are for people to read; no value of the model depends on them.
+    """
 
     state: ModuleState
+    encoded: memoryview
     norm_ratio: float
+    num_clipped: int
 
 
 def apply_contributions(
     state: ModuleState,
-    contributions: Iterable[tuple[float, Tensor]],
+    contributions: Iterable[tuple[float, Tensor | Gradient]],
     num_paths: int,
     config: OuterConfig,
 ) -> OuterUpdate:
-    """The next version of a module: reduce (weight, gradient) pairs in the order given, and step.
+    """The next version of a module: clip, average, rescale, and take the outer step.
 
-    `num_paths` is the number of distinct paths among the contributions. ValueError if there are
-    no contributions, or if they do not fit the state.
+    `contributions` are (weight, outer gradient) pairs in the order in which they are added up,
+    which is part of the result; `num_paths` is the number of distinct paths among them. Besides
+    what the contributions take and the new state (8 bytes per parameter), this needs two megabytes.
+    ValueError if there are no contributions, or if they do not fit the state.
+
+    With `rescale` = "rda" norms and directions are averaged separately (Decoupled DiLoCo, arXiv
+    2604.21428): the result points where the weighted directions do and is as long as the weighted
+    average of the norms, however much the gradients agree.
     """
-    reduction = OuterReduction(config.rescale)
-    for weight, gradient in contributions:
-        reduction.add(weight, gradient)
-    reduced = reduction.finish(num_paths)
-    if reduced.gradient.shape != state.parameters.shape:
-        raise ValueError("an outer gradient and its module differ in length")
+    weights, gradients = _fitting(contributions, state)
+    norms = [gradient.norm for gradient in gradients]
+    clips = clip_factors(norms, config.clip_norm)
+    mean_norm = sum(w * norm * clip for w, norm, clip in zip(weights, norms, clips, strict=True))
+    step = _OuterStep(state, num_paths, config)
+    if config.rescale == "rda":
+        factors = [w / n if n > _LEAST_NORM else 0.0 for w, n in zip(weights, norms, strict=True)]
+        norm_ratio = length = _add_directions(gradients, factors, step)
+        scale = as_float32(mean_norm / length) if length > _LEAST_NORM else 0.0
+        for part in _parts(state.num_parameters):
+            step.take(part, step.momentum[part] * np.float32(scale))
+    else:
+        factors = [weight * clip for weight, clip in zip(weights, clips, strict=True)]
+        scale = rescale_factor(config.rescale, num_paths)
+        squares = 0.0
+        for part, average in _sums(gradients, factors):
+            squares += float(np.einsum("i,i->", average, average))
+            if scale != 1.0:
+                average *= np.float32(scale)
+            step.take(part, average)
+        norm_ratio = math.sqrt(squares) / mean_norm if mean_norm else 0.0
     return OuterUpdate(
-        state=outer_step(state, reduced.gradient, num_paths, config),
-        norm_ratio=reduced.norm_ratio,
+        state=step.after,
+        encoded=step.encoded,
+        norm_ratio=norm_ratio,
+        num_clipped=sum(clip < 1.0 for clip in clips),
     )
+
+
+def _fitting(
+    contributions: Iterable[tuple[float, Tensor | Gradient]], state: ModuleState
+) -> tuple[list[float], list[Gradient]]:
+    """Weights and gradients; ValueError if there are none, or if one is of another length."""
+    pairs = list(contributions)
+    gradients = [
+        TensorGradient(gradient) if isinstance(gradient, Tensor) else gradient
+        for _, gradient in pairs
+    ]
+    if not pairs:
+        raise ValueError("nothing to reduce")
+    if any(gradient.num_values != state.num_parameters for gradient in gradients):
+        raise ValueError("an outer gradient and its module differ in length")
+    return [weight for weight, _ in pairs], gradients
+
+
+def _parts(num_values: int) -> Iterator[slice]:
+    for start in range(0, num_values, PART_VALUES):
+        yield slice(start, min(start + PART_VALUES, num_values))
+
+
+def _sums(
+    gradients: Sequence[Gradient], factors: Sequence[float]
+) -> "Iterator[tuple[slice, Floats]]":
+    """The sum of the gradients times their factors, part by part, in memory that is used again."""
+    total, product, scratch = (np.empty(PART_VALUES, np.float32) for _ in range(3))
+    rounded = [np.float32(as_float32(factor)) for factor in factors]
+    for part in _parts(gradients[0].num_values):
+        length = part.stop - part.start
+        for number, (gradient, factor) in enumerate(zip(gradients, rounded, strict=True)):
+            out = product if number else total
+            np.multiply(gradient.part(part.start, part.stop, scratch), factor, out=out[:length])
+            if number:
+                total[:length] += product[:length]
+        yield part, total[:length]
+
+
+def _add_directions(
+    gradients: Sequence[Gradient], factors: Sequence[float], step: "_OuterStep"
+) -> float:
+    """Put the sum where the new momentum will be, until its length, which is returned, is known."""
+    norm = NormSum()
+    for part, total in _sums(gradients, factors):
+        step.momentum[part] = total
+        norm.add(total)
+    return norm.finish()
+
+
+class _OuterStep:
+    """One Nesterov step, part by part, into a new state."""
+
+    def __init__(self, state: ModuleState, num_paths: int, config: OuterConfig) -> None:
+        self.encoded, self.after = blank_state(state.num_parameters)
+        self.momentum: Floats = self.after.momentum.numpy()
+        self._parameters: Floats = self.after.parameters.numpy()
+        self._old: Floats = state.parameters.numpy()
+        self._old_momentum: Floats = state.momentum.numpy()
+        self._lr = np.float32(as_float32(config.learning_rate_for(num_paths)))
+        self._mu = np.float32(as_float32(config.momentum))
+        self._scratch = np.empty(PART_VALUES, np.float32)
+
+    def take(self, part: slice, gradient: "Floats") -> None:
+        """Every operation by itself, so that each is rounded once."""
+        momentum, change = self.momentum[part], self._scratch[: len(gradient)]
+        np.multiply(self._old_momentum[part], self._mu, out=momentum)
+        momentum += gradient
+        np.multiply(momentum, self._mu, out=change)
+        change += gradient
+        change *= self._lr
+        np.subtract(self._old[part], change, out=self._parameters[part])
 
 
 def as_float32(value: float | Fraction) -> float:

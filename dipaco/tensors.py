@@ -68,20 +68,26 @@ def decode_tensors(raw: bytes | memoryview, layout: Layout) -> dict[str, Tensor]
 
     The tensors own their memory. Their values are not looked at.
     """
+    bodies = split_tensors(raw, layout)
+    return {name: _tensor_of(bodies[name], *layout[name]) for name in bodies}
+
+
+def split_tensors(raw: bytes | memoryview, layout: Layout) -> dict[str, memoryview]:
+    """The bytes of each tensor, without copying them; ValueError as `decode_tensors`."""
     header = encode_header(layout)
     expected = encoded_bytes(layout)
-    if len(raw) != expected:
-        raise ValueError(f"{len(raw)} bytes, expected {expected}")
-    if bytes(raw[: len(header)]) != header:
+    view = memoryview(raw).cast("B")
+    if len(view) != expected:
+        raise ValueError(f"{len(view)} bytes, expected {expected}")
+    if bytes(view[: len(header)]) != header:
         raise ValueError("names, dtypes or shapes of the tensors are not the expected ones")
-    tensors = {}
+    bodies = {}
     start = len(header)
     for name in _ordered(layout):
-        dtype, shape = layout[name]
-        end = start + _num_bytes(dtype, shape)
-        tensors[name] = _tensor_of(raw[start:end], dtype, shape)
+        end = start + _num_bytes(*layout[name])
+        bodies[name] = view[start:end]
         start = end
-    return tensors
+    return bodies
 
 
 def layout_of(raw: bytes | memoryview) -> Layout:

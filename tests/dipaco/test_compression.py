@@ -7,20 +7,23 @@ from bitsandbytes.functional import QuantState, create_dynamic_map, dequantize_b
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dipaco.blocks import Int4Codec, Int8Codec, dynamic_table, four_bit_table
+from dipaco.checkpoint import ModuleState
 from dipaco.compression import (
-    BLOCK_VALUES,
+    EncodedGradient,
     WireFormat,
     compress_with_feedback,
     decode,
-    dynamic_table,
     encode,
     encoded_bytes,
-    four_bit_table,
 )
+from dipaco.config import OuterConfig
 from dipaco.errors import BadContribution
+from dipaco.outer import apply_contributions
 from dipaco.tensors import decode_tensors, encode_tensors, layout_of
 
-FORMATS: list[WireFormat] = ["float32", "float16", "int8", "int4"]
+FORMATS: list[WireFormat] = ["float32", "float16", "int8", "int4", "topk"]
+BLOCK_VALUES = {"int8": Int8Codec.block_values, "int4": Int4Codec.block_values}
 # The largest error, as a share of the largest magnitude in a block: half of the widest gap in the
 # table, or all of it where nothing stands for -1; and for 4 bits, what rounds the scale and values.
 MAX_ERROR = {"int8": 0.04, "int4": 0.135}
@@ -39,7 +42,7 @@ def scale_of(vector: torch.Tensor, wire_format: WireFormat) -> torch.Tensor:
     return torch.tensor(largest).repeat_interleave(block_values)[: len(vector)]
 
 
-@pytest.mark.parametrize("wire_format", FORMATS)
+@pytest.mark.parametrize("wire_format", ["float32", "float16", "int8", "int4"])
 @pytest.mark.parametrize("size", SIZES)
 def test_sizes_are_exact_and_errors_are_small(wire_format: WireFormat, size: int) -> None:
     vector = a_vector(size)
@@ -136,13 +139,56 @@ def test_garbage_is_a_bad_contribution(
 def test_values_that_are_not_finite_are_refused_on_both_sides(wire_format: WireFormat) -> None:
     with pytest.raises(BadContribution, match="not finite"):
         encode(torch.tensor([1.0, float("nan")]), wire_format)
-    raw = bytearray(encode(torch.ones(4), wire_format))
-    # The last value, or the last scale: values are bytes, and lie behind the scales.
-    end = len(raw) - {"int8": 4, "int4": 2}.get(wire_format, 0)
-    nan = {"float16": b"\x00\x7e", "int4": b"\xc0\x7f"}.get(wire_format, b"\x00\x00\xc0\x7f")
-    raw[end - len(nan) : end] = nan
+    raw = encode(torch.ones(4), wire_format)
+    tensors = decode_tensors(raw, layout_of(raw))
+    tensors[{"int8": "scales", "int4": "scales", "topk": "magnitudes"}.get(wire_format, "values")][
+        ...
+    ] = float("nan")
     with pytest.raises(BadContribution, match="not finite"):
-        decode(bytes(raw), wire_format, num_parameters=4)
+        decode(encode_tensors(tensors), wire_format, num_parameters=4)
+
+
+@pytest.mark.parametrize("size", [1, 64, 4095, 4096, 4097, 2**16 + 5])
+def test_top_k_keeps_the_largest_of_each_chunk(size: int) -> None:
+    vector = a_vector(size) + 1e-30
+    raw = encode(vector, "topk")
+    assert len(raw) == encoded_bytes("topk", size)
+    decoded = decode(raw, "topk", num_parameters=size)
+    for chunk, kept in zip(vector.split(4096), decoded.split(4096), strict=True):
+        largest = chunk.abs().topk(min(64, len(chunk))).indices
+        places = kept.nonzero().flatten()
+        assert set(places.tolist()) == set(largest.tolist())
+        assert torch.equal(kept[places].sign(), chunk[places].sign())
+        assert len(set(kept[places].abs().tolist())) <= 2  # one bit of magnitude
+        assert float(kept.abs().sum()) == pytest.approx(float(chunk[places].abs().sum()), rel=0.02)
+
+
+def test_top_k_refuses_places_that_no_sender_would_write() -> None:
+    raw = encode(a_vector(5000), "topk")
+    for row, column, place in ((0, 63, 4096), (0, 1, 0), (1, 0, 4000)):
+        tensors = decode_tensors(raw, layout_of(raw))
+        tensors["places"][row, column] = place
+        with pytest.raises(BadContribution, match="places"):
+            decode(encode_tensors(tensors), "topk", num_parameters=5000)
+
+
+@pytest.mark.parametrize("wire_format", FORMATS)
+def test_two_peers_average_to_nearly_the_true_mean(wire_format: WireFormat) -> None:
+    """In every round, what two residuals still hold is all that the mean lacks."""
+    state = ModuleState.initial(torch.zeros(5000))
+    config = OuterConfig(learning_rate=1.0, momentum=0.0, rescale="none", wire_format=wire_format)
+    true_mean = torch.zeros(5000)
+    residuals: list[torch.Tensor | None] = [None, None]
+    for round_ in range(4):
+        encoded = []
+        for peer in (0, 1):
+            gradient = a_vector(5000, seed=2 * round_ + peer)
+            true_mean += gradient / 2
+            raw, residuals[peer] = compress_with_feedback(gradient, residuals[peer], wire_format)
+            encoded.append((0.5, EncodedGradient(raw, wire_format, num_parameters=5000)))
+        state = apply_contributions(state, encoded, 2, config).state
+        missing = sum((0.5 * r for r in residuals if r is not None), torch.zeros(5000))
+        assert torch.allclose(missing - state.parameters, true_mean, rtol=1e-4, atol=1e-5)
 
 
 def test_encoding_waits_for_another_thread_that_still_imports_the_kernels() -> None:

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 
 from dipaco.checkpoint import ModuleState
 from dipaco.config import OuterConfig, Rescale
+from dipaco.gradient import TensorGradient, exact_norm
 from dipaco.outer import (
     apply_contributions,
     as_float32,
     contribution_weights,
-    exact_norm,
     outer_step,
     rescale_factor,
 )
@@ -116,7 +116,9 @@ def test_the_norm_ratio_tells_how_much_gradients_agree(rescale: Rescale) -> None
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), max_size=40))
 def test_the_exact_norm_is_the_norm(values: list[float]) -> None:
     expected = math.sqrt(math.fsum(value * value for value in values))
-    assert exact_norm(torch.tensor(values, dtype=torch.float32)) == pytest.approx(expected)
+    assert exact_norm(TensorGradient(torch.tensor(values, dtype=torch.float32))) == pytest.approx(
+        expected
+    )
 
 
 def test_the_outer_learning_rate_may_depend_on_the_number_of_paths() -> None:

@@ -68,7 +68,7 @@ def test_one_inner_step_with_plain_outer_steps_is_averaging(start: Start, tmp_pa
     """inner_steps = 1, lr = 1, no momentum: each module is the weighted mean over its paths."""
     config = replace(
         start.config,
-        outer=OuterConfig(learning_rate=1.0, momentum=0.0, rescale="none"),
+        outer=OuterConfig(learning_rate=1.0, momentum=0.0, rescale="none", wire_format="float32"),
         rounds=replace(start.config.rounds, inner_steps=1, num_rounds=1),
     )
     plain = variant(start, config)

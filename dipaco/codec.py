@@ -1,0 +1,89 @@
+"""What a wire format is: how values are laid out, and how any part of them is read.
+
+A codec turns a float32 vector into a few flat tensors, and any aligned part of these back into
+values. Reading is a table lookup and one float32 multiplication, or less, so that it gives the same
+bits on every machine; how the rounding is done does not matter to anyone but the sender.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dipaco.tensors import Layout
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float32]
+
+PART_VALUES = 2**16
+"""Values worked on at a time, so that all that is made of them stays in a cache. Parts begin at
+multiples of this, and so no format's block is ever cut.
+"""
+
+Bodies = Mapping[str, memoryview]
+"""The bytes of each tensor of an encoded vector."""
+
+
+class Codec(Protocol):
+    """One wire format."""
+
+    def layout(self, num_values: int) -> Layout:
+        """Of what tensors an encoded vector is made."""
+
+    def encode(self, vector: Tensor) -> dict[str, Tensor]:
+        """The tensors of a finite 1-D float32 CPU vector."""
+
+    def check(self, bodies: Bodies, num_values: int) -> None:
+        """Raise ValueError if the bytes say what this format cannot (values that are not finite
+        excepted: whoever adds them up sees those).
+        """
+
+    def part(self, bodies: Bodies, start: int, stop: int, scratch: "Floats") -> "Floats":
+        """Values `start` to `stop`, at most `PART_VALUES` from a multiple of it on.
+
+        In `scratch`, which has room for a whole part, or a view of the bytes themselves.
+        """
+
+
+_MAX_FLOAT16 = 65504.0
+MAX_BFLOAT16 = torch.finfo(torch.bfloat16).max
+
+
+class PlainCodec:
+    """float32 or float16 values as they are."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+
+    def layout(self, num_values: int) -> Layout:
+        """See `Codec`."""
+        return {"values": (self._dtype, (num_values,))}
+
+    def encode(self, vector: Tensor) -> dict[str, Tensor]:
+        """See `Codec`."""
+        if self._dtype is torch.float16:
+            vector = vector.clamp(-_MAX_FLOAT16, _MAX_FLOAT16)
+        return {"values": vector.to(self._dtype)}
+
+    def check(self, bodies: Bodies, num_values: int) -> None:
+        """See `Codec`."""
+
+    def part(self, bodies: Bodies, start: int, stop: int, scratch: "Floats") -> "Floats":
+        """See `Codec`."""
+        size = self._dtype.itemsize
+        body = bodies["values"][start * size : stop * size]
+        if self._dtype is torch.float32:
+            return np.frombuffer(body, np.float32)
+        np.copyto(scratch[: stop - start], np.frombuffer(body, np.float16))
+        return scratch[: stop - start]
+
+
+def bfloat16s(body: memoryview, start: int, stop: int) -> "Floats":
+    """bfloat16 values as float32: exact, since they are its upper half."""
+    halves = np.frombuffer(body[2 * start : 2 * stop], np.uint16).astype(np.uint32)
+    halves <<= 16
+    return halves.view(np.float32)
