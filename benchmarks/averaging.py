@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from rich.table import Table
 
 from dht.identity import Identity
 from dipaco.checkpoint import ModuleState, encode_state
-from dipaco.compression import compress_with_feedback
+from dipaco.compression import encode
 from dipaco.config import (
     CorpusConfig,
     DenseStartConfig,
@@ -168,9 +169,7 @@ async def one_round(keeper: Keeper, slot: int, number: int) -> float:
     for module in modules:
         held = node.log.held[module]
         gradient = gradients[module]
-        raw, _ = await node.offload(
-            lambda g=gradient: compress_with_feedback(g, None, outer.wire_format)  # type: ignore[misc]
-        )
+        raw = await node.offload(partial(encode, gradient, outer.wire_format))
         offers.append(
             Offer(
                 module=module,

@@ -4,14 +4,16 @@ The first commitment of a peer for a (module, slot) counts; a second, different 
 against its signer. One that was made under another manifest than the one in force in its slot is
 left aside: its signer has not heard of a later version, or we have not. Bytes are pulled as soon as
 a commitment arrives, and are counted as held only after their size, digest, schema and values were
-checked.
+checked. They stay on disk, and are mapped into memory: adding them up reads them part by part.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
-from dht.errors import BadMessage, PeerFault, SwarmError
-from dipaco.compression import decode, encoded_bytes
+import numpy as np
+
+from dht.errors import BadMessage, PeerFault, SwarmError, Unreachable
+from dipaco.compression import EncodedGradient, encoded_bytes
 from dipaco.errors import DipacoError
 from dipaco.topology import ModuleID, PathID
 from peer.certificate import contribution_order
@@ -35,7 +37,7 @@ class Contributions:
         self._changes = changes
         self._on_manifest = on_manifest
         self._known: dict[tuple[str, int], dict[str, Commitment]] = {}
-        self._held: set[str] = set()
+        self._gradients: dict[str, EncodedGradient] = {}  # by digest of the commitment
         self._pulls: dict[str, asyncio.Task[None]] = {}
         self._logged: set[tuple[str, int]] = set()  # whose first pull is in the event log
         self._slots = asyncio.Semaphore(MAX_PULLS)
@@ -46,7 +48,11 @@ class Contributions:
 
     def held(self, commitments: Iterable[Commitment]) -> list[Commitment]:
         """Those whose bytes are here and were found good."""
-        return [commitment for commitment in commitments if commitment.blob in self._held]
+        return [commitment for commitment in commitments if commitment.digest in self._gradients]
+
+    def gradient(self, commitment: Commitment) -> EncodedGradient:
+        """The outer gradient of a commitment whose blob is here; raises as `open`."""
+        return self._gradients.get(commitment.digest) or self.open(commitment)
 
     def add(self, commitment: Commitment, *, sender: str, also_from: Iterable[str] = ()) -> bool:
         """Check a commitment, remember it, and begin to pull its bytes.
@@ -72,12 +78,27 @@ class Contributions:
         self._pull(commitment, [commitment.peer, sender, *also_from])
         return True
 
-    def add_own(self, commitment: Commitment) -> None:
+    def add_own(self, commitment: Commitment, gradient: EncodedGradient) -> None:
         """Remember our own contribution, whose blob is in the store."""
         known = self._known.setdefault((commitment.module, commitment.slot), {})
         known[commitment.peer] = commitment
-        self._held.add(commitment.blob)
+        self._gradients[commitment.digest] = gradient
         self._changes.notify()
+
+    def open(self, commitment: Commitment) -> EncodedGradient:
+        """Map the blob of a commitment. Raises `BadContribution` if it is not an outer gradient of
+        its module, `Unreachable` if it is not here.
+        """
+        file = self._node.store.intact_file(commitment.blob)
+        if file is None:
+            raise Unreachable(f"contribution {commitment.blob[:12]} is not on disk, or damaged")
+        manifest = self._node.history.get(commitment.manifest)
+        assert manifest is not None, "bytes are pulled only under a manifest that is here"
+        return EncodedGradient(
+            np.memmap(file, dtype=np.uint8, mode="r").data,
+            manifest.run_config.outer.wire_format,
+            num_parameters=self._node.log.num_parameters(ModuleID.parse(commitment.module)),
+        )
 
     async def obtain(
         self, commitments: Iterable[Commitment], sources: Iterable[str], timeout_seconds: float
@@ -91,7 +112,9 @@ class Contributions:
         return await self._changes.until(
             lambda: (
                 len(self.held(wanted)) == len(wanted)
-                or not any(c.blob in self._pulls for c in wanted if c.blob not in self._held)
+                or not any(
+                    c.digest in self._pulls for c in wanted if c.digest not in self._gradients
+                )
             ),
             timeout_seconds,
         ) and len(self.held(wanted)) == len(wanted)
@@ -101,13 +124,13 @@ class Contributions:
         gone: set[str] = set()
         for key in [key for key in self._known if key[1] < slot - SLOTS_KEPT]:
             gone.update(commitment.blob for commitment in self._known.pop(key).values())
+        known = list(self._all_known())
+        digests = {commitment.digest for commitment in known}
+        self._gradients = {d: g for d, g in self._gradients.items() if d in digests}
         # What was not counted may have been offered again, with the same bytes.
-        for known in self._known.values():
-            gone.difference_update(commitment.blob for commitment in known.values())
-        self._logged = {key for key in self._logged if key[1] >= slot - SLOTS_KEPT}
-        for blob in gone:
-            self._held.discard(blob)
+        for blob in gone.difference(commitment.blob for commitment in known):
             self._node.store.remove(blob)
+        self._logged = {key for key in self._logged if key[1] >= slot - SLOTS_KEPT}
 
     async def close(self) -> None:
         """Give up all pulls."""
@@ -144,15 +167,18 @@ class Contributions:
             raise BadMessage(sender, "commitment that does not fit the run")
         return manifest
 
+    def _all_known(self) -> Iterator[Commitment]:
+        return (c for known in self._known.values() for c in known.values())
+
     def _pull(self, commitment: Commitment, sources: list[str]) -> None:
-        if commitment.blob in self._held or commitment.blob in self._pulls:
+        if commitment.digest in self._gradients or commitment.digest in self._pulls:
             return
         task = asyncio.ensure_future(self._fetch_and_check(commitment, sources))
-        self._pulls[commitment.blob] = task
-        task.add_done_callback(lambda _: self._pulled(commitment.blob))
+        self._pulls[commitment.digest] = task
+        task.add_done_callback(lambda _: self._pulled(commitment))
 
-    def _pulled(self, blob: str) -> None:
-        self._pulls.pop(blob, None)
+    def _pulled(self, commitment: Commitment) -> None:
+        self._pulls.pop(commitment.digest, None)
         self._changes.notify()
 
     async def _fetch_and_check(self, commitment: Commitment, sources: list[str]) -> None:
@@ -166,13 +192,21 @@ class Contributions:
                     max_bytes=commitment.blob_bytes,
                     timeout_seconds=PULL_TIMEOUT_SECONDS,
                 )
-            await node.offload(lambda: self._decode(commitment))
-            self._held.add(commitment.blob)
+            self._gradients[commitment.digest] = await node.offload(
+                lambda: self._checked_gradient(commitment)
+            )
         except DipacoError as error:
-            node.store.remove(commitment.blob)
+            if not any(c.blob == commitment.blob for c in self.held(self._all_known())):
+                node.store.remove(commitment.blob)
             node.faults.count(PeerFault(commitment.peer, str(error)), commitment.peer)
         except SwarmError as error:
             node.faults.count(error, commitment.peer)
+
+    def _checked_gradient(self, commitment: Commitment) -> EncodedGradient:
+        """Raises `BadContribution` unless the blob is a finite vector of the module's length."""
+        gradient = self.open(commitment)
+        gradient.check()
+        return gradient
 
     def _log_first(self, commitment: Commitment) -> None:
         """One line per module and slot, however many contributions there are."""
@@ -180,13 +214,3 @@ class Contributions:
         if key not in self._logged:
             self._logged.add(key)
             self._node.events.write("pulling", module=commitment.module, slot=commitment.slot)
-
-    def _decode(self, commitment: Commitment) -> None:
-        """Raise `BadContribution` unless the blob is a finite vector of the module's length."""
-        raw = self._node.store.read(commitment.blob)
-        if raw is not None:
-            manifest = self._node.history.get(commitment.manifest)
-            assert manifest is not None, "bytes are pulled only under a manifest that is here"
-            num_parameters = self._node.log.num_parameters(ModuleID.parse(commitment.module))
-            outer = manifest.run_config.outer
-            decode(raw, outer.wire_format, num_parameters=num_parameters)

@@ -5,14 +5,11 @@ computes is `dipaco.outer`. A version is applied only with a certificate (promis
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from dht.errors import BadMessage, PeerFault
-from dipaco.checkpoint import encode_state
-from dipaco.compression import decode
+from dht.errors import BadMessage, PeerFault, Unreachable
+from dipaco.digest import BlobIndex, index_of
 from dipaco.errors import BadState
 from dipaco.outer import apply_contributions, contribution_weights
 from dipaco.topology import ModuleID, PathID
@@ -63,10 +60,17 @@ OBTAIN_TIMEOUT_SECONDS = 60.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Result:
-    """What a proposal makes of a module, and how well its contributions agree."""
+    """What a proposal makes of a module; see `dipaco.outer.OuterUpdate`."""
 
-    state: str  # digest
-    norm_ratio: float  # see `dipaco.outer.Reduced`
+    index: BlobIndex
+    encoded: memoryview
+    norm_ratio: float
+    num_clipped: int
+
+    @property
+    def state(self) -> str:
+        """Digest of the new state."""
+        return self.index.digest
 
 
 class Member:
@@ -86,7 +90,8 @@ class Member:
         self._on_version = on_version
         self._on_behind = on_behind
         self._acceptor = Acceptor(node.state_dir / "promises")
-        self._results: dict[str, _Result] = {}  # by proposal digest: what we computed ourselves
+        self._results: dict[ModuleID, tuple[str, _Result]] = {}  # of the proposal of that digest
+        self._writes: set[asyncio.Task[None]] = set()  # of states that are not on disk yet
         self._locks: dict[ModuleID, asyncio.Lock] = {}
         self.retiring: set[ModuleID] = set()  # held still, but only until the next roster
         self.changes = Changes()
@@ -107,8 +112,9 @@ class Member:
             )
 
     async def close(self) -> None:
-        """Stop what is under way."""
+        """Stop what is under way; what is being written gets there."""
         await self.contributions.close()
+        await asyncio.gather(*self._writes, return_exceptions=True)
 
     def caught_up(self, module: ModuleID, certificate: Certificate) -> None:
         """Tell whoever waits that the module was brought forward from outside the round."""
@@ -205,7 +211,8 @@ class Member:
             self._node.events.write(
                 "diverged", module=str(module), ours=result.state, certified=certificate.result
             )
-        if certificate.result not in self._node.store:
+        node = self._node
+        if certificate.result not in node.log.unwritten and certificate.result not in node.store:
             self._on_behind(module)
             return False
         return self._apply(module, certificate)
@@ -234,12 +241,15 @@ class Member:
             return held.version == certificate.version
         node.log.adopt(module, [*held.chain, certificate])
         proposal = certificate.proposal
-        result = self._results.pop(proposal.digest, None)
+        known, result = self._results.pop(module, ("", None))
+        if known != proposal.digest:
+            result = None
         node.events.write(
             "version",
             **facts(certificate),
             manifest=proposal.manifest,
             norm_ratio=round(result.norm_ratio, 4) if result is not None else None,
+            num_clipped=result.num_clipped if result is not None else None,
         )
         self._on_version(module, certificate)
         self.changes.notify()
@@ -248,7 +258,7 @@ class Member:
     async def _compute(
         self, module: ModuleID, proposal: Proposal, *, sources: list[str]
     ) -> _Result | None:
-        """Reduce a proposal by ourselves; the new state is then in the store.
+        """Reduce a proposal by ourselves; the new state then is on its way to the store.
 
         None if that cannot be done, or the module has gone on meanwhile.
         """
@@ -257,9 +267,9 @@ class Member:
             held = log.held.get(module)
             if held is None or held.parent != proposal.parent:
                 return None
-            known = self._results.get(proposal.digest)
-            if known is not None and known.state in self._node.store:
-                return known
+            known, result = self._results.get(module, ("", None))
+            if known == proposal.digest:
+                return result
             seats = [member.peer for member in proposal.roster]
             if not await self.contributions.obtain(
                 proposal.contributions, [*sources, *seats], OBTAIN_TIMEOUT_SECONDS
@@ -277,11 +287,12 @@ class Member:
             except BadState:
                 self._on_behind(module)
                 return None
+            except Unreachable:  # a blob rotted on disk since it was checked
+                return None
+            self._begin_writing(result)
             if log.held.get(module) is not held:
                 return None  # it may have been reduced from another version
-            if len(self._results) > 256:  # a bound, far over the modules one peer holds
-                self._results.clear()
-            self._results[proposal.digest] = result
+            self._results[module] = (proposal.digest, result)
             return result
 
     def _reduce(self, module: ModuleID, proposal: Proposal) -> _Result:
@@ -290,25 +301,43 @@ class Member:
         manifest = node.history.get(proposal.manifest)
         assert manifest is not None, "contributions are pulled only under a manifest that is here"
         outer = manifest.run_config.outer
-        num_parameters = node.log.num_parameters(module)
         paths = [PathID.parse(c.path) for c in proposal.contributions]
         weights = contribution_weights(
             [(path, c.tokens) for path, c in zip(paths, proposal.contributions, strict=True)],
             manifest.shard_tokens,
         )
 
-        def weighted() -> Iterator[tuple[float, Tensor]]:
-            for weight, commitment in zip(weights, proposal.contributions, strict=True):
-                raw = node.store.read(commitment.blob)
-                if raw is None:
-                    raise BadState(f"contribution {commitment.blob[:12]} is damaged on disk")
-                yield weight, decode(raw, outer.wire_format, num_parameters=num_parameters)
-
+        gradients = [self.contributions.gradient(c) for c in proposal.contributions]
         before = node.log.load_state(module)
-        update = apply_contributions(before, weighted(), len(set(paths)), outer)
-        digest = node.store.add(encode_state(update.state))
-        node.log.remember(digest, update.state)
-        return _Result(state=digest, norm_ratio=update.norm_ratio)
+        weighted = zip(weights, gradients, strict=True)
+        update = apply_contributions(before, weighted, len(set(paths)), outer)
+        index = index_of(update.encoded)
+        node.log.remember(index.digest, update.state)
+        return _Result(
+            index=index,
+            encoded=update.encoded,
+            norm_ratio=update.norm_ratio,
+            num_clipped=update.num_clipped,
+        )
+
+    def _begin_writing(self, result: _Result) -> None:
+        """Put a new state on disk. Neither the vote nor the new version waits for that: after a
+        crash the contributions, the promise and the version before are on disk.
+        """
+        node = self._node
+
+        async def write() -> None:
+            try:
+                await node.offload(lambda: node.store.put(result.index, result.encoded))
+            except OSError as error:
+                node.events.write("error", where="new state", why=str(error))
+            finally:
+                node.log.unwritten.discard(result.state)
+
+        node.log.unwritten.add(result.state)
+        task = asyncio.ensure_future(write())
+        self._writes.add(task)
+        task.add_done_callback(self._writes.discard)
 
     def _is_manifest_in_force(self, proposal: Proposal, slot: int) -> bool:
         """Whether the contributions were made under the manifest of their slot.

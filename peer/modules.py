@@ -1,8 +1,8 @@
 """The modules that a peer holds, each a replicated log: a chain of certificates and one state.
 
 On disk a module is a directory of certificates, one file per version, and the blob that the newest
-one names. The certificate is written after its state, and makes a version current: a crash at
-any line leaves the previous version in place, and so does a state that turns out truncated.
+one names. The newest certificate with an intact state makes a version current: a state that a crash
+kept from being written, or that turns out truncated, leaves the version before it in place.
 """
 
 import threading
@@ -65,6 +65,7 @@ class ModuleLog:
         self._history = history
         self._store = store
         self.held: dict[ModuleID, Held] = {}
+        self.unwritten: set[str] = set()  # states in memory, on their way to the store
         self._recent: OrderedDict[str, ModuleState] = OrderedDict()
         self._recent_lock = threading.Lock()
 
@@ -88,11 +89,11 @@ class ModuleLog:
             chain = chain[:-1]
 
     def adopt(self, module: ModuleID, chain: list[Certificate]) -> Held:
-        """Make `chain` (checked, from the origin) this module's; its last state is in the store."""
+        """Make `chain` (checked, from the origin) this module's; its last state is here."""
         held = self.held.get(module)
         before = held.chain if held is not None else []
         new = Held(module=module, origin=self._history.origin(module), chain=list(chain))
-        assert new.state in self._store, "a version becomes current after its state is on disk"
+        assert new.state in self._store or new.state in self.unwritten, "a state is here first"
         for position, certificate in enumerate(chain):
             if position >= len(before) or before[position] is not certificate:
                 file = self._certificate_file(module, certificate.version)
@@ -130,9 +131,11 @@ class ModuleLog:
             self._recent[digest] = state
             self._recent.move_to_end(digest)
             total_bytes = sum(state_bytes(s.num_parameters) for s in self._recent.values())
-            while total_bytes > MAX_RECENT_BYTES and len(self._recent) > 1:
-                _, oldest = self._recent.popitem(last=False)
-                total_bytes -= state_bytes(oldest.num_parameters)
+            evictable = [d for d in self._recent if d != digest and d not in self.unwritten]
+            for oldest in evictable:
+                if total_bytes <= MAX_RECENT_BYTES:
+                    break
+                total_bytes -= state_bytes(self._recent.pop(oldest).num_parameters)
 
     def _forget_states(self, before: list[Certificate], new: Held | None) -> None:
         """Delete the states of versions that nobody will ask for; shared origins stay."""

@@ -9,13 +9,14 @@ nothing is counted twice.
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dipaco.checkpoint import ModuleState, write_atomically
-from dipaco.compression import compress_with_feedback
+from dipaco.compression import corrected, encode, lost
 from dipaco.config import RunConfig
 from dipaco.evaluate import Evaluation
 from dipaco.inner import PathTrainer
@@ -43,7 +44,7 @@ class _Pending:
     slot: int
     parameters: Tensor  # when it was taken
     tokens: int
-    residual: Tensor | None  # what stays behind if it counts
+    residual: Callable[[], Tensor | None]  # what stays behind if it counts; takes a moment
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,11 +140,14 @@ class PathWork:
             if base.tokens == 0 or base.version >= config.rounds.num_rounds:
                 continue
             parameters = self.trainer.read_module(module)
-            raw, residual = compress_with_feedback(
-                base.parameters - parameters, self._residuals.get(module), config.outer.wire_format
-            )
+            wire_format = config.outer.wire_format
+            vector = corrected(base.parameters - parameters, self._residuals.get(module))
+            raw = encode(vector, wire_format)
             pending = _Pending(
-                slot=slot, parameters=parameters, tokens=base.tokens, residual=residual
+                slot=slot,
+                parameters=parameters,
+                tokens=base.tokens,
+                residual=partial(lost, vector, raw, wire_format),
             )
             earlier = self._pending.get(module, [])
             self._pending[module] = [*earlier, pending][-SLOTS_REMEMBERED:]
@@ -180,8 +184,9 @@ class PathWork:
         if offered:
             since, tokens = offered[0].parameters, base.tokens - offered[0].tokens
             self._residuals.pop(module, None)
-            if offered[0].residual is not None:
-                self._residuals[module] = offered[0].residual
+            residual = offered[0].residual()
+            if residual is not None:
+                self._residuals[module] = residual
         parameters = state.parameters
         if tokens:
             parameters = parameters + (self.trainer.read_module(module) - since)

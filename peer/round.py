@@ -13,6 +13,7 @@ from functools import partial
 from typing import TypeVar
 
 from dht.errors import PeerFault, Unreachable
+from dipaco.compression import EncodedGradient
 from dipaco.topology import ModuleID, PathID
 from peer.certificate import contribution_order, may_rebuild, quorum_votes, roster_of
 from peer.heads import Heads
@@ -112,21 +113,10 @@ class Rounds:
         node = self._node
         commitments = []
         for offer in offers:
-            blob = await node.offload(partial(node.store.add, offer.raw))
-            commitment = Commitment(
-                peer=node.peer_id,
-                run=node.run,
-                manifest=node.history.at(slot).digest,
-                module=str(offer.module),
-                slot=slot,
-                base_version=offer.base_version,
-                base_state=offer.base_state,
-                path=str(path),
-                tokens=offer.tokens,
-                blob=blob,
-                blob_bytes=len(offer.raw),
+            commitment, gradient = await node.offload(
+                partial(self._keep, offer, path=path, slot=slot)
             )
-            commitments.append(sign(commitment, node.identity))
+            commitments.append(commitment)
             node.events.write(
                 "committed",
                 module=commitment.module,
@@ -135,8 +125,26 @@ class Rounds:
                 path=commitment.path,
                 commitment=commitments[-1].digest,
             )
-            self._member.contributions.add_own(commitments[-1])
+            self._member.contributions.add_own(commitment, gradient)
         return commitments
+
+    def _keep(self, offer: Offer, *, path: PathID, slot: int) -> tuple[Commitment, EncodedGradient]:
+        node = self._node
+        commitment = Commitment(
+            peer=node.peer_id,
+            run=node.run,
+            manifest=node.history.at(slot).digest,
+            module=str(offer.module),
+            slot=slot,
+            base_version=offer.base_version,
+            base_state=offer.base_state,
+            path=str(path),
+            tokens=offer.tokens,
+            blob=node.store.add(offer.raw),
+            blob_bytes=len(offer.raw),
+        )
+        commitment = sign(commitment, node.identity)
+        return commitment, self._member.contributions.open(commitment)
 
     async def commit(self, commitments: Sequence[Commitment]) -> None:
         """Send our commitments to every peer that holds one of their modules, one message each."""

@@ -39,11 +39,15 @@ class BlobStore:
     def add(self, data: bytes) -> str:
         """Keep `data`; returns its digest. Idempotent."""
         index = index_of(data)
+        self.put(index, data)
+        return index.digest
+
+    def put(self, index: BlobIndex, data: bytes | memoryview) -> None:
+        """Keep `data`, whose index the caller has computed already. Idempotent."""
         if index.digest not in self:
             self._write(self._index_file(index.digest), index.to_bytes())
             self._write(self.file(index.digest), data)
             self._indexes[index.digest] = index
-        return index.digest
 
     def add_file(self, file: Path) -> str:
         """Keep a file's content without reading it into memory; the file must not change later."""
@@ -146,7 +150,7 @@ class BlobStore:
         if self._parts.get(part.index.digest) is part:
             del self._parts[part.index.digest]
 
-    def _write(self, file: Path, data: bytes) -> None:
+    def _write(self, file: Path, data: bytes | memoryview) -> None:
         """Appear whole or not at all. Not flushed to the disk: what a power cut garbles here is
         found by its digest, and fetched again.
         """
