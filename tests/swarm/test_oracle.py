@@ -22,6 +22,7 @@ from peer.keeper import Keeper
 from peer.providers import Providers
 from peer.session import Network, make_node
 from peer.volunteer import Volunteer
+from peer.watchdog import Watchdog
 from tests.swarm.local import LocalPeer, local_swarm
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny.toml"
@@ -30,7 +31,7 @@ START_IN_SECONDS = 10.0
 
 
 @pytest.mark.swarm
-@pytest.mark.parametrize("wire_format", ["float32", "int8"])
+@pytest.mark.parametrize("wire_format", ["float32", "int4"])
 def test_the_swarm_reproduces_the_oracle(tmp_path: Path, wire_format: str) -> None:
     torch.set_num_threads(1)
     config = RunConfig.from_toml(TINY.read_text())
@@ -98,5 +99,9 @@ async def run_swarm(directory: Path) -> dict[tuple[str, int], set[str]]:
 
 def network_of(peer: LocalPeer) -> Network:
     return Network(
-        identity=peer.identity, daemon=peer.daemon, swarm=peer.swarm, transport=peer.transport
+        identity=peer.identity,
+        daemon=peer.daemon,
+        swarm=peer.swarm,
+        transport=peer.transport,
+        watchdog=Watchdog(peer.daemon, peer.swarm, peer.transport),
     )
