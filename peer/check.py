@@ -9,7 +9,8 @@ from dht.errors import SwarmError
 from peer.config import PeerConfig
 from peer.devices import choose_device
 from peer.hello import clock_skew_seconds, say_hello
-from peer.join import check_disk, reachable_addresses
+from peer.join import reachable_addresses
+from peer.limits import divide, gigabytes
 from peer.session import enter_run, find_run, open_network, run_directory
 
 MIN_OPEN_FILES = 1024  # one per stream and blob, p2pd's own not counted
@@ -42,10 +43,10 @@ async def run_checks(config: PeerConfig) -> AsyncIterator[Finding]:
             node.events.close()
             manifest = node.manifest
             yield Finding(name="run", ok=True, text=f"{manifest.name} ({found.run[:12]})")
-            check_disk(config, manifest)
-            free = shutil.disk_usage(config.state_dir).free
-            yield Finding(name="disk", ok=True, text=f"{free / 2**30:.1f} GiB free")
             choice = choose_device(config, manifest.run_config, manifest.topology)
+            divide(config, manifest, trains_on_cpu=choice.device.type == "cpu")
+            free = shutil.disk_usage(config.state_dir).free
+            yield Finding(name="disk", ok=True, text=f"{gigabytes(free)} free")
             yield Finding(name="device", ok=True, text=choice.description)
     except SwarmError as error:
         yield Finding(name=type(error).__name__, ok=False, text=str(error), fix=error.hint)

@@ -11,6 +11,7 @@ import click
 
 from peer.command_line import (
     CONTEXT_SETTINGS,
+    limit_options,
     maddr_argument,
     network_options,
     one_line_errors,
@@ -32,6 +33,7 @@ def main() -> None:
 @main.command()
 @maddr_argument
 @network_options
+@limit_options
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option(
     "--optimizer",
@@ -81,6 +83,7 @@ def status(address: tuple[str, ...], as_json: bool, verbose: int) -> None:
 @main.command()
 @maddr_argument
 @network_options
+@limit_options
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("-v", "--verbose", count=True, help="-vv adds tracebacks.")
 @one_line_errors

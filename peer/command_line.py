@@ -127,6 +127,26 @@ def network_options(command: Callable[..., T]) -> Callable[..., T]:
     return command
 
 
+def limit_options(command: Callable[..., T]) -> Callable[..., T]:
+    """Options of every command that takes, or would take, a path."""
+    for option in (
+        click.option(
+            "--memory-limit",
+            "memory_limit_bytes",
+            type=SizeType(),
+            help="Memory to use, e.g. 8GB; no path that needs more is taken.  [default: no limit]",
+        ),
+        click.option(
+            "--disk-limit",
+            "disk_limit_bytes",
+            type=SizeType(),
+            help="Disk to use, e.g. 20GB; what is kept for others comes last.  [default: no limit]",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 def one_line_errors(command: Callable[..., T]) -> Callable[..., T]:
     """Turn what this project raises on purpose into one line and a hint, exit 1."""
 

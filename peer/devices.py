@@ -7,10 +7,10 @@ import torch
 from dipaco.config import RunConfig
 from dipaco.device import find_device, free_memory_bytes
 from dipaco.inner import OptimizerName, PathTrainer, choose_optimizer
-from dipaco.model import num_parameters
 from dipaco.shards import Shard
 from dipaco.topology import PathID, Topology
 from peer.config import PeerConfig
+from peer.limits import path_parameters
 from peer.manifest import Manifest
 from peer.volunteer import TrainerFactory
 
@@ -42,12 +42,6 @@ def choose_device(config: PeerConfig, run: RunConfig, topology: Topology) -> Dev
         optimizer=optimizer,
         description=f"{device} ({machine}), optimizer {optimizer}: {reason}",
     )
-
-
-def path_parameters(run: RunConfig, topology: Topology) -> int:
-    """Number of parameters of one path: what a peer holds while it trains."""
-    modules = topology.modules_of(topology.path_at(0))
-    return sum(num_parameters(run.model, topology, module) for module in modules)
 
 
 def trainer_factory(choice: DeviceChoice) -> TrainerFactory:

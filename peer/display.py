@@ -53,6 +53,7 @@ _LINES = {
     "p2pd restarted": ("network", "p2pd was restarted, since {why}; back after {seconds:.1f} s"),
     "p2pd not restarted": ("network", "p2pd could not be restarted: {why}"),
     "p2pd keeps failing": ("network", "p2pd keeps failing; next attempt in {wait_seconds} s"),
+    "duties declined": ("disk", "kept for others as far as the limit allows; not: {modules}"),
     "error": ("error", "{where}: {why}"),
 }
 

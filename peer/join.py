@@ -11,18 +11,14 @@ from pathlib import Path
 
 import torch
 
-from dht.errors import LocalFault
-from dipaco.checkpoint import state_bytes
 from peer.config import PeerConfig
-from peer.devices import choose_device, path_parameters, trainer_factory
+from peer.devices import choose_device, trainer_factory
 from peer.display import Display
 from peer.keeper import Keeper
-from peer.manifest import Manifest
+from peer.limits import divide, gigabytes
 from peer.session import Network, open_node
 from peer.volunteer import Volunteer
 
-# Current and next version of a path, the contributions of a group, and as much for what is kept.
-STATES_ON_DISK = 8
 ADDRESS_FILE = "address"
 TRAINING_NICENESS = 10
 LEAVE_SECONDS = 10.0  # after Ctrl-C, for the inner steps under way and the optimizer
@@ -36,18 +32,21 @@ async def join(config: PeerConfig, display: Display) -> None:
     async with open_node(config) as (node, providers, network):
         manifest = node.manifest
         choice = choose_device(config, manifest.run_config, manifest.topology)
-        check_disk(config, manifest)
+        limits = divide(config, manifest, trains_on_cpu=choice.device.type == "cpu")
         addresses = await reachable_addresses(network)
         display.introduce(
             run=f"{manifest.name} ({node.run[:12]}), by {manifest.peer}",
             peer=node.peer_id,
             addresses=addresses,
             device=choice.description,
-            disk=f"{node.state_dir}, {_gigabytes(shutil.disk_usage(node.state_dir).free)} free",
+            disk=f"{node.state_dir}, {gigabytes(shutil.disk_usage(node.state_dir).free)} free",
         )
         write_address_file(config.state_dir, addresses)
         node.events.listen(display.show)
-        keeper = Keeper(node, providers)
+        node.log.max_recent_bytes = limits.recent_bytes
+        node.store.limit_bytes = limits.blob_bytes
+        keeper = Keeper(node, providers, duty_bytes=limits.duty_bytes)
+        keeper.presence.room_bytes = limits.training_bytes
         volunteer = Volunteer(keeper, trainer_factory(choice))
         stop_on_signals(volunteer.stop.set, display)
         async with keeper.running():
@@ -93,20 +92,6 @@ def write_address_file(state_dir: Path, addresses: list[str]) -> None:
     (state_dir / ADDRESS_FILE).write_text("".join(f"{address}\n" for address in addresses))
 
 
-def check_disk(config: PeerConfig, manifest: Manifest) -> None:
-    """Raise `LocalFault` if the disk cannot hold what a volunteer needs."""
-    parameters = path_parameters(manifest.run_config, manifest.topology)
-    shard_bytes = max(shard.blob.num_bytes for shard in manifest.shards)
-    needed = STATES_ON_DISK * state_bytes(parameters) + 2 * shard_bytes
-    free = shutil.disk_usage(config.state_dir).free
-    if free < needed:
-        raise LocalFault(
-            f"the disk of `{config.state_dir}` has {_gigabytes(free)} free, "
-            f"this run needs {_gigabytes(needed)}",
-            hint="free some space, or choose another disk with `--state-dir DIR`",
-        )
-
-
 def stop_on_signals(stop: Callable[[], None], display: Display) -> None:
     """The first Ctrl-C (or SIGTERM) leaves in good order, the second one at once."""
     loop = asyncio.get_running_loop()
@@ -122,7 +107,3 @@ def stop_on_signals(stop: Callable[[], None], display: Display) -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, on_signal)
-
-
-def _gigabytes(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB"

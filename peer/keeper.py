@@ -7,7 +7,6 @@ survives when everyone who trained it leaves (promise P6).
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncIterator, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -22,6 +21,7 @@ from peer.changes import Changes
 from peer.discovery import Discovery
 from peer.heads import Heads
 from peer.hello import serve_hello
+from peer.limits import affordable, duty_module_bytes
 from peer.manifest import BlobRef, Manifest
 from peer.member import Member
 from peer.messages import Certificate
@@ -41,13 +41,23 @@ UNREFERENCED_SECONDS = 600.0  # at least, before a blob that nothing refers to i
 class Keeper:
     """Runs one peer's part in the rounds of every module that it holds."""
 
-    def __init__(self, node: Node, providers: Providers, *, keep_all: bool = False) -> None:
+    def __init__(
+        self,
+        node: Node,
+        providers: Providers,
+        *,
+        keep_all: bool = False,
+        duty_bytes: int | None = None,
+    ) -> None:
         round_seconds = node.history.first.run_config.rounds.round_seconds
         self.node = node
         self.providers = providers
         self.snapshot = Snapshot(training={}, shard_tokens=node.manifest.shard_tokens)
         self.versions = Changes()  # notified whenever a held module has a new version
         self._keep_all = keep_all
+        self._duty_bytes = duty_bytes  # on disk, for what is kept for others; None: no limit
+        self._declined: list[str] = []
+        node.store.on_full = self._make_room
         self._unreferenced_seconds = max(UNREFERENCED_SECONDS, 3 * round_seconds)
         self._own: frozenset[ModuleID] = frozenset()
         self._own_shard: PathID | None = None
@@ -201,6 +211,7 @@ class Keeper:
             for module in topology.modules
             if self._keeps(module_name(module), [p for p in trained if module not in trained[p]])
         }
+        duties = self._affordable(duties)
         await self.hold(sorted(duties - set(node.log.held)))
         for module in sorted(node.log.held):
             # Looked up anew each time: a path may be taken while this waits.
@@ -216,6 +227,18 @@ class Keeper:
         await self.providers.announce([node.run])
         await node.offload(self._sweep)
 
+    def _affordable(self, duties: set[ModuleID]) -> set[ModuleID]:
+        """The duties that the disk limit has room for, held ones first; own modules are none."""
+        node = self.node
+        order = sorted(duties - self._own, key=lambda m: (m not in node.log.held, m))
+        costs = [(m, duty_module_bytes(node.log.num_parameters(m))) for m in order]
+        taken = set(affordable(costs, self._duty_bytes))
+        declined = sorted(str(module) for module in set(order) - taken)
+        if declined != self._declined:
+            self._declined = declined
+            node.events.write("duties declined", modules=declined, room_bytes=self._duty_bytes)
+        return taken | (duties & self._own)
+
     def _wanted(self, manifest: Manifest, snapshot: Snapshot) -> list[BlobRef]:
         """What this peer should have of a version's blobs: for itself, and for others."""
         wanted = [manifest.tokenizer, manifest.router]
@@ -226,8 +249,9 @@ class Keeper:
             own = assign_paths(later).get(self.node.peer_id, own)
         for path in manifest.topology.paths:
             others = [peer for peer, theirs in snapshot.training.items() if theirs != path]
-            if path == own or self._keeps(shard_name(path), others):
-                wanted.append(manifest.shard(path).blob)
+            ref = manifest.shard(path).blob
+            if path == own or (self._keeps(shard_name(path), others) and self._has_room(ref)):
+                wanted.append(ref)
         router_data = manifest.router_data if manifest.phase_round is not None else None
         if router_data is not None and (self._own_shard is not None or self._keep_all):
             wanted.append(router_data)
@@ -276,8 +300,32 @@ class Keeper:
         await self.discovery.close()
         await self.node.blobs.close()
 
-    def _sweep(self) -> None:
+    def _has_room(self, ref: BlobRef) -> bool:
+        """Whether a blob may be kept for others: it is here, or leaves enough for our own path."""
+        store = self.node.store
+        if store.limit_bytes is None or self._duty_bytes is None or ref.digest in store:
+            return True
+        own_bytes = store.limit_bytes - self._duty_bytes
+        return store.used_bytes + ref.num_bytes + own_bytes // 2 <= store.limit_bytes
+
+    def _make_room(self, excess_bytes: int) -> None:
+        """The store is at its limit: delete what nothing refers to, then what is for others only.
+
+        What a round under way may need is young, and stays.
+        """
+        node = self.node
+        self._sweep(2 * node.history.first.run_config.rounds.round_seconds)
+        own = self._own_shard
+        for manifest in node.history.since(node.slot):
+            for path in manifest.topology.paths:
+                if path != own and excess_bytes > 0 and own is not None:
+                    ref = manifest.shard(path).blob
+                    excess_bytes -= ref.num_bytes if ref.digest in node.store else 0
+                    node.store.remove(ref.digest)
+
+    def _sweep(self, min_seconds: float | None = None) -> None:
         """Delete blobs that nothing refers to: votes that came to nothing, old contributions."""
+        min_seconds = self._unreferenced_seconds if min_seconds is None else min_seconds
         node = self.node
         kept = {manifest.digest for manifest in node.history.versions}
         for manifest in node.history.since(node.slot):
@@ -287,7 +335,5 @@ class Keeper:
             kept.add(held.state)
             kept.update(certificate.result for certificate in held.chain[-STATES_KEPT:])
         for digest in node.store.digests():
-            file = node.store.file(digest)
-            here_seconds = time.time() - file.stat().st_ctime  # a linked file may be much older
-            if digest not in kept and here_seconds > self._unreferenced_seconds:
+            if digest not in kept and node.store.age_seconds(digest) > min_seconds:
                 node.store.remove(digest)

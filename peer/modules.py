@@ -20,7 +20,7 @@ from peer.manifest import Origin
 from peer.messages import Certificate
 from peer.store import BlobStore
 
-MAX_RECENT_BYTES = 2**30  # of states kept in memory; at least one is, whatever its size
+MAX_RECENT_BYTES = 2**30  # of states kept in memory by default; one is, whatever its size
 STATES_KEPT = 2  # the current version, and the one before it for whoever is about to catch up
 
 
@@ -66,6 +66,7 @@ class ModuleLog:
         self._store = store
         self.held: dict[ModuleID, Held] = {}
         self.unwritten: set[str] = set()  # states in memory, on their way to the store
+        self.max_recent_bytes = MAX_RECENT_BYTES
         self._recent: OrderedDict[str, ModuleState] = OrderedDict()
         self._recent_lock = threading.Lock()
 
@@ -133,7 +134,7 @@ class ModuleLog:
             total_bytes = sum(state_bytes(s.num_parameters) for s in self._recent.values())
             evictable = [d for d in self._recent if d != digest and d not in self.unwritten]
             for oldest in evictable:
-                if total_bytes <= MAX_RECENT_BYTES:
+                if total_bytes <= self.max_recent_bytes:
                     break
                 total_bytes -= state_bytes(self._recent.pop(oldest).num_parameters)
 

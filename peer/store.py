@@ -8,9 +8,11 @@ import contextlib
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+from dht.errors import LocalFault
 from dipaco.digest import CHUNK_BYTES, BlobIndex, chunk_digest, index_of, index_of_file
 
 MAX_INDEX_BYTES = 8 * 2**20  # of one blob: 256 GiB of data
@@ -20,6 +22,8 @@ class BlobStore:
     """The blobs that one peer holds, in one directory."""
 
     def __init__(self, directory: Path) -> None:
+        self.limit_bytes: int | None = None  # of all files together; None is no limit
+        self.on_full: Callable[[int], None] = lambda num_bytes: None  # may delete, to make room
         self._directory = directory
         self._indexes: dict[str, BlobIndex] = {}
         self._parts: dict[str, PartialBlob] = {}  # downloads under way, whose chunks are served
@@ -36,15 +40,24 @@ class BlobStore:
         """The digests of all complete blobs, sorted."""
         return sorted(f.name for f in self._directory.iterdir() if len(f.name) == 64)
 
+    @property
+    def used_bytes(self) -> int:
+        """What all files take, with the rest of what is being downloaded."""
+        parts = list(self._parts.values())
+        coming = sum(len(part.missing) for part in parts) * CHUNK_BYTES
+        with os.scandir(self._directory) as entries:
+            return coming + sum(_allocated_bytes(entry) for entry in entries)
+
     def add(self, data: bytes) -> str:
-        """Keep `data`; returns its digest. Idempotent."""
+        """Keep `data`; returns its digest. Idempotent. Raises `LocalFault` at the store's limit."""
         index = index_of(data)
         self.put(index, data)
         return index.digest
 
     def put(self, index: BlobIndex, data: bytes | memoryview) -> None:
-        """Keep `data`, whose index the caller has computed already. Idempotent."""
+        """Keep `data`, whose index the caller has computed already, as `add` does."""
         if index.digest not in self:
+            self._require_room(index.size)
             self._write(self._index_file(index.digest), index.to_bytes())
             self._write(self.file(index.digest), data)
             self._indexes[index.digest] = index
@@ -53,6 +66,7 @@ class BlobStore:
         """Keep a file's content without reading it into memory; the file must not change later."""
         index = index_of_file(file)
         if index.digest not in self:
+            self._require_room(index.size)
             self._write(self._index_file(index.digest), index.to_bytes())
             temporary = self._directory / f".{index.digest}.{os.getpid()}"
             temporary.unlink(missing_ok=True)
@@ -63,6 +77,13 @@ class BlobStore:
             temporary.replace(self.file(index.digest))
             self._indexes[index.digest] = index
         return index.digest
+
+    def age_seconds(self, digest: str) -> float:
+        """For how long the blob has been here, even if its file is linked and older; else 0."""
+        try:
+            return time.time() - self.file(digest).stat().st_ctime
+        except FileNotFoundError:
+            return 0.0
 
     def index(self, digest: str) -> BlobIndex | None:
         """The index of a blob that is here (complete or in part), or None."""
@@ -136,7 +157,9 @@ class BlobStore:
             file.unlink(missing_ok=True)
 
     def open_part(self, index: BlobIndex) -> "PartialBlob":
-        """Begin, or resume, a download."""
+        """Begin, or resume, a download. Raises `LocalFault` at the store's limit."""
+        if not self._part_file(index.digest).exists():
+            self._require_room(index.size)
         if self.index(index.digest) is None:
             self._write(self._index_file(index.digest), index.to_bytes())
             self._indexes[index.digest] = index
@@ -155,14 +178,38 @@ class BlobStore:
         found by its digest, and fetched again.
         """
         temporary = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}")
-        temporary.write_bytes(data)
-        temporary.replace(file)
+        try:
+            temporary.write_bytes(data)
+            temporary.replace(file)
+        except OSError:
+            temporary.unlink(missing_ok=True)  # a full disk is not to stay full of this
+            raise
+
+    def _require_room(self, num_bytes: int) -> None:
+        """Raise `LocalFault` unless that much more may be stored, after deleting what can be."""
+        if self.limit_bytes is None:
+            return
+        if (excess := self.used_bytes + num_bytes - self.limit_bytes) > 0:
+            self.on_full(excess)
+            if self.used_bytes + num_bytes > self.limit_bytes:
+                raise LocalFault(
+                    f"the disk limit is reached: {num_bytes / 1e9:.3f} GB more than the "
+                    f"{self.limit_bytes / 1e9:.2f} GB for blobs would be needed",
+                    hint="allow more with `--disk-limit SIZE`",
+                )
 
     def _index_file(self, digest: str) -> Path:
         return self._directory / f"{digest}.index"
 
     def _part_file(self, digest: str) -> Path:
         return self._directory / f"{digest}.part"
+
+
+def _allocated_bytes(entry: os.DirEntry[str]) -> int:
+    try:
+        return entry.stat(follow_symlinks=False).st_blocks * 512  # a part has holes
+    except FileNotFoundError:  # deleted meanwhile
+        return 0
 
 
 class PartialBlob:

@@ -18,7 +18,7 @@ from peer.cli import main as peer
 from peer.command_line import one_line_errors
 from peer.config import PeerConfig
 from peer.devices import choose_device
-from peer.join import check_disk
+from peer.limits import check_free_disk
 from tests.lab import identity, little_config, make_run
 
 PEER_ID = identity(7).peer_id
@@ -69,12 +69,13 @@ def test_the_options_are_these() -> None:
         for command_name, command in group.commands.items()
     }
     network = ["--announce-maddr", "--host-maddr", "--max-mbps", "--state-dir"]
+    limits = ["--disk-limit", "--memory-limit"]
     assert options == {
         "dipaco-peer join": sorted(
-            [*network, "--device", "--optimizer", "--quiet", "--threads", "--verbose"]
+            [*network, *limits, "--device", "--optimizer", "--quiet", "--threads", "--verbose"]
         ),
         "dipaco-peer status": ["--json", "--verbose"],
-        "dipaco-peer check": sorted([*network, "--device", "--verbose"]),
+        "dipaco-peer check": sorted([*network, *limits, "--device", "--verbose"]),
         "dipaco-peer identity": ["--state-dir"],
         "dipaco-bootstrap status": ["--json", "--verbose"],
         "dipaco-bootstrap prepare": ["--device", "--threads", "--verbose"],
@@ -171,10 +172,10 @@ def test_a_disk_that_is_too_small_is_found_before_joining(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = PeerConfig(state_dir=tmp_path)
-    check_disk(config, RUN.manifest)
+    check_free_disk(config, RUN.manifest)
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     with pytest.raises(LocalFault, match="this run needs") as caught:
-        check_disk(config, RUN.manifest)
+        check_free_disk(config, RUN.manifest)
     assert "--state-dir" in caught.value.hint
 
 

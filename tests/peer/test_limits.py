@@ -1,0 +1,155 @@
+"""`--disk-limit` and `--memory-limit`: refused beforehand, kept to later, in words."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import click
+import pytest
+
+from dht.errors import LocalFault
+from dipaco.checkpoint import state_bytes
+from dipaco.digest import CHUNK_BYTES, index_of
+from peer.blob_server import BlobServer
+from peer.blobs import BlobClient
+from peer.command_line import SizeType
+from peer.config import PeerConfig
+from peer.events import EventLog
+from peer.faults import Faults
+from peer.limits import affordable, disk_bytes, divide, path_parameters
+from peer.memory import MemoryNetwork
+from peer.modules import MAX_RECENT_BYTES
+from peer.store import BlobStore
+from tests.lab import LabPeer, identity, lab, little_config, make_run
+from tests.virtual_clock import run_virtual
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+CONFIG = little_config()
+MANIFEST = make_run(CONFIG, operator=identity(1), start_time=0.0).manifest
+BLOB = os.urandom(3 * CHUNK_BYTES)
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [("20", 20e9), ("20GB", 20e9), ("512 mb", 512e6), ("1.5TiB", 1.5e12), ("64k", 64e3)],
+)
+def test_sizes_are_read_kindly(text: str, num_bytes: float) -> None:
+    assert SizeType().convert(text, None, None) == num_bytes
+
+
+@pytest.mark.parametrize("text", ["", "much", "-1GB", "0", "20 GB of it", "1e9"])
+def test_what_is_no_size_is_answered_with_one(text: str) -> None:
+    with pytest.raises(click.UsageError, match="20GB, 512MB"):
+        SizeType().convert(text, None, None)
+
+
+def test_a_path_that_does_not_fit_is_refused_with_what_would(tmp_path: Path) -> None:
+    config = PeerConfig(state_dir=tmp_path, disk_limit_bytes=1000, memory_limit_bytes=10**9)
+    with pytest.raises(LocalFault, match="of disk") as caught:
+        divide(config, MANIFEST, trains_on_cpu=True)
+    roomy = replace(config, disk_limit_bytes=hinted(caught.value, "--disk-limit"))
+    with pytest.raises(LocalFault, match="of memory") as caught:
+        divide(roomy, MANIFEST, trains_on_cpu=True)
+    roomy = replace(roomy, memory_limit_bytes=hinted(caught.value, "--memory-limit"))
+    limits = divide(roomy, MANIFEST, trains_on_cpu=True)
+    assert limits.training_bytes is not None
+    state = state_bytes(path_parameters(CONFIG, MANIFEST.topology))
+    assert state <= limits.recent_bytes < MAX_RECENT_BYTES
+    assert limits.duty_bytes == roomy.disk_limit_bytes - disk_bytes(MANIFEST)
+
+
+def hinted(error: LocalFault, option: str) -> int:
+    """What the hint says to allow."""
+    match = re.search(rf"`{option} (.+)`", error.hint)
+    assert match is not None
+    return SizeType().convert(match[1], None, None)
+
+
+def test_duties_are_taken_while_there_is_room() -> None:
+    wanted = [("a", 5), ("b", 7), ("c", 4)]
+    assert affordable(wanted, None) == ["a", "b", "c"]
+    assert affordable(wanted, 10) == ["a", "c"]
+    assert affordable(wanted, 0) == []
+
+
+def test_a_store_at_its_limit_makes_room_or_refuses_and_stays_whole(tmp_path: Path) -> None:
+    store = BlobStore(tmp_path)
+    old = store.add(BLOB[::-1])
+    store.limit_bytes = 4 * CHUNK_BYTES
+    with pytest.raises(LocalFault, match="limit") as caught:
+        store.add(BLOB)
+    assert "--disk-limit" in caught.value.hint
+    with pytest.raises(LocalFault, match="limit"):
+        store.open_part(index_of(BLOB))
+    assert store.digests() == [old]
+    assert store.read(old) == BLOB[::-1]
+    store.on_full = lambda num_bytes: store.remove(old)
+    assert store.read(store.add(BLOB)) == BLOB
+    assert store.used_bytes < store.limit_bytes
+
+
+def test_a_disk_that_fills_up_in_a_download_is_named_and_what_came_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pwrite, num_writes = os.pwrite, 0
+
+    def full(fd: int, data: bytes, offset: int) -> int:
+        nonlocal num_writes
+        num_writes += 1
+        if num_writes == 2:
+            raise OSError(errno.ENOSPC, "no space")
+        return pwrite(fd, data, offset)
+
+    async def scenario() -> None:
+        network = MemoryNetwork()
+        source, store = BlobStore(tmp_path / "source"), BlobStore(tmp_path / "client")
+        digest = source.add(BLOB)
+        await BlobServer(source).serve(network.transport("source"))
+        client = BlobClient(store, network.transport("client"), Faults(events))
+        fetch = partial(client.fetch, digest, ["source"], max_bytes=len(BLOB), timeout_seconds=10)
+        with pytest.raises(LocalFault, match="disk is full"):
+            await fetch()
+        assert digest not in store
+        await fetch()
+        assert num_writes == 4, "one failed, and two were left to write"
+        assert store.read(digest) == BLOB
+
+    monkeypatch.setattr(os, "pwrite", full)
+    events = EventLog(tmp_path / "events", lambda: 0.0)
+    run_virtual(scenario())
+    events.close()
+
+
+def kept_for_others(peer: LabPeer) -> int:
+    """Modules it holds that it neither trains, nor trained lately and is about to give up."""
+    keeper = peer.keeper
+    return len(set(keeper.node.log.held) - keeper._own - set(keeper._retiring))
+
+
+def test_duties_are_declined_and_the_own_path_is_trained(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with lab(tmp_path, little_config(num_keepers=8, num_rounds=2)) as place:
+            await place.bootstrap()
+            limits = {"tight": 0, "roomy": None}
+            for name, duty_bytes in limits.items():
+                peer = await place.join(name)
+                peer.keeper._duty_bytes = duty_bytes
+            await place.until(
+                lambda: all(place.peers[name].seen("finished") for name in limits),
+                within=200,
+                what="both are finished",
+            )
+            tight, roomy = (place.peers[name] for name in limits)
+            assert tight.seen("duties declined")
+            assert not roomy.seen("duties declined")
+            assert kept_for_others(tight) == 0
+            assert kept_for_others(roomy) > 0
+
+    run_virtual(scenario())
