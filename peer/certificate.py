@@ -8,7 +8,7 @@ is accepted when the certificate says so, and two certificates that arise from i
 `preferred`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from dht.errors import BadMessage
@@ -149,6 +149,24 @@ def facts(certificate: Certificate) -> dict[str, Any]:
         "roster": len(proposal.roster),
         "rebuilt": proposal.rebuilt,
     }
+
+
+def counted(commitments: Iterable[Commitment], limit: int) -> list[Commitment]:
+    """At most `limit` commitments, in the order in which they are added up.
+
+    Every path's largest first, then every path's second, and so on, those with more tokens before
+    others. What is left out is not lost: its peer goes on from there, and offers more next time.
+    """
+    by_path: dict[str, list[Commitment]] = {}
+    for commitment in sorted(commitments, key=lambda c: (-c.tokens, c.peer)):
+        by_path.setdefault(commitment.path, []).append(commitment)
+    ranked = [
+        (rank, -commitment.tokens, commitment.peer, commitment)
+        for on_path in by_path.values()
+        for rank, commitment in enumerate(on_path)
+    ]
+    chosen = [commitment for *_, commitment in sorted(ranked, key=lambda entry: entry[:3])]
+    return sorted(chosen[:limit], key=contribution_order)
 
 
 def contribution_order(commitment: Commitment) -> tuple[tuple[int, ...], str]:

@@ -23,6 +23,7 @@ from peer.messages import MAX_CONTRIBUTIONS, Commitment
 from peer.node import Node
 
 SLOTS_KEPT = 2  # older commitments are forgotten, and their blobs deleted
+MAX_COUNTED = 16  # contributions that one version is made of
 MAX_PULLS = 8  # contributions pulled at once
 PULL_TIMEOUT_SECONDS = 120.0
 
@@ -54,12 +55,12 @@ class Contributions:
         """The outer gradient of a commitment whose blob is here; raises as `open`."""
         return self._gradients.get(commitment.digest) or self.open(commitment)
 
-    def add(self, commitment: Commitment, *, sender: str, also_from: Iterable[str] = ()) -> bool:
+    def add(self, commitment: Commitment, *, sender: str, is_asked_for: bool) -> bool:
         """Check a commitment, remember it, and begin to pull its bytes.
 
         False if it was made under another manifest than the one in force in its slot. Raises
-        `BadMessage` naming the sender if it is not what its signer could rightly send. `also_from`
-        are further peers that may have the bytes.
+        `BadMessage` naming the sender if it is not what its signer could rightly send. Of more
+        commitments than a round counts, only those are pulled that a leader asks for.
         """
         manifest = self._checked(commitment, sender)
         if manifest is None or manifest is not self._node.history.at(commitment.slot):
@@ -75,8 +76,15 @@ class Contributions:
                 raise BadMessage(sender, "more commitments than a round can hold")
             known[commitment.peer] = commitment
             self._changes.notify()
-        self._pull(commitment, [commitment.peer, sender, *also_from])
+        if is_asked_for or len(known) <= MAX_COUNTED:
+            self._pull(commitment, [commitment.peer, sender, *self._group(commitment)])
         return True
+
+    def _group(self, commitment: Commitment) -> list[str]:
+        """Who pulls the same bytes, so that a slow uplink sends them about once."""
+        held = self._node.log.held.get(ModuleID.parse(commitment.module))
+        certificate = held.certificate if held is not None else None
+        return [seat.peer for seat in certificate.proposal.next_roster] if certificate else []
 
     def add_own(self, commitment: Commitment, gradient: EncodedGradient) -> None:
         """Remember our own contribution, whose blob is in the store."""

@@ -139,7 +139,7 @@ class Member:
         promised = self._acceptor.promise(
             request.module, request.version, request.parent, request.ballot
         )
-        wanted = [c for c in request.commitments if self._add(c, sender)]
+        wanted = [c for c in request.commitments if self._add(c, sender, is_asked_for=True)]
         await self.changes.until(
             lambda: len(self.contributions.held(wanted)) == len(wanted), request.wait_seconds
         )
@@ -217,10 +217,10 @@ class Member:
             return False
         return self._apply(module, certificate)
 
-    def _add(self, commitment: Commitment, sender: str) -> bool:
+    def _add(self, commitment: Commitment, sender: str, *, is_asked_for: bool) -> bool:
         """Take in a commitment; a bad one is counted against whoever it speaks against."""
         try:
-            return self.contributions.add(commitment, sender=sender)
+            return self.contributions.add(commitment, sender=sender, is_asked_for=is_asked_for)
         except BadMessage as error:
             self._node.faults.count(error, error.peer_id)
             return False
@@ -392,7 +392,7 @@ class Member:
         request = CommitRequest.from_bytes(payload, sender=peer_id)
         for commitment in request.commitments:
             if ModuleID.parse(commitment.module) in self._node.log.held:
-                self._add(commitment, peer_id)
+                self._add(commitment, peer_id, is_asked_for=False)
         return Done()
 
     async def _on_have(self, peer_id: str, payload: bytes) -> Message:

@@ -15,7 +15,8 @@ from typing import TypeVar
 from dht.errors import PeerFault, Unreachable
 from dipaco.compression import EncodedGradient
 from dipaco.topology import ModuleID, PathID
-from peer.certificate import contribution_order, may_rebuild, quorum_votes, roster_of
+from peer.certificate import counted, may_rebuild, quorum_votes, roster_of
+from peer.contributions import MAX_COUNTED
 from peer.heads import Heads
 from peer.member import (
     CERTIFY_PROTOCOL,
@@ -26,7 +27,6 @@ from peer.member import (
     Member,
 )
 from peer.messages import (
-    MAX_CONTRIBUTIONS,
     MAX_MESSAGE_BYTES,
     MAX_ROSTER,
     MAX_WAIT_SECONDS,
@@ -71,13 +71,12 @@ def leader_order(roster: Sequence[Seat], module: ModuleID, slot: int) -> list[st
 def agreed_contributions(
     commitments: Iterable[Commitment], held: Sequence[Sequence[str]], quorum: int
 ) -> tuple[Commitment, ...]:
-    """The commitments whose bytes at least `quorum` members hold, in adding-up order.
+    """The commitments to count of those whose bytes at least `quorum` members hold.
 
     `held`: per member, the digests of the commitments that it holds.
     """
     holders = Counter(digest for digests in held for digest in set(digests))
-    agreed = [c for c in commitments if holders[c.digest] >= quorum]
-    return tuple(sorted(agreed, key=contribution_order)[:MAX_CONTRIBUTIONS])
+    return tuple(counted((c for c in commitments if holders[c.digest] >= quorum), MAX_COUNTED))
 
 
 class Rounds:
@@ -266,7 +265,7 @@ class Rounds:
             version=held.version + 1,
             parent=held.parent,
             ballot=ballot,
-            commitments=tuple(known[:MAX_CONTRIBUTIONS]),
+            commitments=tuple(counted(known, MAX_COUNTED)),
             wait_seconds=wait,
         )
         mine = asyncio.ensure_future(self._member.have(request, sender=self._node.peer_id))

@@ -4,7 +4,15 @@ import pytest
 
 from dht.errors import BadMessage
 from dht.identity import Identity
-from peer.certificate import check_certificate, check_link, check_proposal, preferred, quorum_votes
+from peer.certificate import (
+    check_certificate,
+    check_link,
+    check_proposal,
+    contribution_order,
+    counted,
+    preferred,
+    quorum_votes,
+)
 from peer.manifest import BlobRef, Origin
 from peer.messages import Ballot, Certificate, Commitment, Member, Proposal, Vote, sign
 
@@ -131,6 +139,19 @@ def test_what_two_ballots_certified_is_one_certificate() -> None:
     assert again.digest == first.digest
     other = certificate(proposal(PEERS[:3], rebuilt=False), PEERS[:2])
     assert other.digest != first.digest
+
+
+def test_of_too_many_contributions_every_path_keeps_its_largest() -> None:
+    tokens = [("0.0", 5), ("0.0", 90), ("0.0", 70), ("1.1", 3), ("0.1", 20)]
+    offered = [
+        commitment(who, path=path, tokens=number)
+        for who, (path, number) in zip(PEERS, tokens, strict=True)
+    ]
+    assert [c.tokens for c in counted(offered, 3)] == [90, 20, 3]
+    assert [c.tokens for c in counted(offered, 2)] == [90, 20]
+    largest_two = {c.tokens for c in counted(offered, 4) if c.path == "0.0"}
+    assert largest_two == {90, 70}
+    assert sorted(counted(offered, 16), key=contribution_order) == counted(reversed(offered), 16)
 
 
 def test_a_proposal_counts_each_peer_once_and_in_order() -> None:

@@ -1,10 +1,13 @@
 """The whole swarm under a virtual clock: agreement, oracle parity, kills, late joiners."""
 
 import asyncio
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from dipaco.config import TopologyConfig
 from dipaco.topology import ModuleID
 from tests.lab import Lab, LabPeer, certified_states, lab, little_config
 from tests.virtual_clock import run_virtual
@@ -226,5 +229,29 @@ def test_a_partition_from_the_start_heals_to_one_history(tmp_path: Path) -> None
             agreed = {peer.keeper.node.log.held[ModuleID(0, 0)].chain[healed].digest
                       for peer in everyone}  # fmt: skip
             assert len(agreed) == 1
+
+    run_virtual(scenario())
+
+
+def test_what_a_crowded_round_leaves_out_the_next_ones_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five peers on one path, of which a version counts two: nothing that was trained is lost."""
+    monkeypatch.setattr("peer.round.MAX_COUNTED", 2)
+    monkeypatch.setattr("peer.contributions.MAX_COUNTED", 2)
+    config = little_config(num_rounds=6, blocking=False)
+    config = replace(config, topology=TopologyConfig(levels=(1,)))
+
+    async def scenario() -> None:
+        async with lab(tmp_path, config, start_in=15.0) as place:
+            peers = [await place.bootstrap(), *[await place.join(f"peer{n}") for n in range(5)]]
+            await place.until(lambda: finished(peers), within=9 * ROUND, what="six rounds")
+            chain = peers[0].keeper.node.log.held[ModuleID(0, 0)].chain
+            counts = Counter(c.peer for made in chain for c in made.proposal.contributions)
+            assert all(len(made.proposal.contributions) <= 2 for made in chain)
+            assert set(counts) == {peer.peer_id for peer in peers[1:]}
+            waited = [c.tokens for c in chain[-1].proposal.contributions]
+            assert min(waited) > min(c.tokens for c in chain[0].proposal.contributions)
+            assert all(len(states) == 1 for states in certified_states(peers).values())
 
     run_virtual(scenario())
