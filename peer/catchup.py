@@ -1,4 +1,7 @@
-"""Getting a module from others: its certificates, checked back to the manifest, then one state.
+"""Getting a module from others: its certificates, checked back to the manifest, then its state.
+
+Who is a few versions behind gets the contributions that it missed, and reduces them as in a round;
+everybody else gets one whole state. Either has the digest that the newest certificate names.
 
 Head records say who claims which version; they are rumours, so the best claim is tried first and
 believed only as far as its certificates reach. Two histories that differ resolve by the fixed rule
@@ -15,6 +18,7 @@ from dipaco.checkpoint import decode_state, state_bytes
 from dipaco.errors import BadState
 from dipaco.topology import ModuleID
 from peer.certificate import check_chain, facts, preferred
+from peer.contributions import SLOTS_KEPT
 from peer.heads import Heads
 from peer.member import CHAIN_PROTOCOL, Member
 from peer.messages import MAX_MESSAGE_BYTES, Certificate, ChainReply, ChainRequest
@@ -23,6 +27,7 @@ from peer.node import Node
 from peer.providers import Providers
 
 MAX_HOLDERS_TRIED = 4
+MAX_VERSIONS_REPLAYED = 3  # more are as a rule forgotten by those who had the contributions
 CHAIN_TIMEOUT_SECONDS = 15.0
 
 
@@ -101,12 +106,41 @@ class CatchUp:
         if any(certificate.proposal.run != node.run or certificate.module != str(module)
                for certificate in theirs):  # fmt: skip
             raise BadMessage(head.peer, "certificates of another run or module")
+        if (
+            held is not None
+            and len(chain) == len(held.chain)  # it only goes on where ours ends
+            and self._is_replay_cheaper(module, theirs)
+            and await self._replay(module, theirs, head.peer)
+        ):
+            return True
         await self._fetch_state(module, theirs[-1], heads)
         if node.log.held.get(module) is not held:
             return True  # the round itself brought us forward meanwhile
         node.log.adopt(module, [*chain, *theirs])
         node.events.write("caught up", **facts(theirs[-1]), versions=len(theirs))
         self._member.caught_up(module, theirs[-1])
+        return True
+
+    def _is_replay_cheaper(self, module: ModuleID, missed: Sequence[Certificate]) -> bool:
+        """Whether the contributions of `missed` are kept still, and fewer bytes than the state."""
+        node = self._node
+        commitments = {c.blob: c for m in missed for c in m.proposal.contributions}.values()
+        num_bytes = sum(c.blob_bytes for c in commitments if c.blob not in node.store)
+        return (
+            len(missed) <= MAX_VERSIONS_REPLAYED
+            and all(abs(node.slot - c.slot) <= SLOTS_KEPT for c in commitments)
+            and num_bytes < state_bytes(node.log.num_parameters(module))
+        )
+
+    async def _replay(self, module: ModuleID, missed: Sequence[Certificate], peer: str) -> bool:
+        """Take one missed version after another, as in a round; False if that fails on the way."""
+        node = self._node
+        for certificate in missed:
+            if not await self._member.learn(certificate, sender=peer):
+                return False
+        node.events.write(
+            "replayed", module=str(module), version=missed[-1].version, versions=len(missed)
+        )
         return True
 
     def _is_better(
