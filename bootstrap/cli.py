@@ -113,6 +113,12 @@ def grow(directory: Path, levels: tuple[int, ...], verbose: int) -> None:
     metavar="SECONDS",
     help="When slot 0 begins, counted from the first time the run is served.",
 )
+@click.option(
+    "--relay-service/--no-relay-service",
+    default=True,
+    show_default=True,
+    help="Relay for volunteers that cannot be dialled.",
+)
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
 @click.option("-v", "--verbose", count=True, help="More detail; -vv adds tracebacks.")
 @one_line_errors

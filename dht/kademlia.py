@@ -415,7 +415,7 @@ async def ask_daemon(
 
 def _reason(message: str) -> str:
     """The one line of p2pd's error that tells a person most: about the latest thing it tried."""
-    lines = [line.strip(" *")[:200] for line in message.splitlines() if line.strip()]
+    lines = [line.strip(" *")[:300] for line in message.splitlines() if line.strip()]
     fresh = [line for line in lines if "dial backoff" not in line]
     return (fresh or lines or ["refused"])[-1]
 

@@ -11,6 +11,7 @@ from peer.devices import choose_device
 from peer.hello import clock_skew_seconds, say_hello
 from peer.join import reachable_addresses
 from peer.limits import divide, gigabytes
+from peer.reachability import Standing
 from peer.session import enter_run, find_run, open_network, run_directory
 
 MIN_OPEN_FILES = 1024  # one per stream and blob, p2pd's own not counted
@@ -37,7 +38,8 @@ async def run_checks(config: PeerConfig) -> AsyncIterator[Finding]:
             reply = await say_hello(network.transport, next(iter(found.newest)))
             skew = clock_skew_seconds(reply, asked_at=asked_at, answered_at=network.swarm.now())
             yield Finding(name="clock", ok=True, text=f"{abs(skew):.1f} s off the swarm's")
-            yield check_reachability(await reachable_addresses(network))
+            yield check_addresses(await reachable_addresses(network))
+            yield check_standing(await network.reachability.settle(list(found.newest)))
             run_dir = run_directory(config.state_dir, found.run)
             node = await enter_run(network, found, run_dir)
             node.events.close()
@@ -67,7 +69,20 @@ def check_open_files() -> Finding:
     )
 
 
-def check_reachability(maddrs: list[str]) -> Finding:
+def check_standing(standing: Standing) -> Finding:
+    """Whether others can dial this machine, as they say themselves."""
+    fix = (
+        ""
+        if standing.is_dialled is not False or standing.port is None
+        else (
+            f"forward TCP port {standing.port} of your router to this machine, and keep that port: "
+            f"`--host-maddr /ip4/0.0.0.0/tcp/{standing.port}`"
+        )
+    )
+    return Finding(name="reachability", ok=True, text=standing.text, fix=fix)
+
+
+def check_addresses(maddrs: list[str]) -> Finding:
     """Whether this machine has an address that others could dial."""
     public = [maddr for maddr in maddrs if "/ip4/127." not in maddr and "/ip6/::1" not in maddr]
     if public:

@@ -16,6 +16,7 @@ from peer.command_line import (
     network_options,
     one_line_errors,
     run_async,
+    volunteer_options,
 )
 
 
@@ -34,6 +35,7 @@ def main() -> None:
 @maddr_argument
 @network_options
 @limit_options
+@volunteer_options
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option(
     "--optimizer",
@@ -84,6 +86,7 @@ def status(address: tuple[str, ...], as_json: bool, verbose: int) -> None:
 @maddr_argument
 @network_options
 @limit_options
+@volunteer_options
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("-v", "--verbose", count=True, help="-vv adds tracebacks.")
 @one_line_errors
@@ -122,5 +125,7 @@ def _config(address: tuple[str, ...], **options: Any) -> Any:  # noqa: ANN401
     """A `PeerConfig` from options; those not given keep their defaults."""
     from peer.config import PeerConfig
 
+    if options["client_mode"] and options["relay_service"]:
+        raise click.UsageError("--client-mode and --relay-service exclude each other")
     given = {name: value for name, value in options.items() if value not in (None, ())}
     return PeerConfig(initial_peers=address, **given)

@@ -147,6 +147,20 @@ def limit_options(command: Callable[..., T]) -> Callable[..., T]:
     return command
 
 
+def volunteer_options(command: Callable[..., T]) -> Callable[..., T]:
+    """Options of a volunteer's way to be reached."""
+    command = click.option(
+        "--relay-service",
+        is_flag=True,
+        help="Relay for volunteers that cannot be dialled; for machines that can be.",
+    )(command)
+    return click.option(
+        "--client-mode",
+        is_flag=True,
+        help="Listen nowhere; be reached only by those you dial, and through relays.",
+    )(command)
+
+
 def one_line_errors(command: Callable[..., T]) -> Callable[..., T]:
     """Turn what this project raises on purpose into one line and a hint, exit 1."""
 

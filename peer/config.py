@@ -25,6 +25,8 @@ class PeerConfig:
     initial_peers: tuple[str, ...] = ()
     host_maddrs: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/0",)
     announce_maddrs: tuple[str, ...] = ()
+    client_mode: bool = False  # listen nowhere
+    relay_service: bool = False  # relay for those who cannot be dialled
     device: DeviceName = "auto"
     optimizer: OptimizerChoiceName = "auto"
     threads: int = field(default_factory=lambda: os.cpu_count() or 1)

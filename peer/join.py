@@ -7,18 +7,25 @@ import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
+from dht.errors import Unreachable
+from dht.keys import announcement_key
 from peer.config import PeerConfig
 from peer.devices import choose_device, trainer_factory
 from peer.display import Display
 from peer.keeper import Keeper
 from peer.limits import divide, gigabytes
+from peer.node import Node
+from peer.providers import Providers
+from peer.reachability import MAX_MADDRS
 from peer.session import Network, open_node
 from peer.volunteer import Volunteer
 
+MAX_PATHS_READ = 8  # to find peers that tell how we are reached
 ADDRESS_FILE = "address"
 TRAINING_NICENESS = 10
 LEAVE_SECONDS = 10.0  # after Ctrl-C, for the inner steps under way and the optimizer
@@ -33,20 +40,24 @@ async def join(config: PeerConfig, display: Display) -> None:
         manifest = node.manifest
         choice = choose_device(config, manifest.run_config, manifest.topology)
         limits = divide(config, manifest, trains_on_cpu=choice.device.type == "cpu")
-        addresses = await reachable_addresses(network)
+        standing = await network.reachability.settle(await others(node, providers))
+        addresses = list(standing.maddrs) or await reachable_addresses(network)
         display.introduce(
             run=f"{manifest.name} ({node.run[:12]}), by {manifest.peer}",
             peer=node.peer_id,
             addresses=addresses,
+            reach=standing.text,
             device=choice.description,
             disk=f"{node.state_dir}, {gigabytes(shutil.disk_usage(node.state_dir).free)} free",
         )
         write_address_file(config.state_dir, addresses)
+        node.events.write("reachability", dialled=standing.is_dialled, relays=list(standing.relays))
         node.events.listen(display.show)
         node.log.max_recent_bytes = limits.recent_bytes
         node.store.limit_bytes = limits.blob_bytes
         keeper = Keeper(node, providers, duty_bytes=limits.duty_bytes)
         keeper.presence.room_bytes = limits.training_bytes
+        keeper.presence.maddrs = standing.maddrs[:MAX_MADDRS]
         volunteer = Volunteer(keeper, trainer_factory(choice))
         stop_on_signals(volunteer.stop.set, display)
         async with keeper.running():
@@ -55,6 +66,16 @@ async def join(config: PeerConfig, display: Display) -> None:
                 display.say("run", "finished; still serving others, Ctrl-C to leave")
                 await volunteer.stop.wait()
         display.say("network", "left the swarm")
+
+
+async def others(node: Node, providers: Providers) -> list[str]:
+    """Who can be asked about this peer: those whose address was given, then those who train."""
+    peers = dict.fromkeys(providers.hints)
+    with suppress(Unreachable):
+        for path in node.manifest.topology.paths[:MAX_PATHS_READ]:
+            records = await node.swarm.read(announcement_key(node.run, str(path)))
+            peers |= dict.fromkeys(record.peer for record in records)
+    return [peer for peer in peers if peer != node.peer_id]
 
 
 async def _train_until_stopped(volunteer: Volunteer) -> None:

@@ -47,6 +47,7 @@ class Presence:
         self.path: PathID | None = None
         self.progress = Progress()
         self.room_bytes: int | None = None  # of memory for training; None: no limit
+        self.maddrs: tuple[str, ...] = ()  # by which others reach this peer
         self.scores: dict[PathID, Scores] = {}  # of the phase that is due, by path
         round_seconds = node.history.first.run_config.rounds.round_seconds
         self.lifetime_seconds = min(
@@ -207,6 +208,7 @@ class Presence:
             loss=progress.loss,
             valid_nll=progress.valid_nll,
             valid_tokens=progress.valid_tokens,
+            maddrs=self.maddrs,
         )
 
     def _head(self, module: ModuleID) -> Head | None:

@@ -26,6 +26,7 @@ from peer.manifest import MAX_MANIFEST_BYTES, Manifest, check_protocol, parse_ma
 from peer.modules import ModuleLog
 from peer.node import Node
 from peer.providers import Providers
+from peer.reachability import DialBack, Reachability, is_loopback
 from peer.store import BlobStore
 from peer.throttle import Meter
 from peer.watchdog import Watchdog
@@ -46,11 +47,17 @@ class Network:
     swarm: "KademliaSwarm"
     transport: "Libp2pTransport"
     watchdog: Watchdog
+    reachability: Reachability
 
 
 @asynccontextmanager
-async def open_network(config: PeerConfig) -> AsyncIterator[Network]:
-    """Start p2pd with this machine's identity and enter the DHT through `config.initial_peers`."""
+async def open_network(
+    config: PeerConfig, *, launcher: tuple[str, ...] = ()
+) -> AsyncIterator[Network]:
+    """Start p2pd with this machine's identity and enter the DHT through `config.initial_peers`.
+
+    `launcher` is a command that p2pd is run by, such as `nsenter`.
+    """
     from dht.kademlia import KademliaSwarm  # hivemind takes seconds to import
     from peer.rpc import Libp2pTransport
 
@@ -61,7 +68,12 @@ async def open_network(config: PeerConfig) -> AsyncIterator[Network]:
         daemon = await Daemon.start(
             identity_file,
             config=DaemonConfig(
-                host_maddrs=config.host_maddrs, announce_maddrs=config.announce_maddrs
+                host_maddrs=config.host_maddrs,
+                announce_maddrs=config.announce_maddrs,
+                map_port=not all(is_loopback(maddr) for maddr in config.host_maddrs),
+                client_mode=config.client_mode,
+                relay_service=config.relay_service,
+                launcher=launcher,
             ),
         )
         stack.push_async_callback(daemon.close)
@@ -73,8 +85,14 @@ async def open_network(config: PeerConfig) -> AsyncIterator[Network]:
         stack.push_async_callback(transport.close)
         watchdog = Watchdog(daemon, swarm, transport, initial_peers=config.initial_peers)
         await stack.enter_async_context(watchdog.running())
+        await DialBack(swarm, transport, is_relay=config.relay_service).serve()
         yield Network(
-            identity=identity, daemon=daemon, swarm=swarm, transport=transport, watchdog=watchdog
+            identity=identity,
+            daemon=daemon,
+            swarm=swarm,
+            transport=transport,
+            watchdog=watchdog,
+            reachability=Reachability(swarm, transport, watchdog),
         )
 
 

@@ -71,6 +71,11 @@ class Watchdog:
             with suppress(asyncio.CancelledError):
                 await task
 
+    @property
+    def config(self) -> DaemonConfig:
+        """What p2pd runs with."""
+        return self._daemon.config
+
     async def restart(self, config: DaemonConfig) -> None:
         """Restart p2pd because its configuration has changed.
 

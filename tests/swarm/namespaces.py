@@ -41,15 +41,29 @@ _CLONE_NEWNET = 0x40000000  # linux/sched.h
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Host:
-    """One machine of the internet; `address` is its own, which nobody else routes if behind NAT."""
+    """One machine of the internet."""
 
-    address: str
+    address: str  # its own; nobody else knows the way there if it is behind NAT
+    seen_address: str  # that others see it at
     namespace: int  # file descriptor
 
     @property
     def launcher(self) -> tuple[str, ...]:
         """Put before a command, it runs there: as the same process, `nsenter` leaves none."""
         return ("nsenter", f"--net={_path(self.namespace)}", "--")
+
+    def reaches(self, address: str, port: int) -> bool:
+        """Whether a TCP connection to there can be opened from here."""
+        dial = f"exec 3<>/dev/tcp/{address}/{port}"
+        return (
+            subprocess.run(
+                [*self.launcher, "timeout", "2", "bash", "-c", dial],
+                capture_output=True,
+                timeout=20,
+                check=False,
+            ).returncode
+            == 0
+        )
 
     def run(self, *command: str) -> str:
         """Run a command there to its end; its output. Raises ChildProcessError with its words."""
@@ -87,7 +101,8 @@ class Internet:
         self._num_hosts += 1
         number = self._num_hosts
         namespace = self._open.enter_context(_Namespace())
-        outside = Host(address=f"10.77.0.{number}", namespace=namespace)
+        address = f"11.77.0.{number}"
+        outside = Host(address=address, seen_address=address, namespace=namespace)
         self._connect(self._switch, f"port{number}", outside, mbps)
         self._ip("link", "set", f"port{number}", "master", "bridge", "up")
         return self._behind(outside, number) if behind_nat else outside
@@ -95,7 +110,11 @@ class Internet:
     def _behind(self, router: Host, number: int) -> Host:
         """A machine that reaches the others only through `router`, with the router's address."""
         namespace = self._open.enter_context(_Namespace())
-        inside = Host(address=f"192.168.{number}.2", namespace=namespace)
+        inside = Host(
+            address=f"192.168.{number}.2",
+            seen_address=router.seen_address,
+            namespace=namespace,
+        )
         self._connect(router.namespace, "home", inside, None)
         gateway = f"192.168.{number}.1"
         router.run("ip", "address", "add", f"{gateway}/24", "dev", "home")

@@ -1,0 +1,268 @@
+"""Whether others can dial this peer, asked of them; and relays for the case that they cannot.
+
+A few peers are asked to dial back: each opens a fresh connection to the address that it sees the
+asker at, and to nowhere else, at ports that the asker names. So nobody can be made to dial a third
+party. It meets the asker's key there, or it does not count.
+
+Who cannot be dialled still takes part: it dials everyone itself, and libp2p uses such a connection
+in both directions. For those who cannot be dialled either, it reserves a place at a relay, which is
+any peer that can be dialled and is willing (`PeerConfig.relay_service`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Final
+
+from pydantic import Field
+
+from dht.addresses import split_maddr
+from dht.errors import LocalFault, PeerFault, Unreachable
+from dht.identity import Identity
+from dht.records import Maddr
+from peer.messages import Message
+
+if TYPE_CHECKING:
+    from dht.kademlia import KademliaSwarm
+    from peer.transport import Transport
+    from peer.watchdog import Watchdog
+
+DIAL_BACK_PROTOCOL: Final = "/dipaco/dialback/1"
+MAX_DIAL_BACK_BYTES = 4096  # of a request or its answer
+MAX_PORTS = 4  # that one request may name
+MAX_MADDRS = 4  # of one relay, and in an announcement
+DIAL_BACK_SECONDS = 8.0  # for one dial
+ASK_SECONDS = 3 * DIAL_BACK_SECONDS  # for an answer; others may be served first
+MAX_DIALS_AT_A_TIME = 4  # for all askers together
+MAX_REQUESTS = 3  # of one asker in REQUESTS_SECONDS
+REQUESTS_SECONDS = 60.0
+MAX_ASKERS = 256  # remembered
+NUM_ASKED = 3  # peers that are asked to dial back
+MAX_ASKED_FOR_RELAYS = 16  # if none of those relays
+MAX_RELAYS = 3  # used at a time
+RESERVATION_SECONDS = 5.0  # to get a place at a relay
+POLL_SECONDS = 0.1
+_CIRCUIT = "/p2p-circuit"
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+
+
+class DialBackRequest(Message):
+    """Please dial me back at these ports; none, to hear of relays only."""
+
+    ports: Annotated[tuple[Port, ...], Field(max_length=MAX_PORTS)]
+
+
+class DialBackReply(Message):
+    """Where the asked peer sees the asker, where it reached it, and whether it relays."""
+
+    seen: Maddr | None  # /ip4/… without a port; None through a relay
+    reached: Annotated[tuple[Port, ...], Field(max_length=MAX_PORTS)]
+    relay: Annotated[tuple[Maddr, ...], Field(max_length=MAX_MADDRS)]  # its addresses, if it does
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Standing:
+    """How others reach this peer, as far as is known."""
+
+    is_dialled: bool | None  # None: nobody could tell
+    maddrs: tuple[str, ...]  # by which others reach it, each with its peer ID
+    port: int | None  # that it listens on
+
+    @property
+    def relays(self) -> tuple[str, ...]:
+        """The peer IDs of the relays that it is reached through."""
+        circuits = [maddr.split("/p2p-circuit")[0] for maddr in self.maddrs if _CIRCUIT in maddr]
+        return tuple(dict.fromkeys(maddr.rsplit("/p2p/", 1)[-1] for maddr in circuits))
+
+    @property
+    def text(self) -> str:
+        """One line for the volunteer."""
+        if self.is_dialled is None:
+            return "nobody could tell whether others can dial you"
+        if self.is_dialled:
+            return f"reachable from outside at {', '.join(self.maddrs[:2])}"
+        if self.relays:
+            how = f"taking part through relay {', '.join(self.relays)}"
+        else:
+            how = "no relay was found, so those who cannot be dialled either do not reach you"
+        advice = f"forward TCP port {self.port} to this machine for better throughput"
+        return f"others cannot dial you: {how}" + (f"; {advice}" if self.port else "")
+
+
+class DialBack:
+    """Dials those who ask for it, within limits."""
+
+    def __init__(self, swarm: KademliaSwarm, transport: Transport, *, is_relay: bool) -> None:
+        self._swarm = swarm
+        self._transport = transport
+        self._is_relay = is_relay
+        self._dials = asyncio.Semaphore(MAX_DIALS_AT_A_TIME)
+        self._asked: OrderedDict[str, list[float]] = OrderedDict()  # peer ID -> when
+
+    async def serve(self) -> None:
+        """Answer until the transport is closed."""
+        await self._transport.serve(
+            DIAL_BACK_PROTOCOL, self._answer, max_request_bytes=MAX_DIAL_BACK_BYTES
+        )
+
+    async def _answer(self, asker: str, payload: bytes) -> AsyncIterator[bytes]:
+        request = DialBackRequest.from_bytes(payload, sender=asker, max_bytes=MAX_DIAL_BACK_BYTES)
+        if not self._may_ask(asker, time.monotonic()):
+            raise ValueError("asked too often to dial back")
+        seen = host_of((await self._swarm.connections()).get(asker, []))
+        ports = request.ports if seen is not None else ()
+        answers = await asyncio.gather(*(self._reaches(asker, f"{seen}/tcp/{p}") for p in ports))
+        reached = tuple(port for port, is_there in zip(ports, answers, strict=True) if is_there)
+        relay = outside(await self._swarm.maddrs())[:MAX_MADDRS] if self._is_relay else []
+        yield DialBackReply(seen=seen, reached=reached, relay=tuple(relay)).to_bytes()
+
+    def _may_ask(self, asker: str, now: float) -> bool:
+        recent = [when for when in self._asked.pop(asker, []) if now - when < REQUESTS_SECONDS]
+        is_allowed = len(recent) < MAX_REQUESTS
+        self._asked[asker] = [*recent, now] if is_allowed else recent
+        if len(self._asked) > MAX_ASKERS:
+            self._asked.popitem(last=False)
+        return is_allowed
+
+    async def _reaches(self, asker: str, where: str) -> bool:
+        """Whether `asker` answers a fresh connection at `where`.
+
+        p2pd opens none to a peer that it is connected to, so a made-up one is asked for: its error
+        then says whose key it met instead.
+        """
+        nobody = Identity(os.urandom(32)).peer_id
+        try:
+            async with self._dials:
+                await self._transport.connect(
+                    f"{where}/p2p/{nobody}", timeout_seconds=DIAL_BACK_SECONDS
+                )
+        except Unreachable as error:
+            return asker in str(error)
+        return False
+
+
+class Reachability:
+    """Finds out how others reach this peer, and makes the best of it."""
+
+    def __init__(self, swarm: KademliaSwarm, transport: Transport, watchdog: Watchdog) -> None:
+        self._swarm = swarm
+        self._transport = transport
+        self._watchdog = watchdog
+
+    async def settle(self, peers: Sequence[str]) -> Standing:
+        """Ask some of `peers`; if they cannot dial us, take a place at a relay that they know.
+
+        May restart p2pd. Raises `LocalFault` or `Unreachable` if that fails.
+        """
+        config = self._watchdog.config
+        maddrs = await self._swarm.maddrs()
+        ports = ports_of(maddrs)
+        replies = await self._ask(peers[:NUM_ASKED], ports)
+        is_dialled = False if config.client_mode else verdict(list(replies.values()))
+        if is_dialled:
+            places = [maddr.split("/p2p/")[0] for maddr in maddrs]
+            unknown = [place for place in reached(replies) if place not in places]
+            if unknown:  # a forwarded port, of which this machine knows nothing
+                announced = (*unknown, *places)
+                await self._watchdog.restart(replace(config, announce_maddrs=announced))
+        elif is_dialled is False:
+            relays = relays_of(replies)
+            if not relays:
+                relays = relays_of(await self._ask(peers[NUM_ASKED:][:MAX_ASKED_FOR_RELAYS], ()))
+            if relays:
+                await self._watchdog.restart(replace(config, trusted_relays=relays))
+                await self._until_reserved()
+        maddrs = outside(await self._swarm.maddrs())
+        if is_dialled is False:
+            maddrs = [maddr for maddr in maddrs if _CIRCUIT in maddr]
+        return Standing(
+            is_dialled=is_dialled, maddrs=tuple(maddrs), port=ports[0] if ports else None
+        )
+
+    async def _ask(self, peers: Sequence[str], ports: tuple[int, ...]) -> dict[str, DialBackReply]:
+        """What those of `peers` answered who did."""
+        answers = await asyncio.gather(*(self._ask_one(peer, ports) for peer in peers))
+        return {peer: reply for peer, reply in zip(peers, answers, strict=True) if reply}
+
+    async def _ask_one(self, peer: str, ports: tuple[int, ...]) -> DialBackReply | None:
+        try:
+            raw = await self._transport.request(
+                peer,
+                DIAL_BACK_PROTOCOL,
+                DialBackRequest(ports=ports).to_bytes(),
+                timeout_seconds=ASK_SECONDS,
+                max_response_bytes=MAX_DIAL_BACK_BYTES,
+            )
+            return DialBackReply.from_bytes(raw, sender=peer, max_bytes=MAX_DIAL_BACK_BYTES)
+        except (Unreachable, PeerFault):
+            return None
+
+    async def _until_reserved(self) -> None:
+        for _ in range(round(RESERVATION_SECONDS / POLL_SECONDS)):
+            if any(_CIRCUIT in maddr for maddr in await self._swarm.maddrs()):
+                return
+            await asyncio.sleep(POLL_SECONDS)
+
+
+def verdict(replies: Sequence[DialBackReply]) -> bool | None:
+    """Whether more than half of those who tried could dial us; None if nobody tried."""
+    tried = [reply for reply in replies if reply.seen is not None]
+    if not tried:
+        return None
+    return 2 * sum(bool(reply.reached) for reply in tried) > len(tried)
+
+
+def reached(replies: Mapping[str, DialBackReply]) -> list[str]:
+    """The addresses at which we were reached, without our peer ID."""
+    places = [f"{r.seen}/tcp/{port}" for r in replies.values() if r.seen for port in r.reached]
+    return list(dict.fromkeys(places))
+
+
+def relays_of(replies: Mapping[str, DialBackReply]) -> tuple[str, ...]:
+    """One address of each willing relay. A peer can only propose itself, where it is dialled."""
+    relays = []
+    for peer, reply in replies.items():
+        own = [maddr for maddr in reply.relay if _is_address_of(peer, maddr)]
+        relays += own[:1]
+    return tuple(relays[:MAX_RELAYS])
+
+
+def _is_address_of(peer: str, maddr: str) -> bool:
+    try:
+        where, owner = split_maddr(maddr)
+    except LocalFault:
+        return False
+    return owner == peer and _CIRCUIT not in where and "," not in maddr
+
+
+def ports_of(maddrs: Sequence[str]) -> tuple[int, ...]:
+    """The TCP ports in addresses, each once, as many as may be asked about."""
+    direct = [maddr for maddr in maddrs if _CIRCUIT not in maddr]
+    ports = [int(port) for maddr in direct for port in re.findall(r"/tcp/(\d{1,5})", maddr)]
+    return tuple(dict.fromkeys(port for port in ports if 0 < port < 2**16))[:MAX_PORTS]
+
+
+def host_of(maddrs: Sequence[str]) -> str | None:
+    """The IP address, as `/ip4/…`, that a peer is seen at; None if only through a relay."""
+    for maddr in maddrs:
+        found = re.match(r"/ip[46]/[0-9a-fA-F:.]+", maddr)
+        if found and _CIRCUIT not in maddr:
+            return found[0]
+    return None
+
+
+def outside(maddrs: Sequence[str]) -> list[str]:
+    """Those that lead here from other machines; all of them if none does."""
+    return [maddr for maddr in maddrs if not is_loopback(maddr)] or list(maddrs)
+
+
+def is_loopback(maddr: str) -> bool:
+    """Whether an address leads to this machine only."""
+    return maddr.startswith(("/ip4/127.", "/ip6/::1/"))
