@@ -25,9 +25,7 @@ class EventLog:
         self._listeners.append(listener)
 
     def write(self, event: str, **fields: Any) -> None:
-        """Log one event; fields must be JSON-able. Once closed, nothing is logged any more."""
-        if self._stream.closed:
-            return
+        """Log one event; fields must be JSON-able. Raises ValueError once closed."""
         entry = {"time": round(self._now(), 3), "event": event, **fields}
         self._stream.write(json.dumps(entry) + "\n")
         self._stream.flush()
@@ -35,6 +33,11 @@ class EventLog:
             self._rotate()
         for listener in self._listeners:
             listener(entry)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether nothing can be logged any more."""
+        return self._stream.closed
 
     def close(self) -> None:
         """Close the file."""

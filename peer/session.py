@@ -9,6 +9,7 @@ import fcntl
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -181,7 +182,7 @@ def run_directory(state_dir: Path, run: str) -> Path:
 def make_node(network: Network, *, manifest: Manifest, run_dir: Path) -> Node:
     """Everything a peer works with, for the run of this first manifest."""
     events = EventLog(run_dir / "events.jsonl", network.swarm.now)
-    network.watchdog.report = events.write
+    network.watchdog.report = partial(_report, events)
     store = BlobStore(run_dir / "blobs")
     faults = Faults(events)
     history = History(manifest, store, run_dir / "manifests")
@@ -198,6 +199,12 @@ def make_node(network: Network, *, manifest: Manifest, run_dir: Path) -> Node:
         offload=asyncio.to_thread,
         state_dir=run_dir,
     )
+
+
+def _report(events: EventLog, event: str, **fields: object) -> None:
+    """Log an event of the network, which outlives its node."""
+    if not events.is_closed:
+        events.write(event, **fields)
 
 
 @asynccontextmanager

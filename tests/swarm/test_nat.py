@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from dipaco.config import TopologyConfig
+from dipaco.inner import PathTrainer
 from peer.changes import Changes
 from peer.config import PeerConfig
 from peer.keeper import Keeper
 from peer.providers import Providers
 from peer.session import Network, make_node, open_network
 from peer.volunteer import Volunteer
-from tests.lab import Run, identity, little_config, make_run, make_trainer
+from tests.lab import Run, identity, little_config, make_run
 from tests.peer.transport_contract import ECHO, Handlers, ask
 from tests.swarm.namespaces import Internet, require_namespaces
 
@@ -158,7 +159,12 @@ class Training:
         keeper = Keeper(node, providers, keep_all=is_first)
         await self._stack.enter_async_context(keeper.running())
         if not is_first:
-            volunteer = Volunteer(keeper, make_trainer)
+            volunteer = Volunteer(
+                keeper,
+                lambda manifest, path, shard, replica: PathTrainer(
+                    manifest.run_config, manifest.topology, path, shard, replica=replica
+                ),
+            )
             task = asyncio.create_task(volunteer.run())
             self._stack.push_async_callback(asyncio.wait, {task})
             self._stack.callback(volunteer.stop.set)

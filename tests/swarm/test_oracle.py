@@ -20,6 +20,7 @@ from peer.config import PeerConfig
 from peer.devices import choose_device, trainer_factory
 from peer.keeper import Keeper
 from peer.providers import Providers
+from peer.reachability import Reachability
 from peer.session import Network, make_node
 from peer.volunteer import Volunteer
 from peer.watchdog import Watchdog
@@ -98,10 +99,12 @@ async def run_swarm(directory: Path) -> dict[tuple[str, int], set[str]]:
 
 
 def network_of(peer: LocalPeer) -> Network:
+    watchdog = Watchdog(peer.daemon, peer.swarm, peer.transport)
     return Network(
         identity=peer.identity,
         daemon=peer.daemon,
         swarm=peer.swarm,
         transport=peer.transport,
-        watchdog=Watchdog(peer.daemon, peer.swarm, peer.transport),
+        watchdog=watchdog,
+        reachability=Reachability(peer.swarm, peer.transport, watchdog),
     )
