@@ -69,18 +69,20 @@ def test_the_options_are_these() -> None:
         for command_name, command in group.commands.items()
     }
     network = ["--announce-maddr", "--host-maddr", "--max-mbps", "--state-dir"]
-    limits = ["--disk-limit", "--memory-limit"]
+    volunteer = ["--disk-limit", "--memory-limit", "--client-mode", "--relay-service"]
     assert options == {
         "dipaco-peer join": sorted(
-            [*network, *limits, "--device", "--optimizer", "--quiet", "--threads", "--verbose"]
+            [*network, *volunteer, "--device", "--optimizer", "--quiet", "--threads", "--verbose"]
         ),
         "dipaco-peer status": ["--json", "--verbose"],
-        "dipaco-peer check": sorted([*network, *limits, "--device", "--verbose"]),
+        "dipaco-peer check": sorted([*network, *volunteer, "--device", "--verbose"]),
         "dipaco-peer identity": ["--state-dir"],
         "dipaco-bootstrap status": ["--json", "--verbose"],
         "dipaco-bootstrap prepare": ["--device", "--threads", "--verbose"],
         "dipaco-bootstrap grow": ["--levels", "--verbose"],
-        "dipaco-bootstrap serve": sorted([*network, "--quiet", "--start-in", "--verbose"]),
+        "dipaco-bootstrap serve": sorted(
+            [*network, "--quiet", "--relay-service", "--start-in", "--verbose"]
+        ),
     }
 
 
@@ -99,6 +101,13 @@ def test_a_malformed_listen_address_is_a_usage_error() -> None:
     result = CliRunner().invoke(peer, arguments)
     assert result.exit_code == 2
     assert "/ip4/0.0.0.0/tcp/31337" in result.output
+
+
+def test_a_peer_that_cannot_be_dialled_is_no_relay() -> None:
+    address = f"/ip4/1.2.3.4/tcp/1/p2p/{PEER_ID}"
+    result = CliRunner().invoke(peer, ["join", address, "--client-mode", "--relay-service"])
+    assert result.exit_code == 2
+    assert "exclude each other" in result.output
 
 
 @pytest.mark.swarm

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import pytest
+
+from dht.errors import Unreachable
+from peer.memory import MemoryNetwork
+from peer.reachability import (
+    DIAL_BACK_PROTOCOL,
+    MAX_DIAL_BACK_BYTES,
+    MAX_PORTS,
+    MAX_REQUESTS,
+    DialBack,
+    DialBackReply,
+    DialBackRequest,
+    Standing,
+    host_of,
+    ports_of,
+    relays_of,
+    verdict,
+)
+from peer.transport import RemoteError
+from tests.lab import identity
+
+if TYPE_CHECKING:
+    from peer.transport import Transport
+
+US, ASKER, OTHER = (identity(number).peer_id for number in (1, 2, 3))
+PUBLIC = f"/ip4/203.0.113.9/tcp/31337/p2p/{OTHER}"
+
+
+def reply(*, seen: str | None = "/ip4/203.0.113.7", reached: tuple[int, ...] = ()) -> DialBackReply:
+    return DialBackReply(seen=seen, reached=reached, relay=())
+
+
+class FakeSwarm:
+    """Sees the asker at these addresses."""
+
+    def __init__(self, seen_at: list[str]) -> None:
+        self.seen_at = seen_at
+
+    async def connections(self) -> dict[str, list[str]]:
+        return {ASKER: self.seen_at}
+
+    async def maddrs(self) -> list[str]:
+        return ["/ip4/127.0.0.1/tcp/1/p2p/" + US, f"/ip4/203.0.113.1/tcp/1/p2p/{US}"]
+
+
+class Dials:
+    """Records whom p2pd was made to dial, and answers with the key that is met there."""
+
+    def __init__(self, keys: dict[str, str]) -> None:
+        self.keys = keys
+        self.maddrs: list[str] = []
+
+    async def __call__(self, maddr: str, *, timeout_seconds: float) -> str:
+        self.maddrs.append(maddr)
+        where = maddr.split("/p2p/")[0]
+        if where not in self.keys:
+            raise Unreachable("connection refused")
+        raise Unreachable(
+            f"peer id mismatch: expected X, but remote key matches {self.keys[where]}"
+        )
+
+
+async def ask(
+    asker: Transport, ports: tuple[int, ...], *, protocol: str = DIAL_BACK_PROTOCOL
+) -> DialBackReply:
+    raw = await asker.request(
+        US,
+        protocol,
+        DialBackRequest(ports=ports).to_bytes(),
+        timeout_seconds=5,
+        max_response_bytes=MAX_DIAL_BACK_BYTES,
+    )
+    return DialBackReply.from_bytes(raw, sender=US)
+
+
+async def served(seen_at: list[str], dials: Dials, *, is_relay: bool = False) -> Transport:
+    """The asker's transport, in a network where `US` dials back."""
+    network = MemoryNetwork(seed=0)
+    transport, asker = network.transport(US), network.transport(ASKER)
+    transport.connect = dials  # type: ignore[method-assign]
+    await DialBack(FakeSwarm(seen_at), transport, is_relay=is_relay).serve()  # type: ignore[arg-type]
+    return asker
+
+
+def test_only_the_address_that_the_asker_is_seen_at_is_dialled() -> None:
+    async def main() -> None:
+        dials = Dials({"/ip4/203.0.113.7/tcp/4000": ASKER, "/ip4/203.0.113.7/tcp/22": OTHER})
+        asker = await served(["/ip4/203.0.113.7/tcp/51234"], dials)
+        answer = await ask(asker, (22, 4000, 4001))
+        assert answer.seen == "/ip4/203.0.113.7"
+        assert answer.reached == (4000,), "another key is not the asker"
+        assert {maddr.rsplit("/tcp/", 1)[0] for maddr in dials.maddrs} == {"/ip4/203.0.113.7"}
+        assert answer.relay == ()
+
+    asyncio.run(main())
+
+
+def test_who_is_seen_through_a_relay_is_not_dialled() -> None:
+    async def main() -> None:
+        dials = Dials({})
+        asker = await served([f"{PUBLIC}/p2p-circuit"], dials, is_relay=True)
+        answer = await ask(asker, (4000,))
+        assert answer.seen is None
+        assert dials.maddrs == []
+        assert answer.relay == (f"/ip4/203.0.113.1/tcp/1/p2p/{US}",)
+
+    asyncio.run(main())
+
+
+def test_dialling_back_is_bounded() -> None:
+    async def main() -> None:
+        dials = Dials({})
+        asker = await served(["/ip4/203.0.113.7/tcp/5"], dials)
+        for _ in range(MAX_REQUESTS):
+            await ask(asker, (1, 2, 3, 4))
+        with pytest.raises(RemoteError, match="too often"):
+            await ask(asker, (1,))
+        assert len(dials.maddrs) == MAX_REQUESTS * MAX_PORTS
+
+    asyncio.run(main())
+    with pytest.raises(ValueError, match="at most 4"):
+        DialBackRequest(ports=(1, 2, 3, 4, 5))
+    with pytest.raises(ValueError, match="greater than or equal"):
+        DialBackRequest(ports=(0,))
+
+
+def test_the_majority_of_those_who_tried_decides() -> None:
+    yes, no, could_not_try = reply(reached=(1,)), reply(), reply(seen=None)
+    assert verdict([]) is None
+    assert verdict([could_not_try]) is None
+    assert verdict([yes, could_not_try]) is True
+    assert verdict([yes, yes, no]) is True
+    assert verdict([yes, no]) is False, "through a relay one is reached in any case"
+
+
+def test_a_relay_can_only_propose_itself_where_it_is_dialled() -> None:
+    def proposing(*maddrs: str) -> dict[str, DialBackReply]:
+        return {OTHER: DialBackReply(seen=None, reached=(), relay=maddrs)}
+
+    assert relays_of(proposing(PUBLIC, PUBLIC)) == (PUBLIC,)
+    assert relays_of(proposing(f"/ip4/203.0.113.9/tcp/31337/p2p/{ASKER}")) == ()
+    assert relays_of(proposing(f"/ip4/1.1.1.1/tcp/1/p2p/{US}/p2p-circuit/p2p/{OTHER}")) == ()
+    assert relays_of(proposing(f"{PUBLIC},{PUBLIC}", "/nonsense", f"/dns/x/p2p/{OTHER}")) == ()
+
+
+def test_addresses_are_read() -> None:
+    circuit = f"{PUBLIC}/p2p-circuit/p2p/{US}"
+    here = [f"/ip4/127.0.0.1/tcp/7/p2p/{US}", f"/ip6/::1/tcp/8/p2p/{US}", circuit]
+    assert ports_of(here) == (7, 8)
+    assert host_of([circuit]) is None
+    assert host_of(["/ip6/2001:db8::7/tcp/1"]) == "/ip6/2001:db8::7"
+    standing = Standing(is_dialled=False, maddrs=(circuit,), port=7)
+    assert standing.relays == (OTHER,)
+    assert standing.text == (
+        f"others cannot dial you: taking part through relay {OTHER}; "
+        "forward TCP port 7 to this machine for better throughput"
+    )
