@@ -156,6 +156,8 @@ class KademliaSwarm:
     async def publish_again(self) -> None:
         """Store our live records once more, each until it was to expire anyway."""
         for key in list(self._published):
+            if key not in self._published:
+                continue  # it has expired while another one was stored
             record, expiration_time = self._published[key]  # which may be a newer one by now
             lifetime_seconds = expiration_time - self.now()
             if lifetime_seconds > 0:

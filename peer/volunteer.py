@@ -238,6 +238,8 @@ class Volunteer:
         if self.stop.is_set() or self._the_work().is_counted:
             return
         self.keeper.presence.progress.slot_tokens = self._tokens - tokens_before
+        # Whoever was suspended, or starved, has something for the last slot that is over.
+        slot = max(slot, node.slot - 1)
         await self._contribute(slot)
         if rounds.blocking:
             await self._await_versions(slot)
