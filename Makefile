@@ -23,6 +23,9 @@ demo: $(READY) ## Train a DiPaCo in a swarm on this machine: a kill, a late join
 test: $(READY) ## Run all tests.
 	$(BIN)/python -m pytest
 
+faults: $(READY) ## Kill and stop real peers at every stage of a round; about twenty minutes.
+	$(BIN)/python -m tests.faults
+
 check: $(READY) ## Lint, format, types, import rules.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -44,4 +47,4 @@ quality: $(READY) ## Compare routers, topologies and outer steps; an hour and a 
 clean: ## Remove the virtual environment and what the demo left.
 	rm -rf $(VENV) demo-run quality-run
 
-.PHONY: help setup demo test check bench churn quality clean
+.PHONY: help setup demo test faults check bench churn quality clean
