@@ -24,6 +24,7 @@ from peer.certificate import (
 )
 from peer.changes import Changes
 from peer.contributions import Contributions
+from peer.courier import Answer, Courier, Kind
 from peer.heads import Heads
 from peer.messages import (
     MAX_MESSAGE_BYTES,
@@ -48,10 +49,6 @@ from peer.messages import (
 from peer.modules import Held
 from peer.node import Node
 
-COMMIT_PROTOCOL = "/dipaco/commit/1"
-HAVE_PROTOCOL = "/dipaco/have/1"
-PROPOSE_PROTOCOL = "/dipaco/propose/1"
-CERTIFY_PROTOCOL = "/dipaco/certify/1"
 CHAIN_PROTOCOL = "/dipaco/chain/1"
 
 FRESH_SECONDS = 1.0  # how old the heads may be by which a rebuilt roster is judged
@@ -94,25 +91,30 @@ class Member:
         self._writes: set[asyncio.Task[None]] = set()  # of states that are not on disk yet
         self._locks: dict[ModuleID, asyncio.Lock] = {}
         self.retiring: set[ModuleID] = set()  # held still, but only until the next roster
+        self.courier = Courier(node.transport, node.faults)
         self.changes = Changes()
         self.contributions = Contributions(node, self.changes, on_manifest=on_manifest)
 
     async def serve(self) -> None:
         """Start answering."""
-        handlers = {
-            COMMIT_PROTOCOL: self._on_commit,
-            HAVE_PROTOCOL: self._on_have,
-            PROPOSE_PROTOCOL: self._on_propose,
-            CERTIFY_PROTOCOL: self._on_certify,
-            CHAIN_PROTOCOL: self._on_chain,
-        }
-        for protocol, handler in handlers.items():
-            await self._node.transport.serve(
-                protocol, self._answering(handler), max_request_bytes=MAX_MESSAGE_BYTES
-            )
+        await self.courier.serve(
+            {
+                Kind.COMMIT: self._answering(self._on_commit),
+                Kind.HAVE: self._answering(self._on_have),
+                Kind.PROPOSE: self._answering(self._on_propose),
+                Kind.CERTIFY: self._answering(self._on_certify),
+            }
+        )
+        answer = self._answering(self._on_chain)
+
+        async def chain(peer_id: str, payload: bytes) -> AsyncIterator[bytes]:
+            yield await answer(peer_id, payload)
+
+        await self._node.transport.serve(CHAIN_PROTOCOL, chain, max_request_bytes=1024)
 
     async def close(self) -> None:
         """Stop what is under way; what is being written gets there."""
+        await self.courier.close()
         await self.contributions.close()
         await asyncio.gather(*self._writes, return_exceptions=True)
 
@@ -373,18 +375,15 @@ class Member:
 
     # The handlers: parse, answer.
 
-    def _answering(
-        self, handler: Callable[[str, bytes], Awaitable[Message]]
-    ) -> Callable[[str, bytes], AsyncIterator[bytes]]:
-        """Make a transport handler of one; what its asker did wrong is counted."""
+    def _answering(self, handler: Callable[[str, bytes], Awaitable[Message]]) -> Answer:
+        """Make an answer of bytes of it; what its asker did wrong is counted."""
 
-        async def answer(peer_id: str, payload: bytes) -> AsyncIterator[bytes]:
+        async def answer(peer_id: str, payload: bytes) -> bytes:
             try:
-                message = await handler(peer_id, payload)
+                return (await handler(peer_id, payload)).to_bytes()
             except PeerFault as error:
                 self._node.faults.count(error, error.peer_id)
                 raise
-            yield message.to_bytes()
 
         return answer
 

@@ -17,17 +17,13 @@ from dipaco.compression import EncodedGradient
 from dipaco.topology import ModuleID, PathID
 from peer.certificate import counted, may_rebuild, quorum_votes, roster_of
 from peer.contributions import MAX_COUNTED
+from peer.courier import Kind
 from peer.heads import Heads
 from peer.member import (
-    CERTIFY_PROTOCOL,
-    COMMIT_PROTOCOL,
     FRESH_SECONDS,
-    HAVE_PROTOCOL,
-    PROPOSE_PROTOCOL,
     Member,
 )
 from peer.messages import (
-    MAX_MESSAGE_BYTES,
     MAX_ROSTER,
     MAX_WAIT_SECONDS,
     Ballot,
@@ -157,7 +153,7 @@ class Rounds:
                 by_peer.setdefault(peer, []).append(commitment)
         by_peer.pop(self._node.peer_id, None)
         requests = {peer: CommitRequest(commitments=tuple(c)) for peer, c in by_peer.items()}
-        await self._ask_all(requests, COMMIT_PROTOCOL, Done, MESSAGE_TIMEOUT_SECONDS)
+        await self._ask_all(requests, Kind.COMMIT, Done, MESSAGE_TIMEOUT_SECONDS)
 
     async def _done(self, module: ModuleID, slot: int, *, until: float) -> bool:
         """Wait until the slot has its certificate here, or the time `until` has come."""
@@ -270,7 +266,7 @@ class Rounds:
         )
         mine = asyncio.ensure_future(self._member.have(request, sender=self._node.peer_id))
         others = {seat.peer: request for seat in roster if seat.peer != self._node.peer_id}
-        replies = await self._ask_all(others, HAVE_PROTOCOL, HaveReply, window)
+        replies = await self._ask_all(others, Kind.HAVE, HaveReply, window)
         return {**replies, self._node.peer_id: await mine}
 
     async def _propose(
@@ -351,7 +347,7 @@ class Rounds:
         asked: list[asyncio.Future[ProposeReply | None]] = [asyncio.ensure_future(own)]
         asked += [
             asyncio.ensure_future(
-                self._ask(seat.peer, PROPOSE_PROTOCOL, request, ProposeReply, self._slot_seconds)
+                self._ask(seat.peer, Kind.PROPOSE, request, ProposeReply, self._slot_seconds)
             )
             for seat in proposal.roster
             if seat.peer != self._node.peer_id
@@ -390,19 +386,19 @@ class Rounds:
         peers |= {commitment.peer for commitment in proposal.contributions}
         request = CertifyRequest(certificate=certificate)
         others = dict.fromkeys(peers - {self._node.peer_id}, request)
-        await self._ask_all(others, CERTIFY_PROTOCOL, Done, MESSAGE_TIMEOUT_SECONDS)
+        await self._ask_all(others, Kind.CERTIFY, Done, MESSAGE_TIMEOUT_SECONDS)
 
     async def _ask_all(
         self,
         requests: Mapping[str, Message],
-        protocol: str,
+        kind: Kind,
         reply_type: type[R],
         timeout_seconds: float,
     ) -> dict[str, R]:
         """Ask all at once; who does not answer rightly is missing from the result."""
         replies = await asyncio.gather(
             *(
-                self._ask(peer, protocol, request, reply_type, timeout_seconds)
+                self._ask(peer, kind, request, reply_type, timeout_seconds)
                 for peer, request in requests.items()
             )
         )
@@ -411,18 +407,14 @@ class Rounds:
     async def _ask(
         self,
         peer: str,
-        protocol: str,
+        kind: Kind,
         request: Message,
         reply_type: type[R],
         timeout_seconds: float,
     ) -> R | None:
         try:
-            raw = await self._node.transport.request(
-                peer,
-                protocol,
-                request.to_bytes(),
-                timeout_seconds=timeout_seconds,
-                max_response_bytes=MAX_MESSAGE_BYTES,
+            raw = await self._member.courier.ask(
+                peer, kind, request.to_bytes(), timeout_seconds=timeout_seconds
             )
             return reply_type.from_bytes(raw, sender=peer)
         except (PeerFault, Unreachable) as error:

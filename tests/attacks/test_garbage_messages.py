@@ -13,15 +13,11 @@ from hypothesis import strategies as st
 
 from dht.errors import BadMessage, PeerFault
 from peer.blob_server import BLOB_PROTOCOL, BlobRequest
+from peer.courier import ROUND_PROTOCOL, Courier, Kind
+from peer.faults import Faults
 from peer.hello import HELLO_PROTOCOL, say_hello
 from peer.manifest import Manifest
-from peer.member import (
-    CERTIFY_PROTOCOL,
-    CHAIN_PROTOCOL,
-    COMMIT_PROTOCOL,
-    HAVE_PROTOCOL,
-    PROPOSE_PROTOCOL,
-)
+from peer.member import CHAIN_PROTOCOL
 from peer.messages import (
     CertifyRequest,
     ChainReply,
@@ -54,12 +50,9 @@ TYPES: list[type[Message]] = [
 ]
 PROTOCOLS = [
     BLOB_PROTOCOL,
-    CERTIFY_PROTOCOL,
     CHAIN_PROTOCOL,
-    COMMIT_PROTOCOL,
-    HAVE_PROTOCOL,
     HELLO_PROTOCOL,
-    PROPOSE_PROTOCOL,
+    ROUND_PROTOCOL,
 ]
 
 json_values = st.recursive(
@@ -104,6 +97,11 @@ def test_a_peer_outlives_garbage_at_every_protocol(tmp_path: Path) -> None:
                     except PeerFault:
                         continue
                     pytest.fail(f"{protocol} accepted {payload!r}")
+            courier = Courier(attacker, Faults(victim.keeper.node.events))
+            for kind in Kind:
+                for payload in payloads:
+                    with pytest.raises(PeerFault):
+                        await courier.ask(victim.peer_id, kind, payload, timeout_seconds=5)
             assert (await say_hello(attacker, victim.peer_id)).run == place.run.digest
             counted = victim.keeper.node.faults.by_peer[attacker.peer_id]
             assert counted["BadMessage"] >= 5 * len(payloads)
