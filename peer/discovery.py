@@ -32,7 +32,9 @@ class Discovery:
         directory = node.state_dir / "unchecked"
         shutil.rmtree(directory, ignore_errors=True)
         self._store = BlobStore(directory)
-        self._blobs = BlobClient(self._store, node.transport, node.faults)
+        self._blobs = BlobClient(
+            self._store, node.transport, node.faults, sources=node.blobs.sources
+        )
         self._refuted: dict[str, None] = {}  # digests that led to no manifest of this run
         self._liars: dict[str, None] = {}  # peers that named them
         self._searching: set[str] = set()  # peers whose messages name an unknown manifest

@@ -71,11 +71,11 @@ class Place:
         self.until(lambda: (self.directory / "run" / "address").exists(), within=60)
         return process
 
-    def join(self, name: str, *addresses: str) -> Process:
+    def join(self, name: str, *arguments: str) -> Process:
         state_dir = self.directory / name
         state_dir.mkdir(exist_ok=True)
         options = ["--state-dir", str(state_dir), "--threads", "1"]
-        return self._launch("dipaco-peer", ["join", *addresses, *options], state_dir)
+        return self._launch("dipaco-peer", ["join", *arguments, *options], state_dir)
 
     def until(self, condition: Callable[[], Any], *, within: float) -> None:
         """Wait for an event of the processes; fails with their logs."""
@@ -162,7 +162,8 @@ def test_a_swarm_survives_kills_and_its_bootstrap_node(
     place.until(lambda: len(again.seen("contributed")) > contributed, within=45)
 
     assert bootstrap.leave() == 0
-    newcomer = place.join("late", peers[1].address)
+    limits = ("--max-mbps", "20", "--disk-limit", "1GB", "--memory-limit", "4 GB")
+    newcomer = place.join("late", peers[1].address, *limits)
     place.until(lambda: newcomer.seen("contributed"), within=45)
     place.until(lambda: len(newcomer.seen("version")) > 3, within=45)
 
