@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -173,6 +175,12 @@ class Training:
         self.events.setdefault(place.peer_id, []).append(entry)
         self._changes.notify()
 
+    def seen(self, place: Place, event: str) -> list[dict[str, Any]]:
+        return [entry for entry in self.events.get(place.peer_id, []) if entry["event"] == event]
+
+    async def until_seen(self, place: Place, event: str, *, within_seconds: float) -> bool:
+        return await self._changes.until(lambda: bool(self.seen(place, event)), within_seconds)
+
     async def until_counted(self, peers: set[str], *, within_seconds: float) -> bool:
         """Until every place has applied contributions of all these peers."""
         return await self._changes.until(
@@ -181,15 +189,18 @@ class Training:
 
     def counted(self, place: Place) -> set[str]:
         """Whose contributions are in the versions that `place` applied."""
-        return {
-            peer
-            for entry in self.events.get(place.peer_id, [])
-            if entry["event"] == "version"
-            for peer in entry["contributors"]
-        }
+        return {peer for entry in self.seen(place, "version") for peer in entry["contributors"]}
 
 
-def test_peers_that_nobody_can_dial_take_part(tmp_path: Path) -> None:
+async def lose_p2pd(training: Training, place: Place) -> None:
+    """Kill the p2pd of a peer that has just begun to train."""
+    assert await training.until_seen(place, "first step", within_seconds=20)
+    assert training.counted(place) == set()
+    os.kill(place.network.daemon.pid, signal.SIGKILL)
+    assert await training.until_seen(place, "p2pd restarted", within_seconds=10)
+
+
+def test_peers_that_nobody_can_dial_take_part_even_after_losing_p2pd(tmp_path: Path) -> None:
     async def main() -> None:
         async with neighborhood(tmp_path) as n, AsyncExitStack() as stack:
             check_standing(n)
@@ -197,7 +208,10 @@ def test_peers_that_nobody_can_dial_take_part(tmp_path: Path) -> None:
             check_nobody_dials_the_hidden(n)
             training = Training(n, tmp_path / "runs", stack)
             await training.start()
+            await lose_p2pd(training, n.h)
             trainers = {place.peer_id for place in (n.p, n.h, n.c)}
             assert await training.until_counted(trainers, within_seconds=10 * ROUND_SECONDS)
+            maddrs = tuple(await n.h.network.swarm.maddrs())
+            assert replace(n.h.standing, maddrs=maddrs).relays == (n.r.peer_id,)
 
     asyncio.run(main())
