@@ -50,6 +50,7 @@ _LINES = {
     "path not to be had": ("path", "path {path} cannot be had: {why}"),
     "manifest": ("run", "version {version} of the manifest, in force from slot {first_slot} on"),
     "manifest in force": ("run", "training by version {version} of the manifest"),
+    "reachability": ("network", "{text}"),
     "p2pd restarted": ("network", "p2pd was restarted, since {why}; back after {seconds:.1f} s"),
     "p2pd not restarted": ("network", "p2pd could not be restarted: {why}"),
     "p2pd keeps failing": ("network", "p2pd keeps failing; next attempt in {wait_seconds} s"),

@@ -7,7 +7,8 @@ import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import aclosing, suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from peer.keeper import Keeper
 from peer.limits import divide, gigabytes
 from peer.node import Node
 from peer.providers import Providers
-from peer.reachability import MAX_MADDRS
+from peer.reachability import MAX_MADDRS, Standing
 from peer.session import Network, open_node
 from peer.volunteer import Volunteer
 
@@ -51,7 +52,7 @@ async def join(config: PeerConfig, display: Display) -> None:
             disk=f"{node.state_dir}, {gigabytes(shutil.disk_usage(node.state_dir).free)} free",
         )
         write_address_file(config.state_dir, addresses)
-        node.events.write("reachability", dialled=standing.is_dialled, relays=list(standing.relays))
+        note_standing(node, standing)
         node.events.listen(display.show)
         node.log.max_recent_bytes = limits.recent_bytes
         node.store.limit_bytes = limits.blob_bytes
@@ -61,11 +62,31 @@ async def join(config: PeerConfig, display: Display) -> None:
         volunteer = Volunteer(keeper, trainer_factory(choice))
         stop_on_signals(volunteer.stop.set, display)
         async with keeper.running():
+            keeper.start(_stay_reachable(network, keeper), "reachability")
             await _train_until_stopped(volunteer)
             if not volunteer.stop.is_set():
                 display.say("run", "finished; still serving others, Ctrl-C to leave")
                 await volunteer.stop.wait()
         display.say("network", "left the swarm")
+
+
+async def _stay_reachable(network: Network, keeper: Keeper) -> None:
+    """Follow the relays as they come and go."""
+    node, providers = keeper.node, keeper.providers
+    async with aclosing(network.reachability.changes(partial(others, node, providers))) as changes:
+        async for standing in changes:
+            keeper.presence.maddrs = standing.maddrs[:MAX_MADDRS]
+            note_standing(node, standing)
+
+
+def note_standing(node: Node, standing: Standing) -> None:
+    """Log how others reach this peer."""
+    node.events.write(
+        "reachability",
+        dialled=standing.is_dialled,
+        relays=list(standing.relays),
+        text=standing.text,
+    )
 
 
 async def others(node: Node, providers: Providers) -> list[str]:

@@ -16,7 +16,14 @@ import os
 import re
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -47,6 +54,7 @@ NUM_ASKED = 3  # peers that are asked to dial back
 MAX_ASKED_FOR_RELAYS = 16  # if none of those relays
 MAX_RELAYS = 3  # used at a time
 RESERVATION_SECONDS = 5.0  # to get a place at a relay
+RELAY_CHECK_SECONDS = 60.0  # between two looks at whether we still have it
 POLL_SECONDS = 0.1
 _CIRCUIT = "/p2p-circuit"
 
@@ -155,6 +163,7 @@ class Reachability:
         self._swarm = swarm
         self._transport = transport
         self._watchdog = watchdog
+        self._is_hidden = False  # others cannot dial us
 
     async def settle(self, peers: Sequence[str]) -> Standing:
         """Ask some of `peers`; if they cannot dial us, take a place at a relay that they know.
@@ -166,12 +175,15 @@ class Reachability:
         ports = ports_of(maddrs)
         replies = await self._ask(peers[:NUM_ASKED], ports)
         is_dialled = False if config.client_mode else verdict(list(replies.values()))
+        self._is_hidden = is_dialled is False
         if is_dialled:
-            places = [maddr.split("/p2p/")[0] for maddr in maddrs]
+            config = replace(config, trusted_relays=())
+            places = [maddr.split("/p2p/")[0] for maddr in maddrs if _CIRCUIT not in maddr]
             unknown = [place for place in reached(replies) if place not in places]
             if unknown:  # a forwarded port, of which this machine knows nothing
-                announced = (*unknown, *places)
-                await self._watchdog.restart(replace(config, announce_maddrs=announced))
+                config = replace(config, announce_maddrs=(*unknown, *places))
+            if config != self._watchdog.config:
+                await self._watchdog.restart(config)
         elif is_dialled is False:
             relays = relays_of(replies)
             if not relays:
@@ -185,6 +197,19 @@ class Reachability:
         return Standing(
             is_dialled=is_dialled, maddrs=tuple(maddrs), port=ports[0] if ports else None
         )
+
+    async def changes(
+        self, peers: Callable[[], Awaitable[Sequence[str]]]
+    ) -> AsyncGenerator[Standing, None]:
+        """Settle anew, for ever, whenever the place at a relay is lost; yields what came of it."""
+        while True:
+            await asyncio.sleep(RELAY_CHECK_SECONDS)
+            try:
+                maddrs = await self._swarm.maddrs()
+                if self._is_hidden and not any(_CIRCUIT in maddr for maddr in maddrs):
+                    yield await self.settle(await peers())
+            except (LocalFault, Unreachable):
+                continue  # the watchdog is at it
 
     async def _ask(self, peers: Sequence[str], ports: tuple[int, ...]) -> dict[str, DialBackReply]:
         """What those of `peers` answered who did."""

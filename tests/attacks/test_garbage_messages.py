@@ -31,6 +31,7 @@ from peer.messages import (
     ProposeReply,
     ProposeRequest,
 )
+from peer.reachability import DialBackReply, DialBackRequest
 from tests.lab import identity, lab, little_config
 from tests.virtual_clock import run_virtual
 
@@ -40,6 +41,8 @@ TYPES: list[type[Message]] = [
     ChainReply,
     ChainRequest,
     CommitRequest,
+    DialBackReply,
+    DialBackRequest,
     HaveReply,
     HaveRequest,
     HelloReply,

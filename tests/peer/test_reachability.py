@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 import pytest
 
+from dht.daemon import DaemonConfig
 from dht.errors import Unreachable
 from peer.memory import MemoryNetwork
 from peer.reachability import (
@@ -15,6 +17,7 @@ from peer.reachability import (
     DialBack,
     DialBackReply,
     DialBackRequest,
+    Reachability,
     Standing,
     host_of,
     ports_of,
@@ -23,6 +26,7 @@ from peer.reachability import (
 )
 from peer.transport import RemoteError
 from tests.lab import identity
+from tests.virtual_clock import run_virtual
 
 if TYPE_CHECKING:
     from peer.transport import Transport
@@ -38,14 +42,15 @@ def reply(*, seen: str | None = "/ip4/203.0.113.7", reached: tuple[int, ...] = (
 class FakeSwarm:
     """Sees the asker at these addresses."""
 
-    def __init__(self, seen_at: list[str]) -> None:
+    def __init__(self, seen_at: list[str], own: list[str] | None = None) -> None:
         self.seen_at = seen_at
+        self.own = own or [f"/ip4/127.0.0.1/tcp/1/p2p/{US}", f"/ip4/203.0.113.1/tcp/1/p2p/{US}"]
 
     async def connections(self) -> dict[str, list[str]]:
         return {ASKER: self.seen_at}
 
     async def maddrs(self) -> list[str]:
-        return ["/ip4/127.0.0.1/tcp/1/p2p/" + US, f"/ip4/203.0.113.1/tcp/1/p2p/{US}"]
+        return self.own
 
 
 class Dials:
@@ -160,3 +165,40 @@ def test_addresses_are_read() -> None:
         f"others cannot dial you: taking part through relay {OTHER}; "
         "forward TCP port 7 to this machine for better throughput"
     )
+
+
+class FakeWatchdog:
+    """Restarts nothing; the relays of its configuration are where we are reached."""
+
+    def __init__(self, swarm: FakeSwarm) -> None:
+        self.config = DaemonConfig()
+        self._swarm = swarm
+
+    async def restart(self, config: DaemonConfig) -> None:
+        self.config = config
+        self._swarm.own = [f"{relay}/p2p-circuit/p2p/{ASKER}" for relay in config.trusted_relays]
+
+
+def test_a_lost_relay_is_replaced() -> None:
+    async def main() -> None:
+        network = MemoryNetwork(seed=0)
+        seen_at = ["/ip4/203.0.113.7/tcp/5"]
+        for number, peer in ((1, US), (3, OTHER)):
+            swarm = FakeSwarm(seen_at, [f"/ip4/203.0.113.{number}/tcp/1/p2p/{peer}"])
+            transport = network.transport(peer)
+            transport.connect = Dials({})  # type: ignore[method-assign]
+            await DialBack(swarm, transport, is_relay=True).serve()  # type: ignore[arg-type]
+        ours = FakeSwarm([], [f"/ip4/192.168.1.2/tcp/4000/p2p/{ASKER}"])
+        watchdog = FakeWatchdog(ours)
+        reachability = Reachability(ours, network.transport(ASKER), watchdog)  # type: ignore[arg-type]
+        assert (await reachability.settle([US])).relays == (US,)
+        assert watchdog.config.is_hidden
+
+        async def others() -> list[str]:
+            return [OTHER]
+
+        ours.own = []
+        async with aclosing(reachability.changes(others)) as changes:
+            assert (await anext(changes)).relays == (OTHER,)
+
+    run_virtual(main())
