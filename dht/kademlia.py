@@ -298,11 +298,10 @@ class KademliaSwarm:
         if self._is_closed:
             return
         self._is_closed = True
-        if self._is_lost:
-            return
         self._node.is_alive = False
         with suppress(TimeoutError, P2PDaemonError, OSError):
-            async with asyncio.timeout(CLOSE_SECONDS if self._daemon.alive else 0):
+            is_there = self._daemon.alive and not self._is_lost
+            async with asyncio.timeout(CLOSE_SECONDS if is_there else 0):
                 await self._node.shutdown()
         await self.p2p.shutdown()
         await asyncio.sleep(0)  # lets hivemind's cancelled tasks close their sockets
