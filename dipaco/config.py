@@ -280,7 +280,8 @@ class RoundsConfig:
     """The schedule. A round lasts `round_seconds` and holds at most `inner_steps` inner steps.
 
     On one machine `paths_per_round` paths train in a round, 0 for all; in a swarm, as many as there
-    are peers.
+    are peers. With `staggered`, the rounds of a swarm's levels end one after another, evenly over
+    the slot, which divides the peak of the traffic by the number of levels.
     """
 
     num_rounds: int
@@ -290,6 +291,7 @@ class RoundsConfig:
     num_keepers: int = 2
     eval_sequences: int = 64
     paths_per_round: int = 0
+    staggered: bool = False
 
     def __post_init__(self) -> None:
         _check("rounds.num_rounds", self.num_rounds, 1, MAX_INTEGER)
@@ -298,6 +300,11 @@ class RoundsConfig:
         _check("rounds.num_keepers", self.num_keepers, 0, 64)
         _check("rounds.eval_sequences", self.eval_sequences, 1, MAX_INTEGER)
         _check("rounds.paths_per_round", self.paths_per_round, 0, MAX_PATHS)
+        if self.blocking and self.staggered:
+            raise ConfigError(
+                "rounds.blocking and rounds.staggered are both set",
+                hint="accepted: one of them; an exact run trains all levels for equally long",
+            )
 
     @property
     def total_steps(self) -> int:

@@ -45,6 +45,16 @@ class History:
         """The version in force in `slot`; before the run starts, that is the first one."""
         return next((m for m in reversed(self._versions) if m.first_slot <= slot), self.first)
 
+    def round_end(self, module: ModuleID, slot: int) -> float:
+        """When the round of `slot` ends for a module: Unix time, in seconds.
+
+        At the end of the slot; or, staggered, at an even share of it for each level.
+        """
+        manifest = self.at(slot)
+        num_levels = len(manifest.topology.levels)
+        share = (module.level + 1) / num_levels if manifest.run_config.rounds.staggered else 1.0
+        return self.first.slot_start(slot) + share * self.first.run_config.rounds.round_seconds
+
     def since(self, slot: int) -> tuple[Manifest, ...]:
         """The version in force in `slot`, and all later ones."""
         return self.versions[self.at(slot).version - 1 :]

@@ -7,7 +7,7 @@ nothing is counted twice.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -130,13 +130,16 @@ class PathWork:
         self.train_seconds += time.monotonic() - start
         return steps
 
-    def offers(self, slot: int, config: RunConfig) -> list[Offer]:
+    def offers(
+        self, slot: int, config: RunConfig, modules: Iterable[ModuleID] | None = None
+    ) -> list[Offer]:
         """Take the outer gradient (old minus new) of every module that was trained, encoded.
 
-        `config` is the one in force in `slot`.
+        `config` is the one in force in `slot`; of these `modules` only, or of all.
         """
         offers = []
-        for module, base in self._bases.items():
+        for module in self._bases if modules is None else modules:
+            base = self._bases[module]
             if base.tokens == 0 or base.version >= config.rounds.num_rounds:
                 continue
             parameters = self.trainer.read_module(module)

@@ -88,10 +88,10 @@ class Rounds:
     async def attend(self, module: ModuleID, slot: int) -> None:
         """See one slot of one module through: lead when it is our turn, until it has a version."""
         node = self._node
-        slot_end = node.history.first.slot_start(slot + 1)
-        await self._collect(module, slot, until=slot_end + COLLECT_SHARE * self.attempt_seconds)
+        round_end = node.history.round_end(module, slot)
+        await self._collect(module, slot, until=round_end + COLLECT_SHARE * self.attempt_seconds)
         for attempt in range(ATTEMPTS_PER_SLOT):
-            begin = slot_end + attempt * self.attempt_seconds
+            begin = round_end + attempt * self.attempt_seconds
             if await self._done(module, slot, until=begin if attempt else node.now()):
                 return
             held = node.log.held[module]
@@ -249,10 +249,10 @@ class Rounds:
     ) -> dict[str, HaveReply]:
         """Who of the roster promises the ballot, and holds what; without those that are slow.
 
-        When all have committed before the slot is over (in an exact run), there is all the rest of
+        When all have committed before the round is over (in an exact run), there is all the rest of
         it for them to pull.
         """
-        left = self._node.history.first.slot_start(ballot.slot + 1) - self._node.now()
+        left = self._node.history.round_end(held.module, ballot.slot) - self._node.now()
         wait = min(MAX_WAIT_SECONDS, max(left, HAVE_SHARE * self.attempt_seconds))
         window = wait + ANSWER_SHARE * self.attempt_seconds
         request = HaveRequest(

@@ -211,20 +211,36 @@ class Volunteer:
         return sorted({*others, self._node.peer_id}).index(self._node.peer_id)
 
     async def _train_slot(self, slot: int) -> None:
-        """Inner steps until no other one fits into the slot, then one contribution per module.
-
-        The time that is left belongs to the next slot: who is slow is not late.
-        """
-        node = self._node
-        end = node.history.first.slot_start(slot + 1)
-        rounds = self._config.rounds
-        steps = 0
+        """Inner steps through a slot, and one contribution per module when its round ends."""
+        node, modules = self._node, self._the_work().trainer.modules
         tokens_before = self._tokens
+        steps = 0
         self.keeper.start(self._make_plan(slot), "path choice")
+        ends = {module: node.history.round_end(module, slot) for module in modules}
+        for end in sorted(set(ends.values())):
+            steps = await self._train_until(end, slot, steps)
+            if self.stop.is_set() or self._is_finished() or self._the_work().is_counted:
+                continue
+            # Whoever was suspended, or starved, has something for the last slot that is over.
+            slot = max(slot, node.slot - 1)
+            await self._offer(slot, [module for module in modules if ends[module] == end])
+        if self.stop.is_set() or self._is_finished() or self._the_work().is_counted:
+            return
+        self.keeper.presence.progress.slot_tokens = self._tokens - tokens_before
+        await self._end_slot(slot)
+        if self._config.rounds.blocking:
+            await self._await_versions(slot)
+
+    async def _train_until(self, end: float, slot: int, steps: int) -> int:
+        """Inner steps until no other one fits before `end`; the slot's number of steps so far.
+
+        The time that is left belongs to what follows: who is slow is not late.
+        """
+        node, rounds = self._node, self._config.rounds
         while not self.stop.is_set() and node.now() < end - self._step_seconds * (steps > 0):
             await self._apply_versions()
             if self._is_finished():
-                return
+                break
             if rounds.blocking and not (self._the_work().is_counted or steps > 0):
                 break  # an exact run takes no further step before the last ones are counted
             if rounds.blocking and steps >= rounds.inner_steps:
@@ -235,14 +251,7 @@ class Volunteer:
                 node.events.write("training", slot=slot, path=str(self._the_work().trainer.path))
             room = rounds.inner_steps - steps if rounds.blocking else self._pace.burst_steps
             steps += await self._burst(min(room, self._pace.burst_steps), steps, end)
-        if self.stop.is_set() or self._the_work().is_counted:
-            return
-        self.keeper.presence.progress.slot_tokens = self._tokens - tokens_before
-        # Whoever was suspended, or starved, has something for the last slot that is over.
-        slot = max(slot, node.slot - 1)
-        await self._contribute(slot)
-        if rounds.blocking:
-            await self._await_versions(slot)
+        return steps
 
     async def _make_plan(self, slot: int) -> None:
         """Late in a slot, when versions and announcements have come to rest, look who trains what.
@@ -280,12 +289,17 @@ class Volunteer:
         self._tokens += steps * work.trainer.tokens_per_step
         return steps
 
-    async def _contribute(self, slot: int) -> None:
-        """Take the outer gradients, and commit to them before anyone sees them."""
+    async def _offer(self, slot: int, modules: Sequence[ModuleID]) -> None:
+        """Take these modules' outer gradients, and commit to them before anyone sees them."""
         node, work = self._node, self._the_work()
         config = node.history.at(slot).run_config
-        offers = await node.offload(lambda: work.offers(slot, config))
+        offers = await node.offload(lambda: work.offers(slot, config, modules))
         commitments = await self.keeper.rounds.prepare(offers, path=work.trainer.path, slot=slot)
+        self.keeper.start(self.keeper.rounds.commit(commitments), "commit")
+
+    async def _end_slot(self, slot: int) -> None:
+        """Say what was trained, and keep what the next start needs."""
+        node, work = self._node, self._the_work()
         node.events.write(
             "contributed",
             slot=slot,
@@ -297,7 +311,6 @@ class Volunteer:
             sent_bytes=node.transport.traffic.wire_sent_bytes,
             received_bytes=node.transport.traffic.wire_received_bytes,
         )
-        self.keeper.start(self.keeper.rounds.commit(commitments), "commit")
         await node.offload(work.save)
 
     async def _await_versions(self, slot: int) -> None:

@@ -55,6 +55,7 @@ def test_fingerprint_covers_values_not_spelling() -> None:
         ("topology", {"path_specific_blocks": [9]}, "path_specific_blocks is 9", "from 0 to 1"),
         ("outer", {"rescale": "cube"}, "outer.rescale is 'cube'", "'sqrt' or 'rda' or 'none'"),
         ("corpus", {"source": "json"}, "corpus.files is empty", "name the json files"),
+        ("rounds", {"blocking": True, "staggered": True}, "are both set", "accepted: one of them"),
         ("routing", {"prefix_tokens": 33}, "routing.prefix_tokens is 33", "at most half"),
     ],
 )

@@ -255,3 +255,34 @@ def test_what_a_crowded_round_leaves_out_the_next_ones_count(
             assert all(len(states) == 1 for states in certified_states(peers).values())
 
     run_virtual(scenario())
+
+
+def test_staggered_levels_contribute_one_after_another_and_all_advance(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        config = little_config(num_rounds=100, blocking=False, staggered=True)
+        async with lab(tmp_path, config) as place:
+            bootstrap = await place.bootstrap()
+            peers = [await place.join(f"peer{n}", step_seconds=1.5) for n in range(4)]
+            await place.until(
+                lambda: bootstrap.keeper.node.slot > 5, within=7 * ROUND, what="six slots"
+            )
+            first = place.run.manifest.start_time
+            for level in range(3):
+                shares = [
+                    ((entry["time"] - first) / ROUND) % 1
+                    for peer in peers
+                    for entry in peer.seen("committed")
+                    if entry["module"].startswith(f"{level}.") and entry["slot"] in range(1, 5)
+                ]
+                # Not more than a step before the end of the level's round, or shortly after it.
+                ends = (level + 1) / 3 - 0.12, (level + 1) / 3 + 0.05
+                assert len(shares) >= 4 * 4
+                assert all(ends[0] <= share <= ends[1] or share + 1 <= ends[1] for share in shares)
+            for module, version in bootstrap.versions().items():
+                assert version >= 5, f"{module} did not advance in each slot"
+            counted = [entry for entry in bootstrap.seen("version") if entry["slot"] in range(1, 5)]
+            for entry in counted:
+                assert len(entry["contributors"]) == (4 if entry["module"] == "0.0" else 2)
+            assert_agreement([bootstrap, *peers])
+
+    run_virtual(scenario())
