@@ -117,7 +117,7 @@ def grow(directory: Path, levels: tuple[int, ...], verbose: int) -> None:
     "--relay-service/--no-relay-service",
     default=True,
     show_default=True,
-    help="Relay for volunteers that cannot be dialled.",
+    help="Relay for volunteers that cannot be dialled; never with --max-mbps.",
 )
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
 @click.option("-v", "--verbose", count=True, help="More detail; -vv adds tracebacks.")

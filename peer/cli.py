@@ -127,5 +127,7 @@ def _config(address: tuple[str, ...], **options: Any) -> Any:  # noqa: ANN401
 
     if options["client_mode"] and options["relay_service"]:
         raise click.UsageError("--client-mode and --relay-service exclude each other")
+    if options["max_mbps"] is not None and options["relay_service"]:
+        raise click.UsageError("--max-mbps does not hold for what --relay-service relays: take one")
     given = {name: value for name, value in options.items() if value not in (None, ())}
     return PeerConfig(initial_peers=address, **given)

@@ -38,3 +38,8 @@ class PeerConfig:
     def max_bytes_per_second(self) -> float:
         """The ceiling on what is sent, and on what is received."""
         return self.max_mbps * 1e6 / 8
+
+    @property
+    def relays(self) -> bool:
+        """Whether it relays for others; never under a ceiling, which would not hold for that."""
+        return self.relay_service and math.isinf(self.max_mbps)

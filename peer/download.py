@@ -48,7 +48,7 @@ PAUSE_SECONDS = (
 MAX_PAUSE_SECONDS = 2.0
 PATIENCE_SECONDS = 10.0  # with sources that all lack the rest, and nothing under way
 CHUNK_SECONDS = 1.0  # of a source whose bandwidth is not known
-HEDGE = 2.0  # an idle source takes over a chunk that it would bring so many times sooner
+HEDGE = 3.0  # an idle source takes over a chunk that it would bring so many times sooner
 HEDGE_SECONDS = 0.25  # between two looks at whether it would
 
 

@@ -73,7 +73,7 @@ async def open_network(
                 announce_maddrs=config.announce_maddrs,
                 map_port=not all(is_loopback(maddr) for maddr in config.host_maddrs),
                 client_mode=config.client_mode,
-                relay_service=config.relay_service,
+                relay_service=config.relays,
                 launcher=launcher,
             ),
         )
@@ -86,7 +86,7 @@ async def open_network(
         stack.push_async_callback(transport.close)
         watchdog = Watchdog(daemon, swarm, transport, initial_peers=config.initial_peers)
         await stack.enter_async_context(watchdog.running())
-        await DialBack(swarm, transport, is_relay=config.relay_service).serve()
+        await DialBack(swarm, transport, is_relay=config.relays).serve()
         yield Network(
             identity=identity,
             daemon=daemon,

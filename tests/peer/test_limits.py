@@ -65,6 +65,12 @@ def test_a_path_that_does_not_fit_is_refused_with_what_would(tmp_path: Path) -> 
     assert limits.duty_bytes == roomy.disk_limit_bytes - disk_bytes(MANIFEST)
 
 
+def test_a_peer_with_a_ceiling_relays_for_nobody() -> None:
+    """What p2pd relays could not be held back."""
+    assert PeerConfig(relay_service=True).relays
+    assert not PeerConfig(relay_service=True, max_mbps=20.0).relays
+
+
 def hinted(error: LocalFault, option: str) -> int:
     """What the hint says to allow."""
     match = re.search(rf"`{option} (.+)`", error.hint)
