@@ -37,6 +37,8 @@ bench: $(READY) ## Run the benchmarks of docs/results.md.
 	$(BIN)/python -m benchmarks.averaging --peers 2
 	$(BIN)/python -m benchmarks.averaging --peers 4
 	$(BIN)/python -m benchmarks.fetches --fetches 10000
+	$(BIN)/python -m benchmarks.joining
+	$(BIN)/python -m benchmarks.idle
 
 churn: $(READY) ## Soak 12 peers that keep leaving and coming back, under a virtual clock.
 	$(BIN)/python -m benchmarks.churn
