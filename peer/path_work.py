@@ -6,6 +6,7 @@ ones plus whatever progress the swarm has not counted yet. So nothing that was t
 nothing is counted twice.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from dipaco.shards import Rows
 from dipaco.tensors import decode_tensors, encode_tensors
 from dipaco.topology import ModuleID
 
+OPTIMIZER_SUFFIX, RESIDUAL_SUFFIX = ".optimizer", ".residuals"
+PATHS_KEPT = 8  # with their optimizers' states, on disk: 8 bytes per parameter each
 SLOTS_REMEMBERED = 3  # a slot's contribution may be counted by a certificate of a later slot
 
 
@@ -220,14 +223,15 @@ class PathWork:
         tensors = {str(module): residual for module, residual in self._residuals.items()}
         if tensors:
             write_atomically(self._residual_file, encode_tensors(tensors))
+        drop_oldest(self._directory, max_paths=PATHS_KEPT)
 
     @property
     def _optimizer_file(self) -> Path:
-        return self._directory / f"{self.trainer.path}.optimizer"
+        return self._directory / f"{self.trainer.path}{OPTIMIZER_SUFFIX}"
 
     @property
     def _residual_file(self) -> Path:
-        return self._directory / f"{self.trainer.path}.residuals"
+        return self._directory / f"{self.trainer.path}{RESIDUAL_SUFFIX}"
 
     def _load_residuals(self) -> None:
         """What earlier rounds lost in compression; a missing or damaged file loses just that."""
@@ -240,3 +244,23 @@ class PathWork:
         except (OSError, ValueError):
             return
         self._residuals = {ModuleID.parse(name): tensor for name, tensor in tensors.items()}
+
+
+def drop_oldest(directory: Path, *, max_paths: int, max_bytes: float = math.inf) -> None:
+    """Delete what is kept of the paths that were trained longest ago.
+
+    At most `max_paths` remain, of at most `max_bytes` in all; the one trained last always does.
+    """
+    by_path: dict[str, list[Path]] = {}
+    for file in directory.iterdir():
+        if file.suffix in (OPTIMIZER_SUFFIX, RESIDUAL_SUFFIX):
+            by_path.setdefault(file.stem, []).append(file)
+    newest_first = sorted(
+        by_path.values(), key=lambda files: max(f.stat().st_mtime_ns for f in files), reverse=True
+    )
+    room_bytes = max_bytes
+    for number, files in enumerate(newest_first):
+        room_bytes -= sum(file.stat().st_size for file in files)
+        if number > 0 and (number >= max_paths or room_bytes < 0):
+            for file in files:
+                file.unlink(missing_ok=True)

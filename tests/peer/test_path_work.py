@@ -1,5 +1,6 @@
 """A path's work through a change of manifest: nothing that was trained is lost or counted twice."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from dipaco.compression import decode
 from dipaco.config import RunConfig, TopologyConfig
 from dipaco.inner import PathTrainer
 from dipaco.topology import PathID, Topology
-from peer.path_work import PathWork
+from peer.path_work import PathWork, drop_oldest
 from tests.lab import little_config, make_shards
 
 PATH = PathID((0, 0))
@@ -64,3 +65,21 @@ def test_a_residual_is_sent_once_when_the_wire_format_changes(tmp_path: Path) ->
         work.rebase(module, slot + 1, "b" * 64, state, counted=slot)
     # The first is rounded, the second carries what the first lost, the third has nothing to carry.
     assert carries_residual == [True, True, False]
+
+
+def test_the_optimizers_of_the_paths_trained_longest_ago_are_dropped_first(tmp_path: Path) -> None:
+    for number in range(5):
+        for suffix in (".optimizer", ".residuals"):
+            file = tmp_path / f"0.{number}{suffix}"
+            file.write_bytes(bytes(100))
+            os.utime(file, (number, number))
+
+    def left() -> list[str]:
+        return sorted({file.stem for file in tmp_path.iterdir()})
+
+    drop_oldest(tmp_path, max_paths=4)
+    assert left() == ["0.1", "0.2", "0.3", "0.4"]
+    drop_oldest(tmp_path, max_paths=4, max_bytes=500)
+    assert left() == ["0.3", "0.4"]
+    drop_oldest(tmp_path, max_paths=4, max_bytes=50)
+    assert left() == ["0.4"], "what is trained now is never dropped"
