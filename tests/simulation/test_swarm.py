@@ -9,6 +9,7 @@ import pytest
 
 from dipaco.config import TopologyConfig
 from dipaco.topology import ModuleID
+from tests.history_checker import check_logs
 from tests.lab import Lab, LabPeer, certified_states, lab, little_config
 from tests.virtual_clock import run_virtual
 
@@ -284,5 +285,31 @@ def test_staggered_levels_contribute_one_after_another_and_all_advance(tmp_path:
             for entry in counted:
                 assert len(entry["contributors"]) == (4 if entry["module"] == "0.0" else 2)
             assert_agreement([bootstrap, *peers])
+
+    run_virtual(scenario())
+
+
+@pytest.mark.parametrize("num_peers", [8, 16])
+def test_a_large_group_agrees_and_goes_on_when_a_member_dies(
+    tmp_path: Path, num_peers: int
+) -> None:
+    async def scenario() -> None:
+        config = replace(
+            little_config(num_rounds=2, wire_format="int8"), topology=TopologyConfig(levels=(1,))
+        )
+        async with lab(tmp_path, config) as place:
+            everyone = [await place.bootstrap()]
+            everyone += [await place.join(f"peer{n}") for n in range(num_peers)]
+            await place.until(
+                lambda: all(oldest(peer) >= 1 for peer in everyone), within=90, what="a version"
+            )
+            counted = everyone[0].seen("version")[0]["contributors"]
+            assert len(counted) == num_peers
+            await place.kill(everyone[-1].name)
+            survivors = everyone[:-1]
+            await place.until(lambda: finished(survivors), within=200, what="the end")
+            assert_agreement(survivors)
+        for verdict in check_logs(tmp_path):
+            assert not verdict.violations
 
     run_virtual(scenario())
