@@ -63,7 +63,7 @@ logging.getLogger("hivemind").setLevel(logging.CRITICAL)
 RPC_SECONDS = 3.0  # for one answer of one node
 OPERATION_SECONDS = 20.0  # for one store or read, which asks many nodes
 DIAL_SECONDS = 10.0
-STRAGGLER_SECONDS = 2.0  # for other addresses to answer, once one has
+STRAGGLER_SECONDS = 1.0  # for other addresses to answer, once one has
 CLOSE_SECONDS = 3.0  # to take leave of p2pd, which may be gone
 NUM_REPLICAS = 5  # nodes that keep each record
 BUCKET_SIZE = 20  # Kademlia's k: neighbors in an answer, nodes in a search

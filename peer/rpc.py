@@ -126,8 +126,7 @@ class Libp2pTransport:
         """
         self._p2p = p2p
         await self._cut_streams()
-        for protocol in list(self._handlers):
-            await self._register(protocol)
+        await asyncio.gather(*(self._register(protocol) for protocol in self._handlers))
 
     async def close(self) -> None:
         """See `Transport`."""

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CHECK_SECONDS = 1.0  # between two questions to p2pd
-ANSWER_SECONDS = 4.0  # for it to answer one; an idle one takes a millisecond
+ANSWER_SECONDS = 3.0  # for it to answer one; an idle one takes a millisecond
 TURN_SECONDS = 0.5  # in which these are counted, so that our own sleep does not count as its
 REJOIN_SECONDS = 30.0  # between two attempts to find the swarm again, while we know nobody
 MAX_RESTARTS = 5  # in RESTARTS_SECONDS; then the next one waits
