@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.faults.averager import AveragerOutcome, averager_cells, run_averager
-from tests.faults.cells import Cell, matrix
+from tests.faults.cells import Cell, Target, matrix
 from tests.faults.peer_process import warm_up
 from tests.faults.swarm import RECOVER_SLOTS, SLOT_SECONDS, FaultError, FaultSwarm, Outcome
 
@@ -113,9 +113,11 @@ def line(outcome: Outcome) -> str:
     """One outcome as a line of progress."""
     if outcome.failure:
         return f"{outcome.cell}: FAILED, {outcome.failure}"
+    of_bootstrap = outcome.cell.target == Target.BOOTSTRAP
     return (
         f"{outcome.cell}: {len(outcome.modules)} modules went on after "
-        f"{outcome.recover_seconds:.1f} s, {outcome.victim} back after {outcome.heal_seconds:.1f} s"
+        f"{outcome.recover_seconds:.1f} s, {Target.BOOTSTRAP if of_bootstrap else outcome.victim} "
+        f"back after {outcome.heal_seconds:.1f} s"
     )
 
 

@@ -58,7 +58,7 @@ class Outcome:
     cell: Cell
     victim: str
     module: str = ""  # that the stage was reached for; none for training
-    modules: tuple[str, ...] = ()  # of the victim's path, and that one: those that had to go on
+    modules: tuple[str, ...] = ()  # that had to go on: of the victim's path, and that one
     recover_seconds: float | None = None  # until the last of them had its next version
     recover_slots: int | None = None
     heal_seconds: float | None = None  # until whom it befell was back, from when that could begin
@@ -186,8 +186,10 @@ class FaultSwarm:
             f"a moment of {cell.role} {cell.stage}",
         )
         entry = victim.fired() or {}
-        modules = {*victim.path_modules(), entry.get("module", "")} - {""}
         survivors = [peer for peer in self.everyone if peer is not hit]
+        # What only the victim trained has nobody to go on with it.
+        trained = {module for peer in survivors for module in peer.path_modules()}
+        modules = trained & {*victim.path_modules(), entry.get("module", "")}
         fault = Fault(
             cell=cell,
             victim=victim,

@@ -21,12 +21,14 @@ import torch
 from bootstrap.prepare import prepare_run
 from dipaco.config import RunConfig
 
-pytestmark = [pytest.mark.swarm, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.swarm, pytest.mark.timeout(420)]
 
 BIN = Path(sys.executable).parent
 TINY = Path(__file__).parents[2] / "examples" / "tiny.toml"
 LOOPBACK = ["--host-maddr", "/ip4/127.0.0.1/tcp/0"]
 START_IN_SECONDS = 25  # for five processes to start on two busy cores
+PATIENCE_SECONDS = 90  # for what no promise limits: a process to start, say, on a busy machine
+ROUND_SECONDS = 6.0
 
 
 @dataclass
@@ -135,13 +137,13 @@ def tiny(*, wire_format: str, **rounds: Any) -> RunConfig:
 def test_a_swarm_survives_kills_and_its_bootstrap_node(
     place_of: Callable[[RunConfig], Place],
 ) -> None:
-    config = tiny(wire_format="int8", num_rounds=1000, round_seconds=6.0, inner_steps=20)
+    config = tiny(wire_format="int8", num_rounds=1000, round_seconds=ROUND_SECONDS, inner_steps=20)
     place = place_of(config)
     bootstrap = place.serve()
     peers = [place.join(f"peer{n}", bootstrap.address) for n in range(3)]
     place.until(
         lambda: all(p.seen("version") and p.seen("contributed") for p in peers),
-        within=START_IN_SECONDS + 60,
+        within=START_IN_SECONDS + PATIENCE_SECONDS,
     )
 
     victim = peers[0]
@@ -152,20 +154,30 @@ def test_a_swarm_survives_kills_and_its_bootstrap_node(
     psutil.wait_procs(p2pds, timeout=5)
     assert not any(p2pd.is_running() for p2pd in p2pds), "p2pd dies with its peer"
     after_kill = newest([bootstrap, *peers[1:]])
+    contributed = [len(peer.seen("contributed")) for peer in peers[1:]]
     place.until(
-        lambda: all(v > after_kill[m] for m, v in newest(peers[1:]).items() if m in after_kill),
-        within=4 * 6 + 10,
+        lambda: all(
+            len(peer.seen("contributed")) > before
+            for peer, before in zip(peers[1:], contributed, strict=True)
+        ),
+        within=PATIENCE_SECONDS,
+    )
+    # Not every module: one that only the victim trained waits until somebody takes its path.
+    trained = {module for peer in peers[1:] for module in last_committed(peer)}
+    place.until(
+        lambda: all(newest(peers[1:]).get(m, 0) > after_kill.get(m, 0) for m in trained),
+        within=4 * ROUND_SECONDS + 30,
     )
 
-    contributed = len(victim.seen("contributed"))
+    before = len(victim.seen("contributed"))
     again = place.join("peer0", bootstrap.address)
-    place.until(lambda: len(again.seen("contributed")) > contributed, within=45)
+    place.until(lambda: len(again.seen("contributed")) > before, within=PATIENCE_SECONDS)
 
     assert bootstrap.leave() == 0
     limits = ("--max-mbps", "20", "--disk-limit", "1GB", "--memory-limit", "4 GB")
     newcomer = place.join("late", peers[1].address, *limits)
-    place.until(lambda: newcomer.seen("contributed"), within=45)
-    place.until(lambda: len(newcomer.seen("version")) > 3, within=45)
+    place.until(lambda: newcomer.seen("contributed"), within=PATIENCE_SECONDS)
+    place.until(lambda: len(newcomer.seen("version")) > 3, within=PATIENCE_SECONDS)
 
     everyone = [peers[1], peers[2], again, newcomer]
     assert [process.leave() for process in everyone] == [0, 0, 0, 0]
@@ -180,6 +192,12 @@ def newest(processes: list[Process]) -> dict[str, int]:
     return versions
 
 
+def last_committed(process: Process) -> set[str]:
+    """The modules that a process committed to in its last slot."""
+    events = process.seen("committed")
+    return {event["module"] for event in events if event["slot"] == events[-1]["slot"]}
+
+
 def test_ctrl_c_leaves_nothing_behind(
     place_of: Callable[[RunConfig], Place], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,7 +208,7 @@ def test_ctrl_c_leaves_nothing_behind(
         place = place_of(tiny(wire_format="float32", num_rounds=1000, round_seconds=30.0))
         bootstrap = place.serve()
         peer = place.join("peer", bootstrap.address)
-        place.until(lambda: peer.seen("path"), within=60)
+        place.until(lambda: peer.seen("path"), within=PATIENCE_SECONDS)
         assert sockets(temporary_dir)
         children = psutil.Process(peer.popen.pid).children(recursive=True)
         # What a terminal does: Ctrl-C goes to the whole foreground process group.
