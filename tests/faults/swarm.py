@@ -126,20 +126,18 @@ class FaultSwarm:
     def run(self, cell: Cell) -> Outcome:
         """Let the fault happen, and see it through; the swarm is whole again afterwards."""
         victim = self._next_victim(cell.role)
+        hit = self.bootstrap if cell.target == Target.BOOTSTRAP else victim
         outcome = Outcome(cell=cell, victim=victim.name)
         try:
-            fault = self._provoke(cell, victim)
-        except FaultError as error:
-            victim.disarm()
-            return replace(outcome, failure=str(error))
-        outcome = replace(outcome, module=fault.entry.get("module", ""), modules=fault.modules)
-        try:
+            fault = self._provoke(cell, victim, hit)
+            outcome = replace(outcome, module=fault.entry.get("module", ""), modules=fault.modules)
             outcome = self._recover(fault, outcome)
             outcome = self._heal(fault, outcome)
             self._check(fault)
         except (FaultError, SwarmError) as error:
             outcome = replace(outcome, failure=str(error))
-            self._replace(fault.hit)
+            victim.disarm()
+            self._replace(hit)
         return outcome
 
     def close(self) -> None:
@@ -171,9 +169,8 @@ class FaultSwarm:
                 break
         return victim
 
-    def _provoke(self, cell: Cell, victim: PeerProcess) -> Fault:
+    def _provoke(self, cell: Cell, victim: PeerProcess, hit: PeerProcess) -> Fault:
         """Set the trap, and wait until it is sprung."""
-        hit = self.bootstrap if cell.target == Target.BOOTSTRAP else victim
         p2pd = hit.p2pd.pid
         pids = {
             Target.P2PD: [p2pd],
@@ -203,6 +200,8 @@ class FaultSwarm:
         self._until(lambda: _has_fallen(fault), DEATH_SECONDS, "the signal's effect", fault)
         if hit is victim and cell.target != Target.P2PD and victim.follow()[-1] != entry:
             raise FaultError(f"the victim went on after {cell.stage}: {victim.follow()[-1]}")
+        if not modules:
+            raise FaultError("nothing that anybody else trains was concerned")
         return fault
 
     def _recover(self, fault: Fault, outcome: Outcome) -> Outcome:
