@@ -11,6 +11,7 @@ model at the end.
 
 import json
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,12 +48,23 @@ class Swarm:
         self._start = start
         self._version = 0
         self._works: dict[PathID, PathWork] = {}
+        self._begin(directory)
+
+    def _begin(self, directory: Path) -> None:
+        start = self._start
         for path in start.topology.paths:
             trainer = PathTrainer(start.config, start.topology, path, start.shard(path))
             work = PathWork(trainer, directory / str(path))
             for module in trainer.modules:
-                work.begin(module, 0, "", self.states[module])
+                work.begin(module, self._version, "", self.states[module])
             self._works[path] = work
+
+    def move(self, old: Path, new: Path, handover: Callable[[Path, Path], None]) -> None:
+        """Let other peers go on, in the directory `new`, after `handover` of their `old` ones."""
+        for work in self._works.values():
+            work.save()
+        handover(old, new)
+        self._begin(new)
 
     def train(self, first_step: int, num_steps: int) -> None:
         """Inner steps of a slot on all paths, the first of which is its `first_step`."""
