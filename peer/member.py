@@ -53,6 +53,7 @@ CHAIN_PROTOCOL = "/dipaco/chain/1"
 
 FRESH_SECONDS = 1.0  # how old the heads may be by which a rebuilt roster is judged
 OBTAIN_TIMEOUT_SECONDS = 60.0
+PULL_SHARE = 0.5  # of a slot: how long after its end members may go on pulling, on slow lines
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,6 +92,7 @@ class Member:
         self._writes: set[asyncio.Task[None]] = set()  # of states that are not on disk yet
         self._locks: dict[ModuleID, asyncio.Lock] = {}
         self.retiring: set[ModuleID] = set()  # held still, but only until the next roster
+        self._pulling: dict[ModuleID, tuple[int, float]] = {}  # slot, and until when
         self.courier = Courier(node.transport, node.faults)
         self.changes = Changes()
         self.contributions = Contributions(node, self.changes, on_manifest=on_manifest)
@@ -118,6 +120,14 @@ class Member:
         await self.contributions.close()
         await asyncio.gather(*self._writes, return_exceptions=True)
 
+    def pulls_until(self, module: ModuleID, slot: int) -> float:
+        """Until when a leader that was heard of in `slot` lets members pull; 0 if there is none."""
+        history = self._node.history
+        seconds = PULL_SHARE * history.first.run_config.rounds.round_seconds
+        limit = history.round_end(module, slot) + seconds
+        of_slot, until = self._pulling.get(module, (slot, 0.0))
+        return min(limit, until) if of_slot == slot else 0.0
+
     def caught_up(self, module: ModuleID, certificate: Certificate) -> None:
         """Tell whoever waits that the module was brought forward from outside the round."""
         self._on_version(module, certificate)
@@ -141,6 +151,7 @@ class Member:
         promised = self._acceptor.promise(
             request.module, request.version, request.parent, request.ballot
         )
+        self._pulling[module] = (request.ballot.slot, self._node.now() + request.wait_seconds)
         wanted = [c for c in request.commitments if self._add(c, sender, is_asked_for=True)]
         await self.changes.until(
             lambda: len(self.contributions.held(wanted)) == len(wanted), request.wait_seconds

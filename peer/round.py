@@ -21,6 +21,7 @@ from peer.courier import Kind
 from peer.heads import Heads
 from peer.member import (
     FRESH_SECONDS,
+    PULL_SHARE,
     Member,
 )
 from peer.messages import (
@@ -50,7 +51,9 @@ ATTEMPTS_PER_SLOT = 3  # each a quarter of a slot; the last quarter is left for 
 COLLECT_SHARE = 0.3  # of an attempt: how long after the slot's end commitments are waited for
 HAVE_SHARE = 0.4  # of an attempt: how long members may take to pull what they miss
 EXACT_ATTEMPTS = 2  # of an exact run, in which a contribution that is late is waited for
+PULL_SLACK = 2.0  # times what the bytes should take by the best line: others may be slower
 ANSWER_SHARE = 0.2  # of an attempt: how long they may take to answer beyond that
+VOTE_SHARE = 0.3  # of an attempt: how long its leader has from then on, before another one begins
 MESSAGE_TIMEOUT_SECONDS = 10.0  # beyond what a request itself allows the other side
 
 R = TypeVar("R", bound=Message)
@@ -91,8 +94,7 @@ class Rounds:
         round_end = node.history.round_end(module, slot)
         await self._collect(module, slot, until=round_end + COLLECT_SHARE * self.attempt_seconds)
         for attempt in range(ATTEMPTS_PER_SLOT):
-            begin = round_end + attempt * self.attempt_seconds
-            if await self._done(module, slot, until=begin if attempt else node.now()):
+            if await self._is_done_before(module, slot, attempt):
                 return
             held = node.log.held[module]
             roster, rebuilt = await self._roster(held, slot, attempt)
@@ -154,6 +156,25 @@ class Rounds:
         by_peer.pop(self._node.peer_id, None)
         requests = {peer: CommitRequest(commitments=tuple(c)) for peer, c in by_peer.items()}
         await self._ask_all(requests, Kind.COMMIT, Done, MESSAGE_TIMEOUT_SECONDS)
+
+    async def _is_done_before(self, module: ModuleID, slot: int, attempt: int) -> bool:
+        """Wait until the slot has its certificate here, or it is time for an attempt.
+
+        It is not while members pull, for a leader that is heard of, what they are to reduce.
+        """
+        node = self._node
+        if attempt == 0:
+            return await self._done(module, slot, until=node.now())
+        begin = node.history.round_end(module, slot) + attempt * self.attempt_seconds
+
+        def due() -> float:
+            pulled = self._member.pulls_until(module, slot)
+            return max(begin, pulled + VOTE_SHARE * self.attempt_seconds)
+
+        while (until := due()) > node.now():
+            if await self._done(module, slot, until=until):
+                return True
+        return await self._done(module, slot, until=node.now())
 
     async def _done(self, module: ModuleID, slot: int, *, until: float) -> bool:
         """Wait until the slot has its certificate here, or the time `until` has come."""
@@ -219,7 +240,7 @@ class Rounds:
         known = self._member.contributions.known(held.module, ballot.slot)
         if not known:
             return
-        replies = await self._ask_have(held, ballot, roster, known)
+        replies = await self._ask_until_held(held, ballot, roster, known)
         done = next((r.certificate for r in replies.values() if r.certificate is not None), None)
         if done is not None:
             await self._member.learn(done, sender=self._node.peer_id)
@@ -244,30 +265,65 @@ class Rounds:
             await self._member.learn(certificate, sender=self._node.peer_id)
             await self._hand_out(certificate)
 
-    async def _ask_have(
+    async def _ask_until_held(
         self, held: Held, ballot: Ballot, roster: tuple[Seat, ...], known: Sequence[Commitment]
     ) -> dict[str, HaveReply]:
-        """Who of the roster promises the ballot, and holds what; without those that are slow.
+        """Who of the roster promises the ballot, and holds what.
+
+        Who does not answer in time is not waited for. Who does and still pulls is asked again, for
+        as long as the bytes should take by the bandwidth that this peer has measured.
+        """
+        wanted = tuple(counted(known, MAX_COUNTED))
+        digests = {commitment.digest for commitment in wanted}
+        end = self._node.history.round_end(held.module, ballot.slot) + self._pull_seconds(wanted)
+        peers = [seat.peer for seat in roster]
+        replies: dict[str, HaveReply] = {}
+        while peers:
+            replies |= await self._ask_have(held, ballot, peers, wanted)
+            left = end - self._node.now()
+            if any(reply.certificate is not None for reply in replies.values()) or left <= 0:
+                break
+            peers = [p for p, r in replies.items() if r.promised and not digests <= set(r.held)]
+        return replies
+
+    def _pull_seconds(self, commitments: Sequence[Commitment]) -> float:
+        """How long after the slot's end members may go on pulling."""
+        sources = self._node.blobs.sources
+        rates = [rate for c in commitments if (rate := sources.bytes_per_second(c.peer))]
+        if not rates:
+            return 0.0
+        num_bytes = sum(commitment.blob_bytes for commitment in commitments)
+        return min(PULL_SHARE * self._slot_seconds, PULL_SLACK * num_bytes / max(rates))
+
+    async def _ask_have(
+        self, held: Held, ballot: Ballot, peers: Sequence[str], wanted: tuple[Commitment, ...]
+    ) -> dict[str, HaveReply]:
+        """One look at what these members hold.
 
         When all have committed before the round is over (in an exact run), there is all the rest of
         it for them to pull.
         """
-        left = self._node.history.round_end(held.module, ballot.slot) - self._node.now()
+        node = self._node
+        left = node.history.round_end(held.module, ballot.slot) - node.now()
         wait = min(MAX_WAIT_SECONDS, max(left, HAVE_SHARE * self.attempt_seconds))
         window = wait + ANSWER_SHARE * self.attempt_seconds
         request = HaveRequest(
-            run=self._node.run,
+            run=node.run,
             module=str(held.module),
             version=held.version + 1,
             parent=held.parent,
             ballot=ballot,
-            commitments=tuple(counted(known, MAX_COUNTED)),
+            commitments=wanted,
             wait_seconds=wait,
         )
-        mine = asyncio.ensure_future(self._member.have(request, sender=self._node.peer_id))
-        others = {seat.peer: request for seat in roster if seat.peer != self._node.peer_id}
-        replies = await self._ask_all(others, Kind.HAVE, HaveReply, window)
-        return {**replies, self._node.peer_id: await mine}
+        others = {peer: request for peer in peers if peer != node.peer_id}
+        asking = self._ask_all(others, Kind.HAVE, HaveReply, window)
+        if node.peer_id not in peers:
+            return await asking
+        mine, replies = await asyncio.gather(
+            self._member.have(request, sender=node.peer_id), asking
+        )
+        return {**replies, node.peer_id: mine}
 
     async def _propose(
         self,
