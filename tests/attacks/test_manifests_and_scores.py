@@ -17,7 +17,7 @@ from dipaco.config import RoutingConfig
 from dipaco.digest import blob_digest
 from dipaco.discriminative import encode_scores
 from dipaco.tensors import encode_tensors
-from peer.blobs import BlobServer
+from peer.blob_server import BlobServer
 from peer.manifest import Manifest
 from peer.store import BlobStore
 from tests.lab import Lab, LabPeer, identity, lab, little_config, make_run
