@@ -270,8 +270,9 @@ class Rounds:
     ) -> dict[str, HaveReply]:
         """Who of the roster promises the ballot, and holds what.
 
-        Who does not answer in time is not waited for. Who does and still pulls is asked again, for
-        as long as the bytes should take by the bandwidth that this peer has measured.
+        Who does not answer in time is not waited for. Who does and still pulls (it has used up its
+        time) is asked again, for as long as the bytes should take by the bandwidth that this peer
+        has measured.
         """
         wanted = tuple(counted(known, MAX_COUNTED))
         digests = {commitment.digest for commitment in wanted}
@@ -279,9 +280,11 @@ class Rounds:
         peers = [seat.peer for seat in roster]
         replies: dict[str, HaveReply] = {}
         while peers:
+            begin = self._node.now()
             replies |= await self._ask_have(held, ballot, peers, wanted)
-            left = end - self._node.now()
-            if any(reply.certificate is not None for reply in replies.values()) or left <= 0:
+            now = self._node.now()
+            nobody_pulls = now - begin < HAVE_SHARE * self.attempt_seconds
+            if now >= end or nobody_pulls or any(r.certificate for r in replies.values()):
                 break
             peers = [p for p, r in replies.items() if r.promised and not digests <= set(r.held)]
         return replies

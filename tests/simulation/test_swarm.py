@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dipaco.compression import encoded_bytes
 from dipaco.config import TopologyConfig
 from dipaco.topology import ModuleID
-from peer.memory import Line
 from tests.history_checker import check_logs
 from tests.lab import Lab, LabPeer, certified_states, lab, little_config
 from tests.virtual_clock import run_virtual
@@ -313,36 +311,5 @@ def test_a_large_group_agrees_and_goes_on_when_a_member_dies(
             assert_agreement(survivors)
         for verdict in check_logs(tmp_path):
             assert not verdict.violations
-
-    run_virtual(scenario())
-
-
-def test_on_slow_lines_every_contribution_is_waited_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Pulling takes longer than an attempt has for it; who is measured gets the time it needs."""
-    monkeypatch.setattr("peer.sources.MIN_MEASURED_BYTES", 1)
-    config = little_config(num_rounds=5, blocking=False)
-
-    async def scenario() -> None:
-        async with lab(tmp_path, config, start_in=60.0) as place:
-            peers = await four_peers(place)
-            await place.until(lambda: all(p.seen("path") for p in peers[1:]), within=55, what="go")
-            # One contribution to each of a path's modules, from three peers, in about five seconds.
-            seconds = 5.0
-            num_bytes = sum(
-                encoded_bytes(
-                    "float32", peers[1].keeper.node.log.num_parameters(ModuleID(level, 0))
-                )
-                for level in (0, 1)
-            )
-            slow = Line(bandwidth_bytes_per_second=3 * num_bytes / seconds)
-            place.network.lines = dict.fromkeys((p.peer_id for p in peers), slow)
-            await place.until(lambda: finished(peers), within=9 * ROUND, what="five rounds")
-            logs = [p.keeper.node.log.held for p in peers]
-            for module in logs[0]:
-                chain = logs[0][module].chain
-                counts = [len(made.proposal.contributions) for made in chain]
-                assert counts[1:] == [2] * len(counts[1:]), module
 
     run_virtual(scenario())
