@@ -150,7 +150,10 @@ class CatchUp:
         if held is None or len(held.chain) == len(common):
             return True
         ours = held.chain[len(common)]
-        better = preferred(ours, theirs[0]) is theirs[0]
+        # The longer one first, since nobody goes back: else a short history with more tokens in its
+        # first version would stay beside a long one for ever.
+        is_longer = theirs[-1].version > held.version
+        better = is_longer or preferred(ours, theirs[0]) is theirs[0]
         self._node.events.write(
             "fork",
             module=str(module),
