@@ -1,11 +1,12 @@
-"""One averaging round of a path's modules, from slot end to applied version.
+"""One averaging round of a path's modules, from slot end to applied version, in each wire format.
 
 Every peer is a process of its own with its own p2pd, on loopback; each contributes a random outer
 gradient for a path of `--params` parameters at the same instant, and is done when it has applied
 the certified next version of every module. In the same run, as many processes average a tensor of
-the same size with `hivemind.DecentralizedAverager` in float16.
+the same size with `hivemind.DecentralizedAverager` in float16. Seconds of processor time, of a peer
+and its p2pd together, say what a round costs where each peer has cores of its own.
 
-    python -m benchmarks.averaging --peers 2 --params 25e6 [--json FILE]
+    python -m benchmarks.averaging --peers 2 --params 25e6 [--format int4] [--json FILE]
 """
 
 import asyncio
@@ -15,19 +16,22 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
+import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from dht.identity import Identity
 from dipaco.checkpoint import ModuleState, encode_state
-from dipaco.compression import encode
+from dipaco.compression import WireFormat, encode, encoded_bytes
 from dipaco.config import (
     CorpusConfig,
     DenseStartConfig,
@@ -50,7 +54,7 @@ from peer.providers import Providers
 from peer.session import make_node, open_network
 
 NUM_ROUNDS = 3
-ROUND_SECONDS_PER_PEER = 10.0  # all of them reduce on this machine's few cores
+ROUND_SECONDS_PER_PEER = 6.0  # all of them reduce on this machine's few cores
 START_IN_SECONDS = 25.0  # for all processes to start
 LOOPBACK = ("/ip4/127.0.0.1/tcp/0",)
 
@@ -116,8 +120,19 @@ def run_of(
     return sign(manifest, operator), [placeholder, *states]
 
 
-async def worker(directory: Path, number: int, config: RunConfig, start_time: float) -> list[float]:
-    """One peer: contributes in every slot; returns the seconds until that was applied."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cost:
+    """What one round took one peer."""
+
+    seconds: float  # from the slot's agreed instant to the applied version
+    cpu_seconds: float  # until its end, p2pd included
+    received_bytes: int
+
+
+async def worker(
+    directory: Path, number: int, config: RunConfig, start_time: float
+) -> list[dict[str, float]]:
+    """One peer: contributes in every slot; returns what each cost it."""
     operator = Identity((1).to_bytes(32, "big"))
     manifest, blobs = run_of(config, operator, start_time)
     initial_peers: tuple[str, ...] = ()
@@ -145,15 +160,18 @@ async def worker(directory: Path, number: int, config: RunConfig, start_time: fl
         keeper.own(modules, path)
         await stack.enter_async_context(keeper.running())
         await keeper.hold(modules)
-        seconds = [await one_round(keeper, slot, number) for slot in range(NUM_ROUNDS)]
-        # The slowest peer still needs the others' bytes.
-        left = manifest.slot_start(NUM_ROUNDS) - node.now()
-        await asyncio.sleep(max(0.0, left))
-        return seconds
+        return [asdict(await one_round(keeper, slot, number)) for slot in range(NUM_ROUNDS)]
 
 
-async def one_round(keeper: Keeper, slot: int, number: int) -> float:
-    """From the slot's agreed instant, with the outer gradient in memory, to the applied version."""
+def cpu_seconds() -> float:
+    """Of this process and p2pd, so far."""
+    this = psutil.Process()
+    times = [process.cpu_times() for process in (this, *this.children(recursive=True))]
+    return float(sum(spent.user + spent.system for spent in times))
+
+
+async def one_round(keeper: Keeper, slot: int, number: int) -> Cost:
+    """A slot, from an agreed instant on, with the outer gradient in memory already."""
     node = keeper.node
     outer = node.manifest.run_config.outer
     limit = node.manifest.run_config.rounds.round_seconds
@@ -165,6 +183,7 @@ async def one_round(keeper: Keeper, slot: int, number: int) -> float:
     }
     begin = node.manifest.slot_start(slot) + 1.0  # so that making the random numbers is over
     await asyncio.sleep(begin - node.now())
+    cpu_before, received_before = cpu_seconds(), node.transport.traffic.received_bytes
     offers = []
     for module in modules:
         held = node.log.held[module]
@@ -186,12 +205,19 @@ async def one_round(keeper: Keeper, slot: int, number: int) -> float:
     )
     if not applied:
         raise SystemExit(f"a round took more than {limit:.0f} s; the machine is too busy for this")
-    return node.now() - begin
+    seconds = node.now() - begin
+    # The slowest peer still needs the others' bytes, and states are still being written.
+    await asyncio.sleep(max(0.0, node.manifest.slot_start(slot + 1) - 0.5 - node.now()))
+    return Cost(
+        seconds=seconds,
+        cpu_seconds=cpu_seconds() - cpu_before,
+        received_bytes=node.transport.traffic.received_bytes - received_before,
+    )
 
 
 def hivemind_worker(
     number: int, peers: int, params: int, directory: Path
-) -> dict[str, list[float]]:
+) -> list[dict[str, float]]:
     """One process of hivemind's averager: seconds to form the group, and to all-reduce."""
     import hivemind
     from hivemind.averaging import DecentralizedAverager
@@ -215,21 +241,28 @@ def hivemind_worker(
     )
     (directory / f"hivemind-{number}").touch()
     wait_for([directory / f"hivemind-{n}" for n in range(peers)])
-    group, reduce = [], []
+    rounds = []
     for number_of_round in range(NUM_ROUNDS):
-        begin = time.monotonic()
+        begin, cpu_before = time.monotonic(), cpu_seconds()
         control = averager.step(wait=False, timeout=60)
         while not control.began_allreduce and not control.done():
             time.sleep(0.01)
         formed = time.monotonic()
         control.result(timeout=90)
-        group.append(formed - begin)
-        reduce.append(time.monotonic() - formed)
+        reduce_seconds = time.monotonic() - formed
         (directory / f"hivemind-{number}-{number_of_round}").touch()
         wait_for([directory / f"hivemind-{n}-{number_of_round}" for n in range(peers)])
+        rounds.append(
+            {
+                "group_seconds": formed - begin,
+                "reduce_seconds": reduce_seconds,
+                "seconds": formed - begin + reduce_seconds,
+                "cpu_seconds": cpu_seconds() - cpu_before,
+            }
+        )
     averager.shutdown()
     dht.shutdown()
-    return {"group": group, "reduce": reduce}
+    return rounds
 
 
 def wait_for(files: list[Path], seconds: float = 90.0) -> None:
@@ -256,47 +289,70 @@ def launch(peers: int, arguments: list[str], directory: Path, first_file: str) -
     return [json.loads(process.communicate(timeout=400)[0]) for process in processes]
 
 
-def median_of_slowest(per_peer: list[list[float]]) -> float:
+def of_slowest(per_peer: list[list[dict[str, float]]], name: str) -> float:
     """A round is over when its slowest peer is; the first one, which warms up, is left out."""
-    rounds = [max(times) for times in zip(*per_peer, strict=True)]
+    rounds = [max(costs[name] for costs in of_round) for of_round in zip(*per_peer, strict=True)]
     return statistics.median(rounds[1:])
 
 
-def measure(peers: int, params: int) -> dict[str, Any]:
+def measure(peers: int, params: int, formats: Sequence[str]) -> dict[str, Any]:
     """All figures of one run."""
     figures: dict[str, Any] = {"peers": peers, "params": params, "rounds": NUM_ROUNDS - 1}
-    default = OuterConfig().wire_format
-    for name, wire_format in (("round_seconds", default), ("round_seconds_float16", "float16")):
-        with tempfile.TemporaryDirectory() as directory:
-            arguments = ["--peers", str(peers), "--params", str(params), "--format", wire_format]
-            arguments += ["--start-time", str(time.time() + START_IN_SECONDS)]
-            per_peer = launch(peers, arguments, Path(directory), "address")
-            figures[name] = round(median_of_slowest(per_peer), 2)
+    common = ["--peers", str(peers), "--params", str(params)]
     with tempfile.TemporaryDirectory() as directory:
-        arguments = ["--peers", str(peers), "--params", str(params), "--format", "hivemind"]
-        results = launch(peers, arguments, Path(directory), "hivemind")
-        for key in ("group", "reduce"):
-            name = "hivemind_group_seconds" if key == "group" else "hivemind_allreduce_seconds"
-            figures[name] = round(median_of_slowest([result[key] for result in results]), 2)
-    figures["default_format"] = default
+        results = launch(peers, [*common, "--format", "hivemind"], Path(directory), "hivemind")
+    names = ("seconds", "group_seconds", "reduce_seconds", "cpu_seconds")
+    figures["hivemind"] = {name: round(of_slowest(results, name), 2) for name in names}
+    for wire_format in formats:
+        with tempfile.TemporaryDirectory() as directory:
+            arguments = [*common, "--format", wire_format]
+            arguments += ["--start-time", str(time.time() + START_IN_SECONDS)]
+            results = launch(peers, arguments, Path(directory), "address")
+        config = config_of(params, wire_format, peers)
+        num_parameters = path_parameters(config)
+        bound = (peers - 1) * encoded_bytes(config.outer.wire_format, num_parameters)
+        received = of_slowest(results, "received_bytes")
+        seconds = of_slowest(results, "seconds")
+        figures[wire_format] = {
+            "seconds": round(seconds, 2),
+            "ratio_to_hivemind": round(figures["hivemind"]["seconds"] / seconds, 2),
+            "cpu_seconds": round(of_slowest(results, "cpu_seconds"), 2),
+            "received_bytes_per_parameter": round(received / num_parameters, 4),
+            "over_bound": round(received / bound - 1, 4),
+        }
+    figures["default_format"] = OuterConfig().wire_format
     return figures
+
+
+def path_parameters(config: RunConfig) -> int:
+    """Of the one path."""
+    topology = Topology.of(config)
+    modules = topology.modules_of(topology.path_at(0))
+    return sum(num_parameters(config.model, topology, module) for module in modules)
 
 
 def table_of(figures: dict[str, Any]) -> Table:
     """The figures side by side."""
     table = Table(title=f"{figures['peers']} peers, {figures['params'] / 1e6:g} M parameters")
     table.add_column("one round")
-    table.add_column("seconds", justify="right")
-    default = f"ours, {figures['default_format']}, slot end to applied version"
-    hivemind = figures["hivemind_group_seconds"] + figures["hivemind_allreduce_seconds"]
-    for name, seconds in (
-        (default, figures["round_seconds"]),
-        ("ours, float16, slot end to applied version", figures["round_seconds_float16"]),
-        ("hivemind, float16, forming the group", figures["hivemind_group_seconds"]),
-        ("hivemind, float16, all-reduce", figures["hivemind_allreduce_seconds"]),
-        ("hivemind, both", hivemind),
-    ):
-        table.add_row(name, f"{seconds:.2f}")
+    for heading in ("seconds", "times as fast", "processor s", "bytes/parameter", "over bound"):
+        table.add_column(heading, justify="right")
+    hivemind = figures["hivemind"]
+    group = f"hivemind, float16 ({hivemind['group_seconds']:.2f} s to form the group)"
+    table.add_row(
+        group, f"{hivemind['seconds']:.2f}", "1", f"{hivemind['cpu_seconds']:.2f}", "", ""
+    )
+    for name in get_args(WireFormat):
+        if name in figures:
+            figure = figures[name]
+            table.add_row(
+                f"ours, {name}" + (" (default)" if name == figures["default_format"] else ""),
+                f"{figure['seconds']:.2f}",
+                f"{figure['ratio_to_hivemind']:.2f}",
+                f"{figure['cpu_seconds']:.2f}",
+                f"{figure['received_bytes_per_parameter']:.3f}",
+                f"{figure['over_bound']:+.1%}",
+            )
     return table
 
 
@@ -306,27 +362,33 @@ def table_of(figures: dict[str, Any]) -> Table:
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--worker", "number", type=int, hidden=True)
 @click.option("--directory", type=click.Path(path_type=Path), hidden=True)
-@click.option("--format", "wire_format", hidden=True, default="")
+@click.option(
+    "--format",
+    "formats",
+    multiple=True,
+    help="Wire formats, instead of all.  [float32|float16|int8|int4|topk]",
+)
 @click.option("--start-time", type=float, hidden=True, default=0.0)
-def main(
+def main(  # noqa: PLR0913 - one parameter per option
     peers: int,
     params: float,
     json_file: Path | None,
     number: int | None,
     directory: Path | None,
-    **own: Any,
+    formats: tuple[str, ...],
+    start_time: float,
 ) -> None:
     """Time one averaging round beside hivemind's averager."""
     if number is not None and directory is not None:
         torch.set_num_threads(1)
-        if own["wire_format"] == "hivemind":
-            result: Any = hivemind_worker(number, peers, int(params), directory)
+        if formats == ("hivemind",):
+            result = hivemind_worker(number, peers, int(params), directory)
         else:
-            config = config_of(params, own["wire_format"], peers)
-            result = asyncio.run(worker(directory, number, config, own["start_time"]))
+            config = config_of(params, formats[0], peers)
+            result = asyncio.run(worker(directory, number, config, start_time))
         print(json.dumps(result))
         return
-    figures = measure(peers, int(params))
+    figures = measure(peers, int(params), formats or get_args(WireFormat))
     Console().print(table_of(figures))
     if json_file is not None:
         json_file.write_text(json.dumps(figures, indent=2) + "\n")

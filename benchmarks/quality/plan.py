@@ -77,6 +77,7 @@ warmup_steps = 5
 learning_rate = 0.7
 momentum = 0.8
 rescale = "none"
+wire_format = "int8"
 [rounds]
 num_rounds = 20
 inner_steps = 20
@@ -183,7 +184,7 @@ def _variants(short: RunConfig) -> Iterator[Experiment]:
     yield from _routers(short)
     for rescale in ("rda", "sqrt"):
         yield _paths(f"2x2-{rescale}", varied(short, outer={"rescale": rescale}))
-    for wire_format in ("int4", "float32"):
+    for wire_format in ("int4", "float32", "topk"):
         yield _paths(f"2x2-{wire_format}", varied(short, outer={"wire_format": wire_format}))
     yield Experiment(name="2x2-synchronous", config=short, kind="synchronous")
     # The paper's choice, scaled down: the outer block of each level, and the embedding.
