@@ -237,16 +237,17 @@ def test_a_partition_from_the_start_heals_to_one_history(tmp_path: Path) -> None
 def test_what_a_crowded_round_leaves_out_the_next_ones_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Five peers on one path, of which a version counts two: nothing that was trained is lost."""
+    """Four peers on one path, of which a version counts two: nothing that was trained is lost."""
     monkeypatch.setattr("peer.round.MAX_COUNTED", 2)
     monkeypatch.setattr("peer.contributions.MAX_COUNTED", 2)
-    config = little_config(num_rounds=6, blocking=False)
+    config = little_config(num_rounds=5, blocking=False)
     config = replace(config, topology=TopologyConfig(levels=(1,)))
 
     async def scenario() -> None:
         async with lab(tmp_path, config, start_in=15.0) as place:
-            peers = [await place.bootstrap(), *[await place.join(f"peer{n}") for n in range(5)]]
-            await place.until(lambda: finished(peers), within=9 * ROUND, what="six rounds")
+            peers = [await place.bootstrap()]
+            peers += [await place.join(f"peer{n}", step_seconds=2.0) for n in range(4)]
+            await place.until(lambda: finished(peers), within=8 * ROUND, what="five rounds")
             chain = peers[0].keeper.node.log.held[ModuleID(0, 0)].chain
             counts = Counter(c.peer for made in chain for c in made.proposal.contributions)
             assert all(len(made.proposal.contributions) <= 2 for made in chain)
