@@ -20,8 +20,10 @@ setup: $(READY) ## Make the virtual environment.
 demo: $(READY) ## Train a DiPaCo in a swarm on this machine: a kill, a late joiner, no server.
 	$(BIN)/python -m examples.demo
 
+# Real networks and processes keep to the clock, so they do not share the cores with other tests.
 test: $(READY) ## Run all tests.
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not swarm" --numprocesses 2
+	$(BIN)/python -m pytest -m swarm
 
 faults: $(READY) ## Kill and stop real peers at every stage of a round; about twenty minutes.
 	$(BIN)/python -m tests.faults
@@ -38,6 +40,9 @@ bench: $(READY) ## Run the benchmarks of docs/results.md.
 	$(BIN)/python -m benchmarks.averaging --peers 4
 	$(BIN)/python -m benchmarks.fetches --fetches 10000
 	$(BIN)/python -m benchmarks.joining
+	$(BIN)/python -m benchmarks.links --mbps 5 --mbps 20 --mbps 100
+	$(BIN)/python -m benchmarks.rebasing
+	$(BIN)/python -m benchmarks.handover
 	$(BIN)/python -m benchmarks.idle
 
 churn: $(READY) ## Soak 12 peers that keep leaving and coming back, under a virtual clock.

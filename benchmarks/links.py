@@ -34,6 +34,7 @@ from dipaco.config import (
     ModelConfig,
     OuterConfig,
     RoundsConfig,
+    RoutingConfig,
     RunConfig,
     TopologyConfig,
 )
@@ -67,6 +68,7 @@ def config_of(params: float, slots: int, slot_seconds: float) -> RunConfig:
         dense_start=DenseStartConfig(
             steps=0, learning_rate=1e-3, warmup_steps=0, batch_sequences=1
         ),
+        routing=RoutingConfig(method="hash"),  # asks nothing of a model this large
         inner=InnerConfig(batch_sequences=1, learning_rate=1e-4, warmup_steps=5),
         outer=OuterConfig(wire_format="int4"),
         rounds=RoundsConfig(
