@@ -373,7 +373,9 @@ def peer_figures(volunteer: Volunteer) -> dict[str, Any]:
         and entry["module"] == SHARED_BY_ALL
         and volunteer.peer_id in entry["contributors"]
     }
-    ready, first = volunteer.last("path"), volunteer.last("first step")
+    # Its first path: it may have moved to another one later.
+    ready = next((e for e in volunteer.events if e["event"] == "path"), {})
+    first = volunteer.last("first step")
     return {
         "peer": volunteer.name,
         "status": volunteer.status,
