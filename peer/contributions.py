@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from dht.errors import BadMessage, PeerFault, SwarmError, Unreachable
+from dht.errors import BadMessage, LocalFault, PeerFault, SwarmError, Unreachable
 from dipaco.compression import EncodedGradient, encoded_bytes
 from dipaco.errors import DipacoError
 from dipaco.topology import ModuleID, PathID
@@ -207,6 +207,8 @@ class Contributions:
             if not any(c.blob == commitment.blob for c in self.held(self._all_known())):
                 node.store.remove(commitment.blob)
             node.faults.count(PeerFault(commitment.peer, str(error)), commitment.peer)
+        except LocalFault as error:  # our disk: nothing that the signer could help
+            node.events.write("error", where="contribution", why=str(error))
         except SwarmError as error:
             node.faults.count(error, commitment.peer)
 

@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
-from dht.errors import BadMessage, PeerFault, Unreachable
+from dht.errors import BadMessage, LocalFault, PeerFault, Unreachable
 from dipaco.digest import BlobIndex, index_of
 from dipaco.errors import BadState
 from dipaco.outer import apply_contributions, contribution_weights
@@ -342,7 +342,7 @@ class Member:
         async def write() -> None:
             try:
                 await node.offload(lambda: node.store.put(result.index, result.encoded))
-            except OSError as error:
+            except (OSError, LocalFault) as error:
                 node.events.write("error", where="new state", why=str(error))
             finally:
                 node.log.unwritten.discard(result.state)
