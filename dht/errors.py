@@ -2,6 +2,7 @@
 
     SwarmError                  every error that the network side raises on purpose
     ├─ Unreachable              nobody answered in time            -> retry, with a limit
+    │  └─ Offline               our own p2pd is gone               -> wait: it is being replaced
     ├─ Rejected                 the swarm refused our record       -> re-read, then try again
     ├─ RunMismatch              another run, protocol or clock     -> stop, say what to do
     ├─ LocalFault               this machine cannot (p2pd, key)    -> stop, say what to do
@@ -29,6 +30,10 @@ class SwarmError(Exception):
 
 class Unreachable(SwarmError):
     """No answer in time: the dial failed, the stream was cut, or the deadline passed."""
+
+
+class Offline(Unreachable):
+    """Our own p2pd is gone, so nobody can be reached; whoever was asked is not at fault."""
 
 
 class Rejected(SwarmError):

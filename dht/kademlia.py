@@ -36,7 +36,7 @@ from hivemind.utils.timed_storage import ValueWithExpiration, get_dht_time
 
 from dht.addresses import split_maddr
 from dht.calls import watch_calls
-from dht.errors import RunMismatch, Unreachable
+from dht.errors import Offline, RunMismatch, Unreachable
 from dht.records import MAX_CLOCK_SKEW_SECONDS, MAX_LIFETIME_SECONDS, encode
 from dht.storage import RecordStorage
 from dht.swarm import MAX_SUBKEYS, WITHDRAWAL_SECONDS, choose_expiration_time, readable
@@ -290,8 +290,11 @@ class KademliaSwarm:
         return {subkey: (raw, time) for subkey, (raw, time) in found.value.items()}
 
     async def withdraw(self, record: Record) -> None:
-        """See `Swarm`."""
-        await self.store(record.model_copy(update={"withdrawn": True}), WITHDRAWAL_SECONDS)
+        """See `Swarm`. What cannot be taken back now is not published again, and expires."""
+        try:
+            await self.store(record.model_copy(update={"withdrawn": True}), WITHDRAWAL_SECONDS)
+        except Unreachable:
+            self._published.pop(record.key, None)
 
     async def close(self) -> None:
         """See `Swarm`. The daemon ends by itself then, but still wants to be closed."""
@@ -308,9 +311,9 @@ class KademliaSwarm:
 
     def _require_open(self) -> None:
         if self._is_closed:
-            raise Unreachable("this peer has left")
+            raise Offline("this peer has left")
         if self._is_lost or not self._daemon.alive:
-            raise Unreachable("this peer's p2pd has ended")
+            raise Offline("this peer's p2pd has ended")
 
     @asynccontextmanager
     async def _operation(self) -> AsyncIterator[None]:
@@ -360,7 +363,7 @@ async def _bounded(seconds: float, why: str) -> AsyncIterator[asyncio.Timeout]:
     except TimeoutError as e:
         raise Unreachable(why) from e
     except (P2PDaemonError, P2PHandlerError, OSError, EOFError) as e:
-        raise Unreachable("this peer's p2pd has ended") from e
+        raise Offline("this peer's p2pd has ended") from e
 
 
 async def dial(p2p: P2P, maddr: str, *, timeout_seconds: float) -> str:
@@ -392,14 +395,14 @@ async def ask_daemon(
     """Send p2pd a request on a connection of its own; (response, reader, writer) if it agrees.
 
     hivemind's own calls leave the connection open when p2pd refuses or the caller gives up.
-    Raises `Unreachable` with p2pd's reason.
+    Raises `Unreachable` with p2pd's reason, `Offline` if p2pd is gone.
     """
     try:
         reader, writer = await asyncio.open_unix_connection(
             p2p._daemon_listen_maddr["unix"], limit=buffer_bytes
         )
     except OSError as e:
-        raise Unreachable("this peer's p2pd has ended") from e
+        raise Offline("this peer's p2pd has ended") from e
     try:
         await write_pbmsg(writer, request)
         response = p2pd_pb2.Response()
@@ -409,7 +412,7 @@ async def ask_daemon(
     except BaseException as e:
         writer.close()
         if isinstance(e, OSError | EOFError):
-            raise Unreachable("this peer's p2pd has ended") from e
+            raise Offline("this peer's p2pd has ended") from e
         raise
     return response, reader, writer
 

@@ -17,7 +17,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from dht.errors import BadBlob, LocalFault, PeerFault, Unreachable
+from dht.errors import BadBlob, LocalFault, Offline, PeerFault, Unreachable
 from dipaco.digest import CHUNK_BYTES, BlobIndex
 from peer.blob_server import (
     BLOB_PROTOCOL,
@@ -259,11 +259,21 @@ class Download:
         run = _Run(request.chunks, now)
         source.runs.append(run)
         run.task = asyncio.ensure_future(self._attend(source, run, request))
+        # Not in the task, which never begins if it is given up at once.
+        run.task.add_done_callback(lambda _: self._ended(source, run))
+
+    def _ended(self, source: _Source, run: _Run) -> None:
+        source.runs.remove(run)
+        if source.is_dropped:
+            _stop(source.runs)
+        self._changed.set()
 
     async def _attend(self, source: _Source, run: _Run, request: BlobRequest) -> None:
         """One request, to its end; the task boundary of what a source does to us."""
         try:
             await self._converse(source, run, request)
+        except Offline:
+            self._pause(source, MAX_FAULTS_PER_SOURCE)  # and again: nobody else would do better
         except (PeerFault, Unreachable) as error:
             self._faults.count(error, source.peer)
             self._known.failed(source.peer, self._now())
@@ -274,11 +284,6 @@ class Download:
             )
         except Exception as error:  # of ours, such as a full disk: it ends the download
             self._failure = error
-        finally:
-            source.runs.remove(run)
-            if source.is_dropped:
-                _stop(source.runs)
-            self._changed.set()
 
     def _pause(self, source: _Source, times: int) -> None:
         seconds = min(PAUSE_SECONDS * 2.0 ** (times - 1), MAX_PAUSE_SECONDS)

@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from dht.errors import SwarmError
+from dht.errors import Offline, SwarmError
 from peer.events import EventLog
 
 MAX_PEERS_COUNTED = 4096
@@ -16,7 +16,9 @@ class Faults:
         self.by_peer: dict[str, Counter[str]] = {}
 
     def count(self, error: SwarmError, peer_id: str) -> None:
-        """Remember one fault of `peer_id`."""
+        """Remember one fault of `peer_id`; that we are cut off ourselves is none of its."""
+        if isinstance(error, Offline):
+            return
         kind = type(error).__name__
         if peer_id in self.by_peer or len(self.by_peer) < MAX_PEERS_COUNTED:
             self.by_peer.setdefault(peer_id, Counter())[kind] += 1

@@ -52,7 +52,7 @@ from peer.node import Node
 CHAIN_PROTOCOL = "/dipaco/chain/1"
 
 FRESH_SECONDS = 1.0  # how old the heads may be by which a rebuilt roster is judged
-OBTAIN_TIMEOUT_SECONDS = 60.0
+OBTAIN_TIMEOUT_SECONDS = 60.0  # and a slot at most: then a later version is nearer than this one
 PULL_SHARE = 0.5  # of a slot: how long after its end members may go on pulling, on slow lines
 
 
@@ -284,8 +284,11 @@ class Member:
             if known == proposal.digest:
                 return result
             seats = [member.peer for member in proposal.roster]
+            slot_seconds = self._node.history.first.run_config.rounds.round_seconds
             if not await self.contributions.obtain(
-                proposal.contributions, [*sources, *seats], OBTAIN_TIMEOUT_SECONDS
+                proposal.contributions,
+                [*sources, *seats],
+                min(OBTAIN_TIMEOUT_SECONDS, slot_seconds),
             ):
                 return None
             self._node.events.write(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
 from hivemind.proto import p2pd_pb2
 
-from dht.errors import BadMessage, Unreachable
+from dht.errors import BadMessage, Offline, Unreachable
 from dht.identity import peer_id_bytes
 from dht.kademlia import CONTROL_BUFFER_BYTES, ask_daemon, dial
 from peer.framing import ACK, HEADER, FrameKind, FramingError, frame_header, read_frame, write_frame
@@ -144,7 +144,7 @@ class Libp2pTransport:
             async with asyncio.timeout(REGISTER_SECONDS):
                 await self._p2p.add_binary_stream_handler(protocol, self._handlers[protocol])
         except (TimeoutError, P2PDaemonError, *_CUT) as e:
-            raise Unreachable("this peer's p2pd has ended") from e
+            raise Offline("this peer's p2pd has ended") from e
 
     async def _cut_streams(self) -> None:
         for writer in self._asking:
@@ -157,7 +157,7 @@ class Libp2pTransport:
         self, peer_id: str, protocol: str
     ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         if self._is_closed:
-            raise Unreachable("this peer has left")
+            raise Offline("this peer has left")
         if peer_id == self.peer_id:
             raise ValueError("a peer does not ask itself")
         stream = p2pd_pb2.StreamOpenRequest(peer=peer_id_bytes(peer_id), proto=[protocol])
@@ -166,6 +166,8 @@ class Libp2pTransport:
             _, reader, writer = await ask_daemon(
                 self._p2p, request, buffer_bytes=self._meter.buffer_bytes
             )
+        except Offline:
+            raise
         except Unreachable as e:
             raise Unreachable(f"peer {peer_id}: {e}") from e
         self._meter.opened()

@@ -6,6 +6,7 @@ Nothing that another peer says of itself counts here; only what arrived, and how
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ MAX_PEERS = 4096  # remembered; the one longest unheard of is forgotten first
 NEWEST_SHARE = 0.3  # of a new measurement in the moving average
 MIN_MEASURED_BYTES = 2**18  # less tells of the latency, not of the bandwidth
 FAULTS_TO_SKIP = 3  # one after another; then the source is skipped for a while
+SAME_FAULT_SECONDS = 1.0  # in which several count once: what cuts a line cuts every stream on it
 SKIP_SECONDS = 15.0  # at first; each further fault doubles it
 MAX_SKIP_SECONDS = 240.0
 
@@ -30,6 +32,7 @@ SLOWDOWN = 8.0  # against what was measured, e.g. by others who ask for the same
 class _Source:
     bytes_per_second: float | None = None
     num_faults: int = 0  # since it last brought something
+    fault_time: float = -math.inf  # of the last one that counted
     skipped_until: float = 0.0
 
 
@@ -55,6 +58,9 @@ class Sources:
     def failed(self, peer: str, now: float) -> None:
         """`peer` was unreachable, late or wrong."""
         source = self._source(peer)
+        if now - source.fault_time < SAME_FAULT_SECONDS:
+            return
+        source.fault_time = now
         source.num_faults += 1
         if source.num_faults >= FAULTS_TO_SKIP:
             seconds = SKIP_SECONDS * 2.0 ** (source.num_faults - FAULTS_TO_SKIP)

@@ -30,8 +30,9 @@ CHECK_SECONDS = 1.0  # between two questions to p2pd
 ANSWER_SECONDS = 3.0  # for it to answer one; an idle one takes a millisecond
 TURN_SECONDS = 0.5  # in which these are counted, so that our own sleep does not count as its
 REJOIN_SECONDS = 30.0  # between two attempts to find the swarm again, while we know nobody
-MAX_RESTARTS = 5  # in RESTARTS_SECONDS; then the next one waits
+MAX_RESTARTS = 5  # one soon after another, in RESTARTS_SECONDS; then the next one waits
 RESTARTS_SECONDS = 600.0
+WELL_SECONDS = 20.0  # that a new p2pd answers for, before those that came before it are forgotten
 MAX_KNOWN_PEERS = 32  # that are dialled after a restart, beside the initial ones
 
 
@@ -93,6 +94,8 @@ class Watchdog:
                 if not is_well:
                     await self._recover(answered_time)
             answered_time = loop.time()
+            if is_well and self._restarts and answered_time > self._restarts[-1] + WELL_SECONDS:
+                self._restarts.clear()
             if self._swarm.num_neighbors == 0 and answered_time > rejoin_time + REJOIN_SECONDS:
                 await self._rejoin()
                 rejoin_time = loop.time()

@@ -8,19 +8,26 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from dht.errors import Unreachable
-from dipaco.digest import CHUNK_BYTES, blob_digest
-from peer.blob_server import BlobServer
+from dht.errors import Offline, Unreachable
+from dipaco.digest import CHUNK_BYTES, blob_digest, index_of
+from peer.blob_server import BlobRequest, BlobServer, chunk_bits
 from peer.blobs import BlobClient
+from peer.download import Download
 from peer.events import EventLog
 from peer.faults import Faults
 from peer.memory import Line, MemoryNetwork
-from peer.sources import FAULTS_TO_SKIP, MIN_FRAME_TIMEOUT_SECONDS, SKIP_SECONDS, Sources
+from peer.sources import (
+    FAULTS_TO_SKIP,
+    MIN_FRAME_TIMEOUT_SECONDS,
+    SAME_FAULT_SECONDS,
+    SKIP_SECONDS,
+    Sources,
+)
 from peer.store import BlobStore
 from tests.virtual_clock import run_virtual
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import AsyncGenerator, Iterator
     from pathlib import Path
 
 NUM_CHUNKS = 40
@@ -150,6 +157,82 @@ def test_who_wants_the_same_blob_adds_its_sources(peers: Peers) -> None:
     run_virtual(scenario())
 
 
+class OneChunk:
+    """A transport to peers of whom only `source` has a blob, of one chunk."""
+
+    peer_id = "client"
+    blob = BLOB[:100]
+
+    def __init__(self) -> None:
+        self.may_answer = asyncio.Event()
+        self.num_offline = 0  # requests that fail because our own p2pd is gone
+
+    async def stream(
+        self, peer_id: str, protocol: str, payload: bytes, **limits: object
+    ) -> AsyncGenerator[bytes, None]:
+        await self.may_answer.wait()
+        if self.num_offline:
+            self.num_offline -= 1
+            raise Offline("this peer's p2pd has ended")
+        request = BlobRequest.from_bytes(payload, sender="client")
+        if peer_id != "source":
+            return
+        if request.num_chunks == 0:
+            yield index_of(self.blob).to_bytes()
+        else:
+            yield chunk_bits([0], 0)
+            yield self.blob
+
+    def download(self, peers: Peers, known: Sources) -> Download:
+        return Download(
+            blob_digest(self.blob),
+            store=peers.stores["client"],
+            transport=self,  # type: ignore[arg-type]
+            faults=peers.faults,
+            sources=known,
+            max_bytes=len(self.blob),
+        )
+
+
+def test_a_request_that_is_given_up_before_it_began_leaves_nothing_behind(peers: Peers) -> None:
+    """A source comes up to be asked for the index in the moment in which another one brings it."""
+
+    async def scenario() -> None:
+        await peers.start("client")
+        known, transport = Sources(), OneChunk()
+        now = asyncio.get_running_loop().time()
+        for number in range(FAULTS_TO_SKIP + 9):  # so whoever else has something to do goes first
+            known.failed("source", now=now + number * SAME_FAULT_SECONDS)
+        download = transport.download(peers, known)
+        download.add(["source"])
+        running = asyncio.create_task(download.run())
+        await asyncio.sleep(0.1)
+        download.add(["other"])
+        transport.may_answer.set()
+        async with asyncio.timeout(10):
+            await running
+        assert peers.stores["client"].read(blob_digest(transport.blob)) == transport.blob
+
+    run_virtual(scenario())
+
+
+def test_nobody_is_blamed_while_we_are_cut_off_ourselves(peers: Peers) -> None:
+    async def scenario() -> None:
+        await peers.start("client")
+        known, transport = Sources(), OneChunk()
+        transport.may_answer.set()
+        transport.num_offline = 10
+        download = transport.download(peers, known)
+        download.add(["source"])
+        async with asyncio.timeout(15):
+            await download.run()
+        assert not transport.num_offline
+        assert not known.num_faults("source")
+        assert not peers.faults.total
+
+    run_virtual(scenario())
+
+
 def test_the_best_sources_come_first_and_bad_ones_are_skipped_for_a_while() -> None:
     sources = Sources()
     sources.brought("slow", CHUNK_BYTES, 4.0)
@@ -157,11 +240,13 @@ def test_the_best_sources_come_first_and_bad_ones_are_skipped_for_a_while() -> N
     assert sources.ranked(["slow", "new", "fast"], now=0.0) == ["fast", "new", "slow"]
     sources.failed("fast", now=0.0)
     assert sources.ranked(["slow", "new", "fast"], now=0.0) == ["new", "slow", "fast"]
-    for _ in range(FAULTS_TO_SKIP - 1):
-        assert not sources.is_skipped("fast", now=0.0)
-        sources.failed("fast", now=0.0)
-    assert sources.is_skipped("fast", now=0.0)
-    assert not sources.is_skipped("fast", now=SKIP_SECONDS)
+    sources.failed("fast", now=0.5 * SAME_FAULT_SECONDS)  # another stream on the same line
+    for number in range(1, FAULTS_TO_SKIP):
+        now = number * SAME_FAULT_SECONDS
+        assert not sources.is_skipped("fast", now)
+        sources.failed("fast", now)
+    assert sources.is_skipped("fast", now)
+    assert not sources.is_skipped("fast", now + SKIP_SECONDS)
     sources.brought("fast", 1, 1.0)
     assert sources.num_faults("fast") == 0
 

@@ -4,9 +4,12 @@ import asyncio
 import time
 from typing import TYPE_CHECKING
 
-from peer.watchdog import Watchdog
+from peer.watchdog import CHECK_SECONDS, MAX_RESTARTS, RESTARTS_SECONDS, WELL_SECONDS, Watchdog
+from tests.virtual_clock import run_virtual
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import pytest
 
 
@@ -33,3 +36,53 @@ def test_its_own_sleep_is_not_taken_for_silence(monkeypatch: pytest.MonkeyPatch)
 
     assert is_well(answers=True)
     assert not is_well(answers=False)
+
+
+class MortalPeer:
+    """The daemon, the swarm and the transport of a peer whose p2pd lives for so long each time."""
+
+    config = None
+    p2p = None
+    num_neighbors = 1
+
+    def __init__(self, life_seconds: float) -> None:
+        self._life_seconds = life_seconds
+        self._end_time = 0.0
+        self.restart_times: list[float] = []
+
+    @property
+    def alive(self) -> bool:
+        return asyncio.get_running_loop().time() < self._end_time
+
+    async def wait(self) -> None:
+        await asyncio.sleep(max(0.0, self._end_time - asyncio.get_running_loop().time()))
+
+    async def restart(self, _config: None) -> None:
+        self.restart_times.append(asyncio.get_running_loop().time())
+        self._end_time = self.restart_times[-1] + self._life_seconds
+
+    async def connections(self) -> dict[str, list[str]]:
+        return {}
+
+    async def nothing(self, *_: object) -> None:
+        """Losing, opening, binding and joining."""
+
+    lose = reopen = rebind = join = publish_again = nothing
+
+
+def restart_times(life_seconds: float, *, within: float) -> Sequence[float]:
+    async def watch() -> Sequence[float]:
+        peer = MortalPeer(life_seconds)
+        watchdog = Watchdog(peer, peer, peer)  # type: ignore[arg-type]
+        async with watchdog.running():
+            await asyncio.sleep(within)
+        return peer.restart_times
+
+    return run_virtual(watch())
+
+
+def test_only_restarts_in_quick_succession_are_limited() -> None:
+    times = restart_times(WELL_SECONDS + 2 * CHECK_SECONDS, within=RESTARTS_SECONDS)
+    assert len(times) > 2 * MAX_RESTARTS, "each of them worked for a while"
+    times = restart_times(WELL_SECONDS / 2, within=RESTARTS_SECONDS - 1)
+    assert len(times) == MAX_RESTARTS

@@ -100,6 +100,7 @@ async def break_and_recover(
         fault_time = time.monotonic()
         with pytest.raises(Unreachable, match="cut"):
             await anext(frames)
+        await peer.swarm.withdraw(Provider(peer=peer.peer_id, digest="f" * 64))  # as far as it goes
         async with asyncio.timeout(RECOVERY_SECONDS):
             await check_both_directions(peer, others, mark=fault)
         seconds = time.monotonic() - fault_time
@@ -126,7 +127,7 @@ def test_a_dead_and_a_hanging_p2pd_are_replaced_within_ten_seconds(tmp_path: Pat
                 for fault in (signal.SIGKILL, signal.SIGSTOP):
                     errors = await break_and_recover(peer, [a, b], fault, events)
                     assert errors, "calls fail meanwhile"
-                    assert {type(error) for error in errors} == {Unreachable}
+                    assert all(isinstance(error, Unreachable) for error in errors)
                 assert await peer.swarm.maddrs() == [peer.maddr]
 
     asyncio.run(main())
