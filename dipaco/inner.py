@@ -21,8 +21,9 @@ from dipaco.checkpoint import write_atomically
 from dipaco.config import InnerConfig, RunConfig
 from dipaco.evaluate import IGNORED, NOTHING, Evaluation, evaluate, targets_of, token_nll
 from dipaco.model import PathNet, read_module, write_module
+from dipaco.moments import Moments
 from dipaco.shards import Rows, Shard
-from dipaco.tensors import decode_tensors, encode_tensors, layout_of
+from dipaco.tensors import decode_tensors, encode_tensors, layout_of, split_tensors
 from dipaco.topology import ModuleID, PathID, Topology
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ class PathTrainer:
             replica=replica,
         )
         self._parameters = list(self.net.parameters())
-        self._optimizer_name = optimizer
+        self.optimizer_name = optimizer
         self._optimizer = new_optimizer(self.net, optimizer, config.inner)
         self._identity = f"{optimizer} {path} {replica} {config.model}"
         self._prefix_tokens = 1 if config.inner.train_on_prefix else config.routing.prefix_tokens
@@ -252,6 +253,22 @@ class PathTrainer:
         self.num_steps = num_steps
         return True
 
+    def take_over(self, moments: Moments) -> None:
+        """Continue with what another peer's optimizer has learnt of this path's gradients.
+
+        Only for 32-bit AdamW: an 8-bit one has a form of its own.
+        """
+        assert self.optimizer_name == "adamw", "checked by the caller"
+        sizes = [parameter.numel() for parameter in self._parameters]
+        parts = (torch.split(vector, sizes) for vector in (moments.mean, moments.mean_square))
+        for parameter, mean, mean_square in zip(self._parameters, *parts, strict=True):
+            self._optimizer.state[parameter] = {
+                "step": torch.tensor(float(moments.num_steps), device=self.device),
+                "exp_avg": mean.reshape(parameter.shape).to(self.device),
+                "exp_avg_sq": mean_square.reshape(parameter.shape).to(self.device),
+            }
+        self.num_steps = moments.num_steps
+
     def _require(self, module: ModuleID) -> None:
         if module not in self.modules:
             raise ValueError(f"module {module} is not on path {self.path}")
@@ -313,13 +330,37 @@ class PathTrainer:
             number, key = name.split(".")
             is_count = tensor.dtype == torch.int64
             state[int(number)][key] = int(tensor) if is_count else tensor.to(self.device)
-        keys = (
-            ("exp_avg", "exp_avg_sq") if self._optimizer_name == "adamw" else ("state1", "state2")
-        )
+        keys = ("exp_avg", "exp_avg_sq") if self.optimizer_name == "adamw" else ("state1", "state2")
         for parameter, entries in zip(self._parameters, state, strict=True):
             if "step" not in entries or any(entries[key].shape != parameter.shape for key in keys):
                 raise ValueError("the optimizer's state is of another network")
         return state
+
+
+def saved_moments(file: Path) -> Moments | None:
+    """What `PathTrainer.save_optimizer` left in a file, for `PathTrainer.take_over` of another
+    peer; None if that is nothing, damaged, or not AdamW's 32-bit state.
+    """
+    try:
+        raw = np.memmap(file, dtype=np.uint8, mode="r").data
+        bodies = split_tensors(raw, layout_of(raw))
+        if not bytes(bodies[_IDENTITY]).startswith(b"adamw "):
+            return None
+        num_parameters = sum(name.endswith(".exp_avg") for name in bodies)
+        mean, mean_square = (
+            np.concatenate(
+                [np.frombuffer(bodies[f"{n}.{key}"], np.float32) for n in range(num_parameters)]
+            )
+            for key in ("exp_avg", "exp_avg_sq")
+        )
+        [num_steps] = np.frombuffer(bodies["num_steps"], np.int64)
+    except (OSError, ValueError, LookupError):
+        return None
+    return Moments(
+        num_steps=int(num_steps),
+        mean=torch.from_numpy(mean),
+        mean_square=torch.from_numpy(mean_square),
+    )
 
 
 def autocast(device: torch.device) -> torch.autocast:

@@ -267,6 +267,19 @@ class ChainReply(Message):
     certificates: Annotated[tuple[Certificate, ...], Field(max_length=256)]
 
 
+class HandoverRequest(Message):
+    """Asks whoever trained a path for what its optimizer has learnt of it."""
+
+    run: Digest
+    path: PathName
+
+
+class HandoverReply(Message):
+    """The state as a blob that the asked peer has; None if it has no such state."""
+
+    blob: Digest | None
+
+
 class HelloRequest(Message):
     """The first words between two peers: who is there, in which run, what time is it."""
 

@@ -21,6 +21,7 @@ from dipaco.compression import corrected, encode, lost
 from dipaco.config import RunConfig
 from dipaco.evaluate import Evaluation
 from dipaco.inner import PathTrainer
+from dipaco.moments import Moments
 from dipaco.shards import Rows
 from dipaco.tensors import decode_tensors, encode_tensors
 from dipaco.topology import ModuleID
@@ -71,6 +72,7 @@ class PathWork:
         self.trainer = trainer
         self.last_loss: float | None = None
         self.train_seconds = 0.0
+        self.handed_over: Moments | None = None  # taken up before the next step; set on any thread
         self._directory = directory
         self._bases: dict[ModuleID, _Base] = {}
         self._pending: dict[ModuleID, list[_Pending]] = {}
@@ -120,6 +122,9 @@ class PathWork:
         """
         inner_steps = self.trainer.config.rounds.inner_steps
         start = time.monotonic()
+        moments, self.handed_over = self.handed_over, None
+        if moments is not None:
+            self.trainer.take_over(moments)
         steps = 0
         loss: Tensor | None = None
         while steps < max_steps and (steps == 0 or time.monotonic() - start < seconds):

@@ -14,6 +14,7 @@ from dipaco.inner import PathTrainer
 from dipaco.shards import Shard
 from dipaco.topology import ModuleID, PathID
 from peer.assignment import assign_paths, joining_order
+from peer.handover import Handover, predecessors
 from peer.keeper import Keeper
 from peer.manifest import Manifest
 from peer.messages import Certificate
@@ -61,6 +62,9 @@ class Volunteer:
         self._make_trainer = make_trainer
         self._pace = pace or Pace()
         self._scoring = Scoring(keeper.node, keeper.presence)
+        self._paths_dir = keeper.node.state_dir / "paths"
+        self._handover = Handover(keeper.node, self._paths_dir)
+        self._announced: Mapping[str, PathID] = {}  # who trained what when this was last looked at
         self._plan: Mapping[str, PathID] = {}  # who trains what in the next slot
         self._work: PathWork | None = None
         self._footing: _Footing | None = None
@@ -77,6 +81,7 @@ class Volunteer:
 
     async def run(self) -> None:
         """Take a path and train it, changing it when the swarm needs another more."""
+        await self._handover.serve()
         await self._settle()
         wire_format = self._config.outer.wire_format
         self.keeper.start(self._node.offload(lambda: warm_up(wire_format)), "encoder")
@@ -96,7 +101,7 @@ class Volunteer:
         node = self._node
         await self.keeper.look_for_manifest()
         snapshot = await self.keeper.look_around()
-        self._plan = snapshot.training
+        self._plan = self._announced = snapshot.training
         await self._take_any(joining_order(node.peer_id, snapshot))
         while node.slot < 0 and not self.stop.is_set():
             left = node.history.first.start_time - node.now()
@@ -137,9 +142,7 @@ class Volunteer:
         shard = await node.offload(lambda: self._read_shard(path, ref.digest))
         replica = self._replica(path)
         work = await node.offload(
-            lambda: PathWork(
-                self._make_trainer(manifest, path, shard, replica), node.state_dir / "paths"
-            )
+            lambda: PathWork(self._make_trainer(manifest, path, shard, replica), self._paths_dir)
         )
         for module in modules:
             held = node.log.held[module]
@@ -161,6 +164,27 @@ class Volunteer:
             resumed=work.resumed,
             manifest=manifest.version,
             shard_sequences=len(shard.train),
+        )
+        keeper.start(self._take_over(work), "handover")
+
+    async def _take_over(self, work: PathWork) -> None:
+        """Go on with the optimizer's state of who trained this path before, if it can be had."""
+        node, trainer = self._node, work.trainer
+        if trainer.optimizer_name != "adamw":
+            return
+        peers = predecessors(
+            trainer.path,
+            [node.log.held[module] for module in trainer.modules],
+            announced=self._announced,
+            peer=node.peer_id,
+            slot=node.slot,
+            has_own=work.resumed,
+        )
+        work.handed_over = await self._handover.take(
+            trainer.path,
+            peers,
+            num_parameters=sum(map(node.log.num_parameters, trainer.modules)),
+            config=trainer.config.inner,
         )
 
     async def _follow_manifest(self) -> None:
@@ -263,7 +287,9 @@ class Volunteer:
         look_time = node.history.first.slot_start(slot) + PLAN_SHARE * round_seconds
         await self._pause(max(0.0, look_time - node.now()))
         next_manifest = node.history.at(slot + 1)
-        self._plan = assign_paths(await self.keeper.presence.snapshot(next_manifest))
+        snapshot = await self.keeper.presence.snapshot(next_manifest)
+        self._announced = snapshot.training
+        self._plan = assign_paths(snapshot)
 
     async def _score(self) -> bool:
         """Score some router data, if a phase is due; for less time than training has."""
