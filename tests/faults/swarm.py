@@ -37,7 +37,7 @@ from tests.faults.peer_process import (
 from tests.history_checker import Event, check
 from tests.lab import little_config, make_run
 
-SLOT_SECONDS = 4.0
+SLOT_SECONDS = 3.0
 START_IN_SECONDS = 6.0
 START_SLOTS = 12  # within which every volunteer's modules have a version
 FIRE_SLOTS = 12  # within which the stage is reached
@@ -118,9 +118,9 @@ class FaultSwarm:
         for peer in self.volunteers:
             peer.start([self.bootstrap.address])
         self._until(
-            lambda: all(_is_training(peer, {}) for peer in self.volunteers),
+            lambda: all(_is_training(p, {}) and p.path_modules() for p in self.volunteers),
             START_IN_SECONDS + START_SLOTS * self._slot_seconds,
-            "a first version of every volunteer's modules",
+            "a first contribution and version of every volunteer",
         )
 
     def run(self, cell: Cell) -> Outcome:
