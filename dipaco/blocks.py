@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dipaco.codec import MAX_BFLOAT16, PART_VALUES, Bodies, bfloat16s
+from dipaco.codec import MAX_BFLOAT16, Bodies, bfloat16s
 from dipaco.tensors import Layout
 
 if TYPE_CHECKING:
@@ -54,10 +54,13 @@ class Int8Codec:
 
     def part(self, bodies: Bodies, start: int, stop: int, scratch: "Floats") -> "Floats":
         """See `Codec`."""
-        values = np.frombuffer(bodies["values"][start:stop], np.uint8)
-        np.take(dynamic_table().numpy(), values, out=scratch[: len(values)], mode="clip")
+        from dipaco import kernels
+
+        codes = np.frombuffer(bodies["values"][start:stop], np.uint8)
+        num_blocks = math.ceil((stop - start) / self.block_values)
         scales = np.frombuffer(bodies["scales"], np.float32)[start // self.block_values :]
-        return _scaled(scratch, len(values), scales, self.block_values)
+        kernels.decode_int8(codes, scales[:num_blocks], dynamic_table().numpy(), scratch)
+        return scratch[: stop - start]
 
 
 class Int4Codec:
@@ -72,33 +75,27 @@ class Int4Codec:
         return {"values": (torch.uint8, (packed,)), "scales": (torch.bfloat16, (num_blocks,))}
 
     def encode(self, vector: Tensor) -> dict[str, Tensor]:
-        """Round to 256 even steps, then two values at once to the nearest of the table.
+        """Round to 256 even steps, then to the nearest of the table.
 
-        Four times faster than a search in the table, for 0.3 % more error. In numpy, because torch
-        would wait some thousand times for its other threads, which have a network to train.
+        Four times faster than a search in the table, for 0.3 % more error.
         """
-        num_blocks = math.ceil(len(vector) / self.block_values)
+        from dipaco import kernels
+
+        values = vector.numpy()
+        num_blocks = math.ceil(len(values) / self.block_values)
         packed = np.empty(num_blocks * self.block_values // 2, dtype=np.uint8)
         scales = np.empty(num_blocks, dtype=np.float32)
-        values = vector.numpy()
-        for start in range(0, len(values), PART_VALUES):
-            part = values[start : start + PART_VALUES]
-            if len(part) % self.block_values:
-                part = np.pad(part, (0, -len(part) % self.block_values))
-            blocks = part.reshape(-1, self.block_values)
-            high, low = blocks.max(axis=1), blocks.min(axis=1)
-            scale = np.where(high >= -low, high, low)
-            scale[np.abs(scale) < _LEAST_SCALE] = 0.0
-            first_block = start // self.block_values
-            scales[first_block : first_block + len(blocks)] = scale
-            factor = np.zeros_like(scale)
-            np.divide(np.float32(127.5), scale, out=factor, where=scale != 0.0)
-            steps = blocks * factor[:, None]
-            steps += np.float32(128.0)
-            pairs = steps.astype(np.uint8).reshape(-1).view(np.uint16)
-            first_pair = start // 2
-            found = packed[first_pair : first_pair + len(pairs)]
-            np.take(_bytes_of_steps(), pairs, out=found, mode="clip")
+        whole = len(values) // self.block_values
+        rest = np.zeros(self.block_values, np.float32)
+        rest[: len(values) - whole * self.block_values] = values[whole * self.block_values :]
+        for blocks, first, last in ((values, 0, whole), (rest, whole, num_blocks)):
+            kernels.encode_int4(
+                blocks,
+                _code_of_step(),
+                np.float32(_LEAST_SCALE),
+                packed[first * self.block_values // 2 :],
+                scales[first:last],
+            )
         rounded = torch.from_numpy(scales).clamp_(-MAX_BFLOAT16, MAX_BFLOAT16).bfloat16()
         return {
             "values": torch.from_numpy(packed)[: math.ceil(len(values) / 2)],
@@ -110,23 +107,14 @@ class Int4Codec:
 
     def part(self, bodies: Bodies, start: int, stop: int, scratch: "Floats") -> "Floats":
         """See `Codec`."""
+        from dipaco import kernels
+
         packed = np.frombuffer(bodies["values"][start // 2 : (stop + 1) // 2], np.uint8)
-        pairs = scratch[: 2 * len(packed)].view(np.uint64)
-        np.take(_pairs_of_bytes(), packed, out=pairs, mode="clip")
         num_blocks = math.ceil((stop - start) / self.block_values)
         first_block = start // self.block_values
         scales = bfloat16s(bodies["scales"], first_block, first_block + num_blocks)
-        return _scaled(scratch, stop - start, scales, self.block_values)
-
-
-def _scaled(scratch: "Floats", num_values: int, scales: "Floats", block_values: int) -> "Floats":
-    """The values in `scratch`, multiplied by the scales of their blocks."""
-    whole = num_values // block_values
-    blocks = scratch[: whole * block_values].reshape(-1, block_values)
-    blocks *= scales[:whole, None]
-    if num_values % block_values:
-        scratch[whole * block_values : num_values] *= scales[whole]
-    return scratch[:num_values]
+        kernels.decode_int4(packed, scales, four_bit_table().numpy(), scratch)
+        return scratch[: stop - start]
 
 
 @cache
@@ -159,17 +147,10 @@ def four_bit_table() -> Tensor:
 
 
 @cache
-def _bytes_of_steps() -> "NDArray[np.uint8]":
-    """The byte of two values, by their steps: 0 to 255 for -1 to 1, the first in the low byte."""
+def _code_of_step() -> "NDArray[np.uint8]":
+    """The 4-bit code of each of 256 even steps from -1 to 1."""
     table = four_bit_table()
     middles = (torch.arange(256) - 127.5) / 127.5
-    codes = torch.bucketize(middles, (table[1:] + table[:-1]) / 2).to(torch.uint8).numpy()
-    found: NDArray[np.uint8] = (codes[None, :] | codes[:, None] << 4).reshape(-1)
+    codes = torch.bucketize(middles, (table[1:] + table[:-1]) / 2)
+    found: NDArray[np.uint8] = codes.to(torch.uint8).numpy()
     return found
-
-
-@cache
-def _pairs_of_bytes() -> "NDArray[np.uint64]":
-    """What each byte of 4-bit values stands for: the eight bytes of two float32."""
-    table, codes = four_bit_table().numpy(), np.arange(256)
-    return np.stack([table[codes & 15], table[codes >> 4]], axis=1).view(np.uint64).reshape(-1)

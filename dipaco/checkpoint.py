@@ -17,9 +17,9 @@ from torch import Tensor
 
 from dipaco.digest import blob_digest
 from dipaco.errors import BadState
+from dipaco.recycled import recycled
 from dipaco.tensors import (
     Layout,
-    decode_tensors,
     encode_header,
     encode_tensors,
     encoded_bytes,
@@ -65,8 +65,7 @@ def blank_state(num_parameters: int) -> tuple[memoryview, ModuleState]:
     arbitrary until then.
     """
     layout = _layout(num_parameters)
-    # From numpy, which asks for large pages: touching so much memory anew is half of the work.
-    raw = np.empty(encoded_bytes(layout), dtype=np.uint8)
+    raw = recycled(encoded_bytes(layout))
     header = encode_header(layout)
     raw[: len(header)] = np.frombuffer(header, dtype=np.uint8)
     bodies = split_tensors(raw.data, layout)
@@ -85,12 +84,14 @@ def state_bytes(num_parameters: int) -> int:
 def decode_state(raw: bytes | memoryview, *, num_parameters: int) -> ModuleState:
     """The inverse of `encode_state`; BadState on anything odd: size, layout, not finite."""
     try:
-        tensors = decode_tensors(raw, _layout(num_parameters))
+        split_tensors(raw, _layout(num_parameters))
     except ValueError as error:
         raise BadState(f"not a module state: {error}") from error
-    if not all(is_finite(vector) for vector in tensors.values()):
+    encoded, state = blank_state(num_parameters)
+    encoded[:] = raw
+    if not (is_finite(state.parameters) and is_finite(state.momentum)):
         raise BadState("not a module state: a value is not finite")
-    return ModuleState(parameters=tensors["parameters"], momentum=tensors["momentum"])
+    return state
 
 
 def state_digest(state: ModuleState) -> str:

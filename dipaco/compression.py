@@ -125,8 +125,3 @@ def compress_with_feedback(
     vector = corrected(gradient, residual)
     raw = encode(vector, wire_format)
     return raw, lost(vector, raw, wire_format)
-
-
-def warm_up(wire_format: WireFormat) -> None:
-    """Load what the first `encode` would have to load, which takes seconds for int8."""
-    encode(torch.zeros(1), wire_format)

@@ -65,16 +65,12 @@ class NormSum:
 
     def __init__(self) -> None:
         self._lanes = np.zeros(_NORM_LANES)
-        self._squares = np.empty(_NORM_LANES)
 
     def add(self, values: "Floats") -> None:
         """The next values; all but the last must be a multiple of `_NORM_LANES` (a part is)."""
-        for start in range(0, len(values), _NORM_LANES):
-            some = values[start : start + _NORM_LANES]
-            squares = self._squares[: len(some)]
-            np.copyto(squares, some)
-            np.multiply(squares, squares, out=squares)
-            self._lanes[: len(some)] += squares
+        from dipaco import kernels
+
+        kernels.add_squares(values, self._lanes)
 
     def finish(self) -> float:
         """The norm; not finite if a value was not."""
@@ -89,8 +85,8 @@ def exact_norm(gradient: Gradient) -> float:
     """The Euclidean norm, the same bits on every machine; not finite if a value is not."""
     total = NormSum()
     scratch = np.empty(PART_VALUES, np.float32)
+    for start in range(0, gradient.num_values, PART_VALUES):
+        stop = min(start + PART_VALUES, gradient.num_values)
+        total.add(gradient.part(start, stop, scratch))
     with np.errstate(invalid="ignore", over="ignore"):
-        for start in range(0, gradient.num_values, PART_VALUES):
-            stop = min(start + PART_VALUES, gradient.num_values)
-            total.add(gradient.part(start, stop, scratch))
         return total.finish()

@@ -7,8 +7,8 @@ over elements (a norm, a dot product) or a fused multiply-add (`add` with `alpha
 `lerp`) would not have that property and must not decide a value; where a norm does, it is added up
 in an order of its own (`NormSum`). Scalars are rounded to float32 first.
 
-Numpy does it on one thread, one part of the vector after another, each small enough for a cache:
-that is as fast as the memory is, and leaves the other threads to training.
+One thread does it (`dipaco.kernels`), one part of the vector after another, each small enough for a
+cache: that is as fast as the memory is, and leaves the other threads to training.
 """
 
 import math
@@ -20,10 +20,12 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from dipaco.checkpoint import ModuleState, blank_state
 from dipaco.codec import PART_VALUES
+from dipaco.compression import EncodedGradient, encode
 from dipaco.config import OuterConfig, Rescale
 from dipaco.gradient import Gradient, NormSum, TensorGradient
 from dipaco.topology import PathID
@@ -143,13 +145,13 @@ def apply_contributions(
     else:
         factors = [weight * clip for weight, clip in zip(weights, clips, strict=True)]
         scale = rescale_factor(config.rescale, num_paths)
-        squares = 0.0
+        norm = NormSum()
         for part, average in _sums(gradients, factors):
-            squares += float(np.einsum("i,i->", average, average))
+            norm.add(average)
             if scale != 1.0:
                 average *= np.float32(scale)
             step.take(part, average)
-        norm_ratio = math.sqrt(squares) / mean_norm if mean_norm else 0.0
+        norm_ratio = norm.finish() / mean_norm if mean_norm else 0.0
     return OuterUpdate(
         state=step.after,
         encoded=step.encoded,
@@ -183,16 +185,16 @@ def _sums(
     gradients: Sequence[Gradient], factors: Sequence[float]
 ) -> "Iterator[tuple[slice, Floats]]":
     """The sum of the gradients times their factors, part by part, in memory that is used again."""
-    total, product, scratch = (np.empty(PART_VALUES, np.float32) for _ in range(3))
+    from dipaco import kernels
+
+    total, scratch = (np.empty(PART_VALUES, np.float32) for _ in range(2))
     rounded = [np.float32(as_float32(factor)) for factor in factors]
     for part in _parts(gradients[0].num_values):
-        length = part.stop - part.start
-        for number, (gradient, factor) in enumerate(zip(gradients, rounded, strict=True)):
-            out = product if number else total
-            np.multiply(gradient.part(part.start, part.stop, scratch), factor, out=out[:length])
-            if number:
-                total[:length] += product[:length]
-        yield part, total[:length]
+        add = kernels.multiply
+        for gradient, factor in zip(gradients, rounded, strict=True):
+            add(gradient.part(part.start, part.stop, scratch), factor, total)
+            add = kernels.add_multiplied
+        yield part, total[: part.stop - part.start]
 
 
 def _add_directions(
@@ -215,19 +217,29 @@ class _OuterStep:
         self._parameters: Floats = self.after.parameters.numpy()
         self._old: Floats = state.parameters.numpy()
         self._old_momentum: Floats = state.momentum.numpy()
-        self._lr = np.float32(as_float32(config.learning_rate_for(num_paths)))
-        self._mu = np.float32(as_float32(config.momentum))
-        self._scratch = np.empty(PART_VALUES, np.float32)
+        rates = config.learning_rate_for(num_paths), config.momentum
+        self._rates = np.array([as_float32(rate) for rate in rates], np.float32)
 
     def take(self, part: slice, gradient: "Floats") -> None:
         """Every operation by itself, so that each is rounded once."""
-        momentum, change = self.momentum[part], self._scratch[: len(gradient)]
-        np.multiply(self._old_momentum[part], self._mu, out=momentum)
-        momentum += gradient
-        np.multiply(momentum, self._mu, out=change)
-        change += gradient
-        change *= self._lr
-        np.subtract(self._old[part], change, out=self._parameters[part])
+        from dipaco import kernels
+
+        kernels.nesterov(
+            self._old[part],
+            self._old_momentum[part],
+            gradient,
+            self._rates,
+            self._parameters[part],
+            self.momentum[part],
+        )
+
+
+def warm_up(config: OuterConfig) -> None:
+    """Load and compile what the first round would have to, which takes seconds."""
+    raw = encode(torch.zeros(1), config.wire_format)
+    gradient = EncodedGradient(raw, config.wire_format, num_parameters=1)
+    state = ModuleState.initial(torch.zeros(1))
+    apply_contributions(state, [(0.5, gradient), (0.5, gradient)], 2, config)
 
 
 def as_float32(value: float | Fraction) -> float:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from dht.errors import BadMessage, LocalFault, PeerFault, Unreachable
 from dipaco.digest import BlobIndex, index_of
 from dipaco.errors import BadState
-from dipaco.outer import apply_contributions, contribution_weights
+from dipaco.outer import OuterUpdate, apply_contributions, contribution_weights
 from dipaco.topology import ModuleID, PathID
 from peer.acceptor import Acceptor
 from peer.certificate import (
@@ -58,12 +58,10 @@ PULL_SHARE = 0.5  # of a slot: how long after its end members may go on pulling,
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Result:
-    """What a proposal makes of a module; see `dipaco.outer.OuterUpdate`."""
+    """What a proposal makes of a module."""
 
     index: BlobIndex
-    encoded: memoryview
-    norm_ratio: float
-    num_clipped: int
+    update: OuterUpdate
 
     @property
     def state(self) -> str:
@@ -224,8 +222,8 @@ class Member:
             self._node.events.write(
                 "diverged", module=str(module), ours=result.state, certified=certificate.result
             )
-        node = self._node
-        if certificate.result not in node.log.unwritten and certificate.result not in node.store:
+        is_here = result is not None and result.state == certificate.result
+        if not is_here and certificate.result not in self._node.store:
             self._on_behind(module)
             return False
         return self._apply(module, certificate)
@@ -252,17 +250,19 @@ class Member:
         held = node.log.held[module]
         if held.version != certificate.version - 1:  # somebody was faster while we computed
             return held.version == certificate.version
-        node.log.adopt(module, [*held.chain, certificate])
         proposal = certificate.proposal
         known, result = self._results.pop(module, ("", None))
-        if known != proposal.digest:
+        if known != proposal.digest or (result and result.state != certificate.result):
             result = None
+        if result is not None:
+            self._begin_writing(result)
+        node.log.adopt(module, [*held.chain, certificate])
         node.events.write(
             "version",
             **facts(certificate),
             manifest=proposal.manifest,
-            norm_ratio=round(result.norm_ratio, 4) if result is not None else None,
-            num_clipped=result.num_clipped if result is not None else None,
+            norm_ratio=round(result.update.norm_ratio, 4) if result is not None else None,
+            num_clipped=result.update.num_clipped if result is not None else None,
         )
         self._on_version(module, certificate)
         self.changes.notify()
@@ -271,7 +271,7 @@ class Member:
     async def _compute(
         self, module: ModuleID, proposal: Proposal, *, sources: list[str]
     ) -> _Result | None:
-        """Reduce a proposal by ourselves; the new state then is on its way to the store.
+        """Reduce a proposal by ourselves.
 
         None if that cannot be done, or the module has gone on meanwhile.
         """
@@ -305,7 +305,6 @@ class Member:
                 return None
             except Unreachable:  # a blob rotted on disk since it was checked
                 return None
-            self._begin_writing(result)
             if log.held.get(module) is not held:
                 return None  # it may have been reduced from another version
             self._results[module] = (proposal.digest, result)
@@ -327,30 +326,24 @@ class Member:
         before = node.log.load_state(module)
         weighted = zip(weights, gradients, strict=True)
         update = apply_contributions(before, weighted, len(set(paths)), outer)
-        index = index_of(update.encoded)
-        node.log.remember(index.digest, update.state)
-        return _Result(
-            index=index,
-            encoded=update.encoded,
-            norm_ratio=update.norm_ratio,
-            num_clipped=update.num_clipped,
-        )
+        return _Result(index=index_of(update.encoded), update=update)
 
     def _begin_writing(self, result: _Result) -> None:
-        """Put a new state on disk. Neither the vote nor the new version waits for that: after a
-        crash the contributions, the promise and the version before are on disk.
+        """Put a new version's state on disk. Neither the vote nor the version waits for that: after
+        a crash the contributions, the promise and the version before are there.
         """
         node = self._node
 
         async def write() -> None:
             try:
-                await node.offload(lambda: node.store.put(result.index, result.encoded))
+                await node.offload(lambda: node.store.put(result.index, result.update.encoded))
             except (OSError, LocalFault) as error:
                 node.events.write("error", where="new state", why=str(error))
             finally:
                 node.log.unwritten.discard(result.state)
 
         node.log.unwritten.add(result.state)
+        node.log.remember(result.state, result.update.state)
         task = asyncio.ensure_future(write())
         self._writes.add(task)
         task.add_done_callback(self._writes.discard)

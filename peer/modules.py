@@ -102,6 +102,9 @@ class ModuleLog:
         for certificate in before[len(chain) :]:
             self._certificate_file(module, certificate.version).unlink(missing_ok=True)
         self.held[module] = new
+        if held is not None and held.state != new.state:
+            with self._recent_lock:
+                self._recent.pop(held.state, None)  # its memory is that of the next version
         self._forget_states(before, new)
         return new
 

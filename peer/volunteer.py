@@ -7,10 +7,10 @@ from functools import partial
 
 from dht.errors import LocalFault, SwarmError, Unreachable
 from dipaco.checkpoint import ModuleState
-from dipaco.compression import warm_up
 from dipaco.config import RunConfig
 from dipaco.errors import DipacoError
 from dipaco.inner import PathTrainer
+from dipaco.outer import warm_up
 from dipaco.shards import Shard
 from dipaco.topology import ModuleID, PathID
 from peer.assignment import assign_paths, joining_order
@@ -83,8 +83,8 @@ class Volunteer:
         """Take a path and train it, changing it when the swarm needs another more."""
         await self._handover.serve()
         await self._settle()
-        wire_format = self._config.outer.wire_format
-        self.keeper.start(self._node.offload(lambda: warm_up(wire_format)), "encoder")
+        outer = self._config.outer
+        self.keeper.start(self._node.offload(lambda: warm_up(outer)), "compiler")
         slot = -1
         while not self.stop.is_set() and not self._is_finished():
             slot = max(slot + 1, self._node.slot)
