@@ -53,8 +53,8 @@ from peer.path_work import Offer
 from peer.providers import Providers
 from peer.session import make_node, open_network
 
-NUM_ROUNDS = 5
-ROUND_SECONDS_PER_PEER = 6.0  # all of them reduce on this machine's few cores
+NUM_ROUNDS = 4
+ROUND_SECONDS_PER_PEER = 4.0  # all of them reduce on this machine's few cores
 START_IN_SECONDS = 25.0  # for all processes to start
 LOOPBACK = ("/ip4/127.0.0.1/tcp/0",)
 

@@ -27,6 +27,7 @@ class BlobStore:
         self._directory = directory
         self._indexes: dict[str, BlobIndex] = {}
         self._parts: dict[str, PartialBlob] = {}  # downloads under way, whose chunks are served
+        self._written: set[str] = set()  # by this object, chunk by chunk verified or just hashed
         directory.mkdir(parents=True, exist_ok=True)
 
     def file(self, digest: str) -> Path:
@@ -61,6 +62,7 @@ class BlobStore:
             self._write(self._index_file(index.digest), index.to_bytes())
             self._write(self.file(index.digest), data)
             self._indexes[index.digest] = index
+            self._written.add(index.digest)
 
     def add_file(self, file: Path) -> str:
         """Keep a file's content without reading it into memory; the file must not change later."""
@@ -111,8 +113,13 @@ class BlobStore:
         return data
 
     def intact_file(self, digest: str) -> Path | None:
-        """Where the blob lies, verified without reading it into memory; None as `read`."""
+        """Where the blob lies, verified without reading it into memory; None as `read`.
+
+        What was written since the start is taken to be as it was written.
+        """
         index, file = self.index(digest), self.file(digest)
+        if digest in self._written and file.exists():
+            return file
         try:
             is_intact = index is not None and index_of_file(file) == index
         except FileNotFoundError:
@@ -153,6 +160,7 @@ class BlobStore:
     def remove(self, digest: str) -> None:
         """Forget a blob, whole or in part."""
         self._indexes.pop(digest, None)
+        self._written.discard(digest)
         for file in (self.file(digest), self._index_file(digest), self._part_file(digest)):
             file.unlink(missing_ok=True)
 
@@ -172,6 +180,8 @@ class BlobStore:
     def _closed(self, part: "PartialBlob") -> None:
         if self._parts.get(part.index.digest) is part:
             del self._parts[part.index.digest]
+            if part.is_finished:
+                self._written.add(part.index.digest)
 
     def _write(self, file: Path, data: bytes | memoryview) -> None:
         """Appear whole or not at all. Not flushed to the disk: what a power cut garbles here is
@@ -228,6 +238,7 @@ class PartialBlob:
         self._part_file = part_file
         self._final_file = final_file
         self._fd = os.open(part_file, os.O_RDWR | os.O_CREAT, 0o644)
+        self.is_finished = False
         self.missing = self._find_missing()
 
     def _find_missing(self) -> set[int]:
@@ -262,6 +273,7 @@ class PartialBlob:
         assert not self.missing, "a blob is complete only when no chunk is missing"
         os.ftruncate(self._fd, self.index.size)
         self._part_file.rename(self._final_file)
+        self.is_finished = True
 
     def close(self) -> None:
         """Release the file; the part stays for a later attempt. Idempotent."""
