@@ -15,10 +15,11 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import TypeVar
 
-from dht.errors import BadMessage, SwarmError, Unreachable
+from dht.errors import BadMessage, PeerFault, SwarmError, Unreachable
 from peer.faults import Faults
-from peer.messages import MAX_MESSAGE_BYTES
+from peer.messages import MAX_MESSAGE_BYTES, Message
 from peer.transport import RemoteError, Transport, error_text
 
 ROUND_PROTOCOL = "/dipaco/round/1"
@@ -28,6 +29,9 @@ MAX_LETTERS = 64  # in a batch
 MAX_BATCH_BYTES = 2**20  # and together; what is more goes into another one
 _HEADER = struct.Struct(">BI")
 _ANSWER = struct.Struct(">BB")
+MESSAGE_TIMEOUT_SECONDS = 10.0  # beyond what a request itself allows the other side
+
+R = TypeVar("R", bound=Message)
 
 
 class Kind(IntEnum):
@@ -75,6 +79,33 @@ class Courier:
                 return await letter.answer
         except TimeoutError:
             raise Unreachable(f"peer {peer} did not answer in {timeout_seconds:g} s") from None
+
+    async def ask_as(
+        self, reply_type: type[R], peer: str, kind: Kind, request: Message, timeout_seconds: float
+    ) -> R | None:
+        """The answer of `peer`, read; None, and a fault counted, if it does not answer rightly."""
+        try:
+            raw = await self.ask(peer, kind, request.to_bytes(), timeout_seconds=timeout_seconds)
+            return reply_type.from_bytes(raw, sender=peer)
+        except (PeerFault, Unreachable) as error:
+            self._faults.count(error, peer)
+            return None
+
+    async def ask_all(
+        self,
+        reply_type: type[R],
+        requests: Mapping[str, Message],
+        kind: Kind,
+        timeout_seconds: float,
+    ) -> dict[str, R]:
+        """Ask all at once; who does not answer rightly is missing from the result."""
+        replies = await asyncio.gather(
+            *(
+                self.ask_as(reply_type, peer, kind, request, timeout_seconds)
+                for peer, request in requests.items()
+            )
+        )
+        return {peer: r for peer, r in zip(requests, replies, strict=True) if r is not None}
 
     async def serve(self, answers: Mapping[Kind, Answer]) -> None:
         """Start answering messages of every kind."""

@@ -18,6 +18,7 @@ from peer.assignment import Snapshot, assign_paths, keeps, module_name, shard_na
 from peer.blob_server import BlobServer
 from peer.catchup import CatchUp
 from peer.changes import Changes
+from peer.committer import Committer
 from peer.discovery import Discovery
 from peer.heads import Heads
 from peer.hello import serve_hello
@@ -77,6 +78,7 @@ class Keeper:
         )
         self.presence = Presence(node, retiring=self.member.retiring)
         self.rounds = Rounds(node, self.member, self.heads)
+        self.committer = Committer(node, self.member, self.heads)
         self.catch_up = CatchUp(node, self.member, self.heads, providers)
 
     @asynccontextmanager

@@ -9,15 +9,11 @@ import asyncio
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
-from typing import TypeVar
 
-from dht.errors import PeerFault, Unreachable
-from dipaco.compression import EncodedGradient
-from dipaco.topology import ModuleID, PathID
+from dipaco.topology import ModuleID
 from peer.certificate import counted, may_rebuild, quorum_votes, roster_of
 from peer.contributions import MAX_COUNTED
-from peer.courier import Kind
+from peer.courier import MESSAGE_TIMEOUT_SECONDS, Kind
 from peer.heads import Heads
 from peer.member import (
     FRESH_SECONDS,
@@ -31,21 +27,17 @@ from peer.messages import (
     Certificate,
     CertifyRequest,
     Commitment,
-    CommitRequest,
     Done,
     HaveReply,
     HaveRequest,
-    Message,
     Proposal,
     ProposeReply,
     ProposeRequest,
     Vote,
-    sign,
 )
 from peer.messages import Member as Seat
 from peer.modules import Held
 from peer.node import Node
-from peer.path_work import Offer
 
 ATTEMPTS_PER_SLOT = 3  # each a quarter of a slot; the last quarter is left for pulling the result
 COLLECT_SHARE = 0.3  # of an attempt: how long after the slot's end commitments are waited for
@@ -54,9 +46,6 @@ EXACT_ATTEMPTS = 2  # of an exact run, in which a contribution that is late is w
 PULL_SLACK = 2.0  # times what the bytes should take by the best line: others may be slower
 ANSWER_SHARE = 0.2  # of an attempt: how long they may take to answer beyond that
 VOTE_SHARE = 0.3  # of an attempt: how long its leader has from then on, before another one begins
-MESSAGE_TIMEOUT_SECONDS = 10.0  # beyond what a request itself allows the other side
-
-R = TypeVar("R", bound=Message)
 
 
 def leader_order(roster: Sequence[Seat], module: ModuleID, slot: int) -> list[str]:
@@ -102,60 +91,6 @@ class Rounds:
             if order and order[attempt % len(order)] == node.peer_id:
                 ballot = Ballot(slot=slot, attempt=attempt, leader=node.peer_id)
                 await self._lead(held, ballot, roster, rebuilt=rebuilt)
-
-    async def prepare(
-        self, offers: Sequence[Offer], *, path: PathID, slot: int
-    ) -> list[Commitment]:
-        """Put our outer gradients into the store, and sign a commitment to each."""
-        node = self._node
-        commitments = []
-        for offer in offers:
-            commitment, gradient = await node.offload(
-                partial(self._keep, offer, path=path, slot=slot)
-            )
-            commitments.append(commitment)
-            node.events.write(
-                "committed",
-                module=commitment.module,
-                slot=slot,
-                base_version=offer.base_version,
-                path=commitment.path,
-                commitment=commitments[-1].digest,
-            )
-            self._member.contributions.add_own(commitment, gradient)
-        return commitments
-
-    def _keep(self, offer: Offer, *, path: PathID, slot: int) -> tuple[Commitment, EncodedGradient]:
-        node = self._node
-        commitment = Commitment(
-            peer=node.peer_id,
-            run=node.run,
-            manifest=node.history.at(slot).digest,
-            module=str(offer.module),
-            slot=slot,
-            base_version=offer.base_version,
-            base_state=offer.base_state,
-            path=str(path),
-            tokens=offer.tokens,
-            blob=node.store.add(offer.raw),
-            blob_bytes=len(offer.raw),
-        )
-        commitment = sign(commitment, node.identity)
-        return commitment, self._member.contributions.open(commitment)
-
-    async def commit(self, commitments: Sequence[Commitment]) -> None:
-        """Send our commitments to every peer that holds one of their modules, one message each."""
-        by_peer: dict[str, list[Commitment]] = {}
-        for commitment in commitments:
-            module = ModuleID.parse(commitment.module)
-            certificate = self._node.log.held[module].certificate
-            seats = certificate.proposal.next_roster if certificate else ()
-            heads = await self._heads.read(module, max_age_seconds=self._slot_seconds)
-            for peer in {seat.peer for seat in seats} | {head.peer for head in heads}:
-                by_peer.setdefault(peer, []).append(commitment)
-        by_peer.pop(self._node.peer_id, None)
-        requests = {peer: CommitRequest(commitments=tuple(c)) for peer, c in by_peer.items()}
-        await self._ask_all(requests, Kind.COMMIT, Done, MESSAGE_TIMEOUT_SECONDS)
 
     async def _is_done_before(self, module: ModuleID, slot: int, attempt: int) -> bool:
         """Wait until the slot has its certificate here, or it is time for an attempt.
@@ -320,7 +255,7 @@ class Rounds:
             wait_seconds=wait,
         )
         others = {peer: request for peer in peers if peer != node.peer_id}
-        asking = self._ask_all(others, Kind.HAVE, HaveReply, window)
+        asking = self._member.courier.ask_all(HaveReply, others, Kind.HAVE, window)
         if node.peer_id not in peers:
             return await asking
         mine, replies = await asyncio.gather(
@@ -406,7 +341,9 @@ class Rounds:
         asked: list[asyncio.Future[ProposeReply | None]] = [asyncio.ensure_future(own)]
         asked += [
             asyncio.ensure_future(
-                self._ask(seat.peer, Kind.PROPOSE, request, ProposeReply, self._slot_seconds)
+                self._member.courier.ask_as(
+                    ProposeReply, seat.peer, Kind.PROPOSE, request, self._slot_seconds
+                )
             )
             for seat in proposal.roster
             if seat.peer != self._node.peer_id
@@ -445,40 +382,7 @@ class Rounds:
         peers |= {commitment.peer for commitment in proposal.contributions}
         request = CertifyRequest(certificate=certificate)
         others = dict.fromkeys(peers - {self._node.peer_id}, request)
-        await self._ask_all(others, Kind.CERTIFY, Done, MESSAGE_TIMEOUT_SECONDS)
-
-    async def _ask_all(
-        self,
-        requests: Mapping[str, Message],
-        kind: Kind,
-        reply_type: type[R],
-        timeout_seconds: float,
-    ) -> dict[str, R]:
-        """Ask all at once; who does not answer rightly is missing from the result."""
-        replies = await asyncio.gather(
-            *(
-                self._ask(peer, kind, request, reply_type, timeout_seconds)
-                for peer, request in requests.items()
-            )
-        )
-        return {peer: r for peer, r in zip(requests, replies, strict=True) if r is not None}
-
-    async def _ask(
-        self,
-        peer: str,
-        kind: Kind,
-        request: Message,
-        reply_type: type[R],
-        timeout_seconds: float,
-    ) -> R | None:
-        try:
-            raw = await self._member.courier.ask(
-                peer, kind, request.to_bytes(), timeout_seconds=timeout_seconds
-            )
-            return reply_type.from_bytes(raw, sender=peer)
-        except (PeerFault, Unreachable) as error:
-            self._node.faults.count(error, peer)
-            return None
+        await self._member.courier.ask_all(Done, others, Kind.CERTIFY, MESSAGE_TIMEOUT_SECONDS)
 
     def _failed(self, held: Held, ballot: Ballot, why: str) -> None:
         self._node.events.write(

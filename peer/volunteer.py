@@ -320,8 +320,8 @@ class Volunteer:
         node, work = self._node, self._the_work()
         config = node.history.at(slot).run_config
         offers = await node.offload(lambda: work.offers(slot, config, modules))
-        commitments = await self.keeper.rounds.prepare(offers, path=work.trainer.path, slot=slot)
-        self.keeper.start(self.keeper.rounds.commit(commitments), "commit")
+        commitments = await self.keeper.committer.prepare(offers, path=work.trainer.path, slot=slot)
+        self.keeper.start(self.keeper.committer.commit(commitments), "commit")
 
     async def _end_slot(self, slot: int) -> None:
         """Say what was trained, and keep what the next start needs."""
