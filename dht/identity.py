@@ -8,8 +8,10 @@ https://github.com/libp2p/specs/blob/master/peer-ids/peer-ids.md
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
+import threading
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -27,10 +29,13 @@ if TYPE_CHECKING:
 
 SIGNATURE_BYTES = 64
 PEER_ID_CHARACTERS = 52  # base58 of the 38 bytes below, for every Ed25519 key
+MAX_GENUINE = 8192  # signatures that are remembered to be genuine, oldest forgotten first
 _SEED_BYTES = 32
 _PUBLIC_KEY_BYTES = 32
 _PRIVATE_PREFIX = bytes.fromhex("08011240")  # PrivateKey: key_type=Ed25519, data of 64 bytes
 _PEER_ID_PREFIX = bytes.fromhex("002408011220")  # identity multihash of 36 bytes; PublicKey
+_genuine: dict[bytes, None] = {}
+_genuine_lock = threading.Lock()  # long chains are checked in threads
 
 
 class Identity:
@@ -132,9 +137,23 @@ def peer_id_bytes(peer_id: str) -> bytes:
 
 
 def verify(peer_id: str, message: bytes, signature: bytes) -> bool:
-    """Whether `signature` is `peer_id`'s on `message`. Never raises, whatever the bytes."""
+    """Whether `signature` is `peer_id`'s on `message`. Never raises, whatever the bytes.
+
+    The same bytes come again and again (a commitment comes with each attempt of a round, in the
+    proposal, the certificate, and the chain), so what was found genuine is remembered by a hash.
+    """
+    parts = (peer_id.encode(), signature, message)
+    sizes = ":".join(str(len(part)) for part in parts)
+    key = hashlib.sha256(b"".join((sizes.encode(), *parts))).digest()
+    with _genuine_lock:
+        if key in _genuine:
+            return True
     try:
         _verifier(peer_id).verify(signature, message)
     except (InvalidSignature, ValueError):
         return False
+    with _genuine_lock:
+        _genuine[key] = None
+        if len(_genuine) > MAX_GENUINE:
+            del _genuine[next(iter(_genuine))]
     return True
