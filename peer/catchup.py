@@ -17,7 +17,7 @@ from dht.records import Head
 from dipaco.checkpoint import decode_state, state_bytes
 from dipaco.errors import BadState
 from dipaco.topology import ModuleID
-from peer.certificate import check_chain, facts, preferred
+from peer.certificate import check_chain, facts, wins
 from peer.contributions import SLOTS_KEPT
 from peer.heads import Heads
 from peer.member import CHAIN_PROTOCOL, Member
@@ -147,19 +147,16 @@ class CatchUp:
         self, module: ModuleID, common: list[Certificate], theirs: list[Certificate]
     ) -> bool:
         held = self._node.log.held.get(module)
-        if held is None or len(held.chain) == len(common):
+        ours = held.chain[len(common) :] if held is not None else []
+        if not ours:
             return True
-        ours = held.chain[len(common)]
-        # The longer one first, since nobody goes back: else a short history with more tokens in its
-        # first version would stay beside a long one for ever.
-        is_longer = theirs[-1].version > held.version
-        better = is_longer or preferred(ours, theirs[0]) is theirs[0]
+        better = wins(theirs, ours)
         self._node.events.write(
             "fork",
             module=str(module),
-            version=ours.version,
+            version=ours[0].version,
             lost=better,
-            ours=ours.digest,
+            ours=ours[0].digest,
             theirs=theirs[0].digest,
         )
         return better

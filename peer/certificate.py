@@ -4,8 +4,7 @@ A certificate is believed when a strict majority of *its own* roster signed the 
 same ballot, and when that roster is the one its parent named. A module's origin (version 0, or the
 version it was born at) has no certificate: a signed manifest names its state. A rebuilt roster
 (after two slots without a commit, or next to the origin) cannot be checked against the parent; it
-is accepted when the certificate says so, and two certificates that arise from it resolve by
-`preferred`.
+is accepted when the certificate says so, and two histories that arise from it resolve by `wins`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -120,14 +119,18 @@ def check_chain(
         parent = certificate
 
 
-def preferred(ours: Certificate, theirs: Certificate) -> Certificate:
-    """Which of two certificates of one version everyone settles on.
+def wins(theirs: Sequence[Certificate], ours: Sequence[Certificate]) -> bool:
+    """Whether everyone settles on `theirs`, of two histories of a module from where they part.
 
-    More tokens contributed, then the smaller digest: a rule that needs no further message.
+    The longer one first, since nobody goes back: else a short history with more tokens in its first
+    version would stay beside a long one for ever. Of two equally long ones, that with more tokens
+    in its first version, then the smaller digest: a rule that needs no further message.
     """
-    return min(
-        ours, theirs, key=lambda certificate: (-certificate.proposal.tokens, certificate.digest)
-    )
+
+    def order(history: Sequence[Certificate]) -> tuple[int, int, str]:
+        return -len(history), -history[0].proposal.tokens, history[0].digest
+
+    return order(theirs) < order(ours)
 
 
 def facts(certificate: Certificate) -> dict[str, Any]:

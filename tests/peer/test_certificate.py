@@ -10,8 +10,8 @@ from peer.certificate import (
     check_proposal,
     contribution_order,
     counted,
-    preferred,
     quorum_votes,
+    wins,
 )
 from peer.manifest import BlobRef, Origin
 from peer.messages import Ballot, Certificate, Commitment, Member, Proposal, Vote, sign
@@ -165,11 +165,13 @@ def test_a_proposal_counts_each_peer_once_and_in_order() -> None:
         check_proposal(proposal(PEERS[:2], contributions=(unsigned,)), sender="x")
 
 
-def test_of_two_histories_everyone_prefers_the_same() -> None:
+def test_of_two_histories_the_longer_wins_then_more_tokens_then_the_smaller_digest() -> None:
     small = certificate(proposal(PEERS[:1]), PEERS[:1])
     large = certificate(
         proposal(PEERS[:1], contributions=(commitment(PEERS[0], tokens=101),)), PEERS[:1]
     )
-    assert preferred(small, large) is preferred(large, small) is large
     twin = certificate(proposal(PEERS[:2]), PEERS[:2])
-    assert preferred(small, twin) is preferred(twin, small)
+    histories = [[small, twin], [large], *sorted(([small], [twin]), key=lambda h: h[0].digest)]
+    for place, ours in enumerate(histories):
+        for other, theirs in enumerate(histories):
+            assert wins(theirs, ours) is (other < place)
