@@ -14,6 +14,7 @@ import math
 import random
 from collections import Counter
 from contextlib import AsyncExitStack, aclosing
+from contextvars import copy_context
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -106,7 +107,8 @@ class MemoryNetwork:
         now = asyncio.get_running_loop().time()
         sent_time = self._occupy((sender, "up"), now, num_bytes, ends[0])
         received_time = self._occupy((receiver, "down"), now, num_bytes, ends[1])
-        await asyncio.sleep(max(sent_time, received_time) - now)
+        if (seconds := max(sent_time, received_time) - now) > 0:
+            await asyncio.sleep(seconds)
         return sum(end.latency_seconds for end in ends)
 
     def _occupy(self, key: tuple[str, str], now: float, num_bytes: int, line: Line) -> float:
@@ -129,7 +131,10 @@ class _Exchange:
         """Let the client have a frame when it arrives, never before the one sent earlier."""
         loop = asyncio.get_running_loop()
         self._arrival_time = max(self._arrival_time, loop.time() + latency_seconds)
-        loop.call_at(self._arrival_time, self.frames.put_nowait, (kind, frame))
+        if self._arrival_time > loop.time():
+            loop.call_at(self._arrival_time, self.frames.put_nowait, (kind, frame))
+        else:
+            self.frames.put_nowait((kind, frame))
 
     def cut(self) -> None:
         """End it now: the client meets a cut stream after what has already arrived."""
@@ -150,6 +155,7 @@ class MemoryTransport:
         self._outgoing = OutgoingLimit()
         self._exchanges: set[_Exchange] = set()  # in which this peer is client or server
         self._is_closed = False
+        self._context = copy_context()  # of this peer, in which it answers others
 
     async def stream(
         self,
@@ -238,7 +244,8 @@ class MemoryTransport:
         for end in (self, server):
             end._exchanges.add(exchange)
         exchange.task = asyncio.create_task(
-            server._answer(exchange, self.peer_id, protocol, payload)
+            server._answer(exchange, self.peer_id, protocol, payload),
+            context=server._context.copy(),
         )
         exchange.task.add_done_callback(lambda _: server._exchanges.discard(exchange))
 
