@@ -1,8 +1,8 @@
 """The inner loop of one path on one device (paper Algorithm 1, lines 5 to 8).
 
-What batches a path sees, and in which order, follows from the run's seed, the path, the
-replica and the number of steps its optimizer has taken; nothing else. With float32 on the CPU
-and one number of threads, the same steps therefore give the same bits.
+What batches a path has, and in which order, follows from the run's seed and the path, nothing else;
+who trains it says where in that order it is. With float32 on the CPU and one number of threads, the
+same steps therefore give the same bits.
 """
 
 # ruff: noqa: N803, N806 - tensors carry their shape in their name
@@ -86,19 +86,17 @@ def least_training_bytes(num_parameters: int) -> int:
 
 
 class Batches:
-    """The training rows of a path in endless random order, addressed by step."""
+    """The training rows of a path in endless random order, addressed by the batch's number."""
 
-    def __init__(
-        self, rows: Rows, *, batch_sequences: int, seed: int, path: PathID, replica: int
-    ) -> None:
+    def __init__(self, rows: Rows, *, batch_sequences: int, seed: int, path: PathID) -> None:
         self._rows = rows
         self._batch_sequences = batch_sequences
-        self._entropy = (seed, replica, len(path.experts), *path.experts)
+        self._entropy = (seed, 0, len(path.experts), *path.experts)
         self._orders: dict[int, NDArray[np.int64]] = {}
 
-    def batch(self, step: int) -> Tensor:
-        """Tokens [B, T] (int64) of one step. Each epoch shows every row once, in a new order."""
-        start = step * self._batch_sequences
+    def batch(self, number: int) -> Tensor:
+        """Tokens [B, T] (int64) of one batch. Each epoch has every row once, in a new order."""
+        start = number * self._batch_sequences
         picked = [self._row_number(start + i) for i in range(self._batch_sequences)]
         return torch.from_numpy(self._rows[picked].astype(np.int64))
 
@@ -116,10 +114,10 @@ class PathTrainer:
     """Trains one path on one device. Not for two threads at once, but for any thread.
 
     Modules must be written before the first step. On a GPU the network runs in bfloat16
-    autocast over float32 parameters. `replica` sets apart the batches of peers on one path.
+    autocast over float32 parameters.
     """
 
-    def __init__(  # noqa: PLR0913 - what the run says, then what the volunteer says
+    def __init__(
         self,
         config: RunConfig,
         topology: Topology,
@@ -128,7 +126,6 @@ class PathTrainer:
         *,
         device: torch.device | str = "cpu",
         optimizer: OptimizerName = "adamw",
-        replica: int = 0,
     ) -> None:
         self.config = config
         self.topology = topology
@@ -138,18 +135,20 @@ class PathTrainer:
         self.net = PathNet(config.model, self.device)
         self.num_steps = 0
         """Steps this optimizer has taken since it was new."""
+        self.next_batch_number = 0
+        """In the order of the path's batches; see `seek`."""
+        self._stride = 1
         self._shard = shard
         self._batches = Batches(
             shard.train,
             batch_sequences=config.inner.batch_sequences,
             seed=config.seed,
             path=path,
-            replica=replica,
         )
         self._parameters = list(self.net.parameters())
         self.optimizer_name = optimizer
         self._optimizer = new_optimizer(self.net, optimizer, config.inner)
-        self._identity = f"{optimizer} {path} {replica} {config.model}"
+        self._identity = f"{optimizer} {path} {config.model}"
         self._prefix_tokens = 1 if config.inner.train_on_prefix else config.routing.prefix_tokens
 
     @property
@@ -167,6 +166,15 @@ class PathTrainer:
         self._require(module)
         return read_module(self.net, self.topology, module)
 
+    def seek(self, number: int, *, stride: int = 1) -> None:
+        """Go on with batch `number` of the path, then with every `stride`-th one after it.
+
+        So several that train one path share its batches out. Without this, a trainer takes one
+        batch after another, by the steps of its optimizer.
+        """
+        self.next_batch_number = number
+        self._stride = stride
+
     def train_step(self, position_steps: int) -> Tensor:
         """One inner step; returns the mean loss (nats per token) as a detached 0-d tensor.
 
@@ -179,7 +187,7 @@ class PathTrainer:
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
         """Tokens and targets [B, T] of the step to come, on the CPU."""
-        tokens_BT = self._batches.batch(self.num_steps)
+        tokens_BT = self._batches.batch(self.next_batch_number)
         targets_BT = targets_of(
             tokens_BT, prefix_tokens=self._prefix_tokens, pad=self.config.model.pad_token
         )
@@ -199,6 +207,7 @@ class PathTrainer:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self.num_steps += 1
+        self.next_batch_number += self._stride
 
     def evaluate(self, max_sequences: int) -> Evaluation:
         """Score at most `max_sequences` of the shard's validation rows."""
@@ -236,7 +245,7 @@ class PathTrainer:
     def load_optimizer(self, file: Path) -> bool:
         """Continue where `save_optimizer` left off; False, and no change, if that cannot be.
 
-        The file may be absent, damaged, or of another model, path, replica or optimizer.
+        The file may be absent, damaged, or of another model, path or optimizer.
         """
         try:
             raw = file.read_bytes()
@@ -251,6 +260,7 @@ class PathTrainer:
         for parameter, entries in zip(self._parameters, state, strict=True):
             self._optimizer.state[parameter] = entries
         self.num_steps = num_steps
+        self.seek(num_steps)
         return True
 
     def take_over(self, moments: Moments) -> None:

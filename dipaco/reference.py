@@ -195,12 +195,11 @@ class _Training:
         seats = [(path, replica) for path in paths for replica in range(self._options.replicas)]
         for first in range(0, len(seats), self._options.side_by_side):
             group = seats[first : first + self._options.side_by_side]
-            trainers = [
-                self._trainer(path, sharding.shard(path), states, replica)
-                for path, replica in group
-            ]
-            for trainer, seat in zip(trainers, group, strict=True):
-                trainer.load_optimizer(files.optimizer_file(*seat))
+            trainers = [self._trainer(path, sharding.shard(path), states) for path, _ in group]
+            replicas = self._options.replicas
+            for trainer, (path, replica) in zip(trainers, group, strict=True):
+                trainer.load_optimizer(files.optimizer_file(path, replica))
+                trainer.seek(trainer.num_steps * replicas + replica, stride=replicas)
             losses = self._train(trainers, round_)
             for trainer, seat, loss in zip(trainers, group, losses, strict=True):
                 trainer.save_optimizer(files.optimizer_file(*seat))
@@ -249,10 +248,8 @@ class _Training:
                 files.write_early_stopped(path, parameters)
         return evaluation
 
-    def _trainer(self, path: PathID, shard: Shard, states: States, replica: int = 0) -> PathTrainer:
-        trainer = PathTrainer(
-            self._config, self._start.topology, path, shard, device=self._device, replica=replica
-        )
+    def _trainer(self, path: PathID, shard: Shard, states: States) -> PathTrainer:
+        trainer = PathTrainer(self._config, self._start.topology, path, shard, device=self._device)
         for module in trainer.modules:
             trainer.write_module(module, states[module].parameters)
         return trainer

@@ -32,7 +32,8 @@ class Snapshot:
     `training`: path of every announced peer. `shard_tokens`: size of every path's shard.
     `tokens`: trained on each path's shard by the end of this slot, as far as can be told.
     `slot_tokens`: what a peer trains in a slot; the mean stands for who has not said it. A peer
-    with `room_bytes` takes only paths that `need_bytes` fit into.
+    with `room_bytes` takes only paths that `need_bytes` fit into. A path that is `finished` has all
+    its rounds behind it, and needs nobody.
     """
 
     training: Mapping[str, PathID]
@@ -41,6 +42,12 @@ class Snapshot:
     slot_tokens: Mapping[str, int] = field(default_factory=dict)
     room_bytes: Mapping[str, int] = field(default_factory=dict)
     need_bytes: Mapping[PathID, int] = field(default_factory=dict)
+    finished: frozenset[PathID] = frozenset()
+
+    @property
+    def open_paths(self) -> list[PathID]:
+        """The paths that have rounds before them; all of them when none has."""
+        return [p for p in self.shard_tokens if p not in self.finished] or [*self.shard_tokens]
 
     def fits(self, peer: str, path: PathID) -> bool:
         """Whether `peer` has the memory for `path`."""
@@ -101,13 +108,15 @@ def assign_paths(snapshot: Snapshot) -> dict[str, PathID]:
 def joining_order(peer: str, snapshot: Snapshot) -> list[PathID]:
     """The paths that fit `peer`, which trains none yet, the one that it should take first.
 
-    Those without a peer first, then those with the fewest epochs, then by hash.
+    Those without a peer first, then those with the fewest epochs, then by hash; those that are
+    finished last.
     """
     counts = Counter(path for other, path in snapshot.training.items() if other != peer)
 
-    def urgency(path: PathID) -> tuple[bool, float, int]:
+    def urgency(path: PathID) -> tuple[bool, bool, float, int]:
         tokens = snapshot.tokens.get(path, 0) + (counts[path] + 0.5) * snapshot.mean_speed
-        return counts[path] > 0, tokens / _shard(snapshot, path), _rank(peer, path)
+        epochs = tokens / _shard(snapshot, path)
+        return path in snapshot.finished, counts[path] > 0, epochs, _rank(peer, path)
 
     return sorted(
         (path for path in snapshot.shard_tokens if snapshot.fits(peer, path)), key=urgency
@@ -141,10 +150,11 @@ def _seats(snapshot: Snapshot) -> dict[PathID, int]:
     so after any number of slots a path is about half a slot from its share (Sainte-Laguë). No path
     gets more seats at a time than its share of the peers, rounded up.
     """
-    num_peers, num_paths = len(snapshot.training), len(snapshot.shard_tokens)
+    paths = snapshot.open_paths
+    num_peers, num_paths = len(snapshot.training), len(paths)
     counts = Counter(p for peer, p in snapshot.training.items() if snapshot.fits(peer, p))
-    shards = sum(_shard(snapshot, path) for path in snapshot.shard_tokens)
-    trained = sum(snapshot.tokens.get(path, 0) for path in snapshot.shard_tokens)
+    shards = sum(_shard(snapshot, path) for path in paths)
+    trained = sum(snapshot.tokens.get(path, 0) for path in paths)
     speed = snapshot.mean_speed
     slack = SLACK_SLOTS * speed if num_peers >= num_paths else 0.0
 
@@ -159,7 +169,7 @@ def _seats(snapshot: Snapshot) -> dict[PathID, int]:
         group = 0 if is_first else 2 if is_over_share else 1
         return group, (counted + slots * speed) / shard, _hash(str(path))
 
-    seats = dict.fromkeys(snapshot.shard_tokens, 0)
+    seats = dict.fromkeys(paths, 0)
     queue = [(urgency(path, 0), path) for path in seats]
     heapify(queue)
     for _ in snapshot.training:

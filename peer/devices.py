@@ -47,7 +47,7 @@ def choose_device(config: PeerConfig, run: RunConfig, topology: Topology) -> Dev
 def trainer_factory(choice: DeviceChoice) -> TrainerFactory:
     """A `volunteer.TrainerFactory` for this device."""
 
-    def make(manifest: Manifest, path: PathID, shard: Shard, replica: int) -> PathTrainer:
+    def make(manifest: Manifest, path: PathID, shard: Shard) -> PathTrainer:
         return PathTrainer(
             manifest.run_config,
             manifest.topology,
@@ -55,7 +55,6 @@ def trainer_factory(choice: DeviceChoice) -> TrainerFactory:
             shard,
             device=choice.device,
             optimizer=choice.optimizer,
-            replica=replica,
         )
 
     return make

@@ -5,8 +5,10 @@ one names. The newest certificate with an intact state makes a version current: 
 kept from being written, or that turns out truncated, leaves the version before it in place.
 """
 
+import math
 import threading
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from dht.errors import BadMessage
 from dipaco.checkpoint import ModuleState, decode_state, state_bytes, write_atomically
 from dipaco.errors import BadState
 from dipaco.model import num_parameters
-from dipaco.topology import ModuleID
+from dipaco.topology import ModuleID, PathID
 from peer.history import History
 from peer.manifest import Origin
 from peer.messages import Certificate
@@ -52,9 +54,30 @@ class Held:
         """What the next certificate must name as its parent."""
         return self.chain[-1].digest if self.chain else self.origin.state.digest
 
+    def up_to(self, version: int) -> list[Certificate]:
+        """The certificates of all versions up to `version`, oldest first."""
+        return self.chain[: max(0, version - self.origin.version)]
+
     def after(self, version: int) -> list[Certificate]:
         """The certificates of all versions later than `version`, oldest first."""
         return self.chain[max(0, version - self.origin.version) :]
+
+
+def counted_tokens(
+    certificates: Iterable[Certificate],
+    path: PathID,
+    *,
+    first_slot: int = 0,
+    before: float = math.inf,
+) -> int:
+    """Tokens of `path` that `certificates` count, of slots from one on and before another."""
+    name = str(path)
+    return sum(
+        commitment.tokens
+        for certificate in certificates
+        for commitment in certificate.proposal.contributions
+        if commitment.path == name and first_slot <= commitment.slot < before
+    )
 
 
 class ModuleLog:

@@ -79,6 +79,7 @@ class PathWork:
         self._residuals: dict[ModuleID, Tensor] = {}
         directory.mkdir(parents=True, exist_ok=True)
         self.resumed = trainer.load_optimizer(self._optimizer_file)
+        trainer.seek(0)
         self._load_residuals()
 
     @property
@@ -100,6 +101,20 @@ class PathWork:
         self._bases[module] = _Base(version, digest, state.parameters)
         self.trainer.write_module(module, state.parameters)
 
+    def go_on_after(
+        self, counted: Mapping[ModuleID, int], *, rank: int, num_peers: int, under_way: int = 0
+    ) -> None:
+        """Find the place in the shard from which on nobody has trained this path yet.
+
+        `counted`: tokens of the path in each module's certificates. What this peer has trained
+        beyond that, each of the `num_peers` on the path has: they take the batches in turns, this
+        one the `rank`-th. `under_way`: tokens that others have trained besides. A place that this
+        peer has passed it does not go back to, so only work that is lost is left out.
+        """
+        trained = max(counted[m] + num_peers * base.tokens for m, base in self._bases.items())
+        number = round((trained + under_way) / self.trainer.tokens_per_step) + rank
+        self.trainer.seek(max(number, self.trainer.next_batch_number), stride=num_peers)
+
     def change_trainer(self, make: Callable[[], PathTrainer]) -> None:
         """Go on with another trainer of the same path; what it was trained stays.
 
@@ -108,9 +123,11 @@ class PathWork:
         """
         self.save()
         parameters = {module: self.trainer.read_module(module) for module in self._bases}
+        number = self.trainer.next_batch_number
         del self.trainer
         self.trainer = make()
         self.trainer.load_optimizer(self._optimizer_file)
+        self.trainer.seek(number)
         for module, vector in parameters.items():
             self.trainer.write_module(module, vector)
 

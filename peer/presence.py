@@ -15,7 +15,7 @@ from dipaco.inner import least_training_bytes
 from dipaco.topology import ModuleID, PathID
 from peer.assignment import Snapshot, with_slot_under_way
 from peer.manifest import Manifest
-from peer.modules import Held
+from peer.modules import Held, counted_tokens
 from peer.node import Node
 
 MIN_LIFETIME_SECONDS = 12.0
@@ -145,6 +145,7 @@ class Presence:
                 if record.room_bytes is not None
             },
             need_bytes=self._need_bytes(manifest),
+            finished=await self._finished(manifest),
         )
         if manifest.first_slot > node.slot:
             return snapshot  # nothing was trained under it yet
@@ -152,6 +153,28 @@ class Presence:
             path: await self._counted_tokens(path, manifest) for path in manifest.topology.paths
         }
         return with_slot_under_way(replace(snapshot, tokens=counted))
+
+    async def _finished(self, manifest: Manifest) -> frozenset[PathID]:
+        """The paths whose modules all have the last version.
+
+        Of a module that is not held here, that is what the median of its holders says; one that
+        nobody holds any more nobody can train on.
+        """
+        node, num_rounds = self._node, manifest.run_config.rounds.num_rounds
+        if node.slot + 1 < num_rounds:
+            return frozenset()  # a module has one version per slot at most
+        finished: set[ModuleID] = set()
+        for module in manifest.topology.modules:
+            held = node.log.held.get(module)
+            if held is not None:
+                versions = [held.version]
+            else:
+                records = await node.swarm.read(head_key(node.run, str(module)))
+                versions = [record.version for record in records if isinstance(record, Head)]
+            if not versions or median_low(versions) >= num_rounds:
+                finished.add(module)
+        topology = manifest.topology
+        return frozenset(p for p in topology.paths if finished.issuperset(topology.modules_of(p)))
 
     async def _counted_tokens(self, path: PathID, manifest: Manifest) -> int:
         """Tokens of a path that certificates count, of earlier slots and under `manifest`.
@@ -163,7 +186,10 @@ class Presence:
         modules = manifest.topology.modules_of(path)
         held = [node.log.held[module] for module in modules if module in node.log.held]
         if held:
-            return max(counted_tokens(one, path, manifest, before=node.slot) for one in held)
+            return max(
+                counted_tokens(one.chain, path, first_slot=manifest.first_slot, before=node.slot)
+                for one in held
+            )
         claims: list[int] = []
         for module in modules:
             if manifest.topology.num_paths_through(module) == 1:
@@ -185,7 +211,9 @@ class Presence:
         if not manifest.topology.has_module(held.module):
             return 0  # of a later version
         paths = manifest.topology.paths_through(held.module)
-        return counted_tokens(held, paths[0], manifest, before=slot) if len(paths) == 1 else 0
+        if len(paths) > 1:
+            return 0
+        return counted_tokens(held.chain, paths[0], first_slot=manifest.first_slot, before=slot)
 
     def _announcement(self) -> Announcement | None:
         if self.path is None:
@@ -235,16 +263,3 @@ class Presence:
             await self._node.swarm.store(record, self.lifetime_seconds)
         except (Unreachable, Rejected) as error:
             self._node.events.write("not stored", key=record.key, why=str(error))
-
-
-def counted_tokens(held: Held, path: PathID, manifest: Manifest, *, before: int) -> int:
-    """Tokens of `path` that a module's certificates count, of slots before `before`.
-
-    Only since `manifest` is in force: the shard may be another one since.
-    """
-    return sum(
-        commitment.tokens
-        for certificate in held.chain
-        for commitment in certificate.proposal.contributions
-        if commitment.path == str(path) and manifest.first_slot <= commitment.slot < before
-    )

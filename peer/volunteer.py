@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 from dht.errors import LocalFault, SwarmError, Unreachable
@@ -13,23 +13,23 @@ from dipaco.inner import PathTrainer
 from dipaco.outer import warm_up
 from dipaco.shards import Shard
 from dipaco.topology import ModuleID, PathID
-from peer.assignment import assign_paths, joining_order
+from peer.assignment import Snapshot, assign_paths, joining_order
 from peer.handover import Handover, predecessors
 from peer.keeper import Keeper
 from peer.manifest import Manifest
 from peer.messages import Certificate
-from peer.modules import Held
+from peer.modules import Held, counted_tokens
 from peer.path_work import PathWork
-from peer.presence import counted_tokens
 from peer.scoring import Scoring
 
 BURST_SECONDS = 0.5  # of inner steps between two looks at the clock and at new versions
 SCORING_SHARE = 0.5  # of a burst, after each burst while a phase of the routing is due
 PLAN_SHARE = 0.75  # of a slot: when paths are chosen for the next one
+LAST_LOOK_SHARE = 0.05  # of a slot: between two looks at whether other paths are finished, too
 SETTLE_SECONDS = 1.0  # between two looks at who else is there, before the run starts
 
-TrainerFactory = Callable[[Manifest, PathID, Shard, int], PathTrainer]
-"""Makes the trainer of (manifest, path, shard, replica) on this machine's device."""
+TrainerFactory = Callable[[Manifest, PathID, Shard], PathTrainer]
+"""Makes the trainer of (manifest, path, shard) on this machine's device."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +47,6 @@ class _Footing:
     manifest: Manifest
     shard: Shard
     shard_digest: str
-    replica: int
 
 
 class Volunteer:
@@ -64,7 +63,7 @@ class Volunteer:
         self._scoring = Scoring(keeper.node, keeper.presence)
         self._paths_dir = keeper.node.state_dir / "paths"
         self._handover = Handover(keeper.node, self._paths_dir)
-        self._announced: Mapping[str, PathID] = {}  # who trained what when this was last looked at
+        self._snapshot = keeper.snapshot  # by which paths were chosen last
         self._plan: Mapping[str, PathID] = {}  # who trains what in the next slot
         self._work: PathWork | None = None
         self._footing: _Footing | None = None
@@ -85,28 +84,53 @@ class Volunteer:
         await self._settle()
         outer = self._config.outer
         self.keeper.start(self._node.offload(lambda: warm_up(outer)), "compiler")
-        slot = -1
-        while not self.stop.is_set() and not self._is_finished():
+        slot, is_over = -1, False
+        while not self.stop.is_set() and not (is_over := await self._is_run_over()):
             slot = max(slot + 1, self._node.slot)
             await self._train_slot(slot)
             await self._maybe_move()
             await self._follow_manifest()
         if self._work is not None:
             await self._node.offload(self._work.save)
-            if self._is_finished():
+            if is_over:
                 self._node.events.write("finished", round=self._work.round)
+
+    async def _is_run_over(self) -> bool:
+        """Whether our path and all others have their rounds behind them.
+
+        When only ours has, this looks on for the rest of the slot, while the others' versions
+        come, and then moves to a path that still needs somebody.
+        """
+        if not self._is_finished():
+            return False
+        node = self._node
+        look_seconds = LAST_LOOK_SHARE * self._config.rounds.round_seconds
+        next_slot_time = node.history.first.slot_start(node.slot + 1)
+        while not self.stop.is_set():
+            snapshot = await self.keeper.presence.snapshot(node.manifest)
+            paths = [path for path in snapshot.open_paths if snapshot.fits(node.peer_id, path)]
+            if snapshot.finished.issuperset(paths):
+                return True
+            left = next_slot_time - node.now()
+            if left <= look_seconds:
+                self._choose(snapshot)
+                await self._pause(max(0.0, left))
+                await self._maybe_move()
+                break
+            await self._pause(look_seconds)
+        return False
 
     async def _settle(self) -> None:
         """Take a path; until the run starts, make room for others that took the same."""
         node = self._node
         await self.keeper.look_for_manifest()
-        snapshot = await self.keeper.look_around()
-        self._plan = self._announced = snapshot.training
-        await self._take_any(joining_order(node.peer_id, snapshot))
+        self._snapshot = await self.keeper.look_around()
+        self._plan = self._snapshot.training
+        await self._take_any(joining_order(node.peer_id, self._snapshot))
         while node.slot < 0 and not self.stop.is_set():
             left = node.history.first.start_time - node.now()
             await self._pause(min(SETTLE_SECONDS, max(0.0, left)))
-            self._plan = assign_paths(await self.keeper.look_around())
+            self._choose(await self.keeper.look_around())
             await self._maybe_move()
 
     async def _take_any(self, paths: Sequence[PathID]) -> None:
@@ -140,9 +164,8 @@ class Volunteer:
         if not await keeper.hold(modules):
             raise Unreachable(f"a module of path {path} has no holder that answers")
         shard = await node.offload(lambda: self._read_shard(path, ref.digest))
-        replica = self._replica(path)
         work = await node.offload(
-            lambda: PathWork(self._make_trainer(manifest, path, shard, replica), self._paths_dir)
+            lambda: PathWork(self._make_trainer(manifest, path, shard), self._paths_dir)
         )
         for module in modules:
             held = node.log.held[module]
@@ -152,15 +175,14 @@ class Volunteer:
         if self._work is not None:
             await node.offload(self._work.save)
         self._work = work
-        self._footing = _Footing(
-            manifest=manifest, shard=shard, shard_digest=ref.digest, replica=replica
-        )
+        self._footing = _Footing(manifest=manifest, shard=shard, shard_digest=ref.digest)
+        self._find_place(under_way=self._under_way(path))
         self._evaluated_round = work.round
         node.events.write(
             "path",
             path=str(path),
             round=work.round,
-            replica=replica,
+            first_batch=work.trainer.next_batch_number,
             resumed=work.resumed,
             manifest=manifest.version,
             shard_sequences=len(shard.train),
@@ -175,7 +197,7 @@ class Volunteer:
         peers = predecessors(
             trainer.path,
             [node.log.held[module] for module in trainer.modules],
-            announced=self._announced,
+            announced=self._snapshot.training,
             peer=node.peer_id,
             slot=node.slot,
             has_own=work.resumed,
@@ -206,9 +228,9 @@ class Volunteer:
                 self.keeper.start(self.keeper.providers.obtain(ref), f"shard of {path}")
         if manifest is footing.manifest and shard is footing.shard:
             return
-        make = partial(self._make_trainer, manifest, path, shard, footing.replica)
+        make = partial(self._make_trainer, manifest, path, shard)
         await node.offload(lambda: work.change_trainer(make))
-        self._footing = replace(footing, manifest=manifest, shard=shard, shard_digest=shard_digest)
+        self._footing = _Footing(manifest=manifest, shard=shard, shard_digest=shard_digest)
         node.events.write(
             "manifest in force",
             version=manifest.version,
@@ -229,16 +251,34 @@ class Volunteer:
         except DipacoError as error:
             raise Unreachable(str(error)) from error
 
-    def _replica(self, path: PathID) -> int:
-        """Our place among the peers on a path, so that each trains on other batches."""
-        others = [peer for peer, theirs in self._plan.items() if theirs == path]
-        return sorted({*others, self._node.peer_id}).index(self._node.peer_id)
+    def _find_place(self, *, under_way: int = 0) -> None:
+        """Go on in the shard where the path's trainers, whoever they were, have got to."""
+        node, work = self._node, self._the_work()
+        path = work.trainer.path
+        on_path = [peer for peer, theirs in self._plan.items() if theirs == path]
+        peers = sorted({*on_path, node.peer_id})
+        work.go_on_after(
+            {
+                module: counted_tokens(node.log.held[module].up_to(work.version(module)), path)
+                for module in work.trainer.modules
+            },
+            rank=peers.index(node.peer_id),
+            num_peers=len(peers),
+            under_way=under_way,
+        )
+
+    def _under_way(self, path: PathID) -> int:
+        """Tokens that others on `path` have probably trained, and no certificate counts yet."""
+        snapshot, peer_id = self._snapshot, self._node.peer_id
+        others = [peer for peer, theirs in snapshot.training.items() if theirs == path]
+        return round(sum(snapshot.speed(peer) for peer in others if peer != peer_id))
 
     async def _train_slot(self, slot: int) -> None:
         """Inner steps through a slot, and one contribution per module when its round ends."""
         node, modules = self._node, self._the_work().trainer.modules
         tokens_before = self._tokens
         steps = 0
+        self._find_place()
         self.keeper.start(self._make_plan(slot), "path choice")
         ends = {module: node.history.round_end(module, slot) for module in modules}
         for end in sorted(set(ends.values())):
@@ -287,9 +327,10 @@ class Volunteer:
         look_time = node.history.first.slot_start(slot) + PLAN_SHARE * round_seconds
         await self._pause(max(0.0, look_time - node.now()))
         next_manifest = node.history.at(slot + 1)
-        snapshot = await self.keeper.presence.snapshot(next_manifest)
-        self._announced = snapshot.training
-        self._plan = assign_paths(snapshot)
+        self._choose(await self.keeper.presence.snapshot(next_manifest))
+
+    def _choose(self, snapshot: Snapshot) -> None:
+        self._snapshot, self._plan = snapshot, assign_paths(snapshot)
 
     async def _score(self) -> bool:
         """Score some router data, if a phase is due; for less time than training has."""
@@ -410,7 +451,7 @@ class Volunteer:
     async def _maybe_move(self) -> None:
         """Change to the path that the common assignment gives us, if it is another one."""
         node, work = self._node, self._work
-        if work is None or self.stop.is_set() or self._is_finished():
+        if work is None or self.stop.is_set():
             return
         path = self._plan.get(node.peer_id, work.trainer.path)
         if path != work.trainer.path:
@@ -451,10 +492,9 @@ class Volunteer:
 
     def _path_tokens(self) -> int:
         """Counted tokens of the path under the manifest in force."""
-        node = self._node
-        held = node.log.held[self._rarest_module()]
-        path = self._the_work().trainer.path
-        return counted_tokens(held, path, node.manifest, before=node.slot + 1)
+        node, path = self._node, self._the_work().trainer.path
+        chain = node.log.held[self._rarest_module()].chain
+        return counted_tokens(chain, path, first_slot=node.manifest.first_slot)
 
     def _commits(self) -> int:
         return sum(

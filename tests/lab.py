@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -48,6 +49,7 @@ from peer.providers import Providers
 from peer.store import BlobStore
 from peer.succession import Draft
 from peer.volunteer import Pace, Volunteer
+from tests.virtual_clock import OWNER
 
 T = TypeVar("T")
 STEP_SECONDS = 0.2  # of virtual time per call that a real peer would run in a thread
@@ -257,6 +259,7 @@ class Lab:
         self.network = MemoryNetwork(seed=seed)
         self.peers: dict[str, LabPeer] = {}
         self.numbers: dict[str, int] = {}
+        self.batches: dict[str, list[int]] = {}  # trained, by path, in the order of time
         now = MemorySwarm(self.dht, identity(1)).now()
         if prepared is None:
             self.run = make_run(config, operator=identity(1), start_time=now + start_in)
@@ -277,7 +280,14 @@ class Lab:
         """A volunteer; its state directory survives `kill`, so joining again is a restart.
 
         An inner step takes it `step_seconds` more than anything else that runs in a thread.
+        Whatever it runs is its own in the eyes of `freeze` and `thaw` of the virtual clock.
         """
+        context = copy_context()
+        context.run(OWNER.set, name)
+        joining = self._join(name, through=through, step_seconds=step_seconds)
+        return await asyncio.create_task(joining, context=context)
+
+    async def _join(self, name: str, *, through: str, step_seconds: float) -> LabPeer:
         number = self.numbers.setdefault(name, 2 + len(self.numbers))
         peer = await self._start(
             name, number, keep_all=False, trains=True, step_seconds=step_seconds
@@ -357,7 +367,7 @@ class Lab:
         store = BlobStore(state_dir / "blobs")
         faults = Faults(events)
         history = History(self.run.manifest, store, state_dir / "manifests")
-        device = Device(step_seconds)
+        device = Device(step_seconds, self.batches)
         node = Node(
             identity=key,
             history=history,
@@ -387,8 +397,9 @@ class Lab:
 class Device:
     """What a real peer runs in a thread, run here, and charged to the virtual clock."""
 
-    def __init__(self, step_seconds: float) -> None:
+    def __init__(self, step_seconds: float, batches: dict[str, list[int]]) -> None:
         self._step_seconds = step_seconds
+        self._batches = batches
         self._num_steps = 0
 
     async def offload(self, function: Callable[[], T]) -> T:
@@ -397,17 +408,16 @@ class Device:
         await asyncio.sleep(STEP_SECONDS + self._num_steps * self._step_seconds)
         return result
 
-    def make_trainer(
-        self, manifest: Manifest, path: PathID, shard: Shard, replica: int
-    ) -> PathTrainer:
+    def make_trainer(self, manifest: Manifest, path: PathID, shard: Shard) -> PathTrainer:
         device = self
 
         class CountingTrainer(PathTrainer):
             def train_step(self, position_steps: int) -> Tensor:
                 device._num_steps += 1
+                device._batches.setdefault(str(self.path), []).append(self.next_batch_number)
                 return super().train_step(position_steps)
 
-        return CountingTrainer(manifest.run_config, manifest.topology, path, shard, replica=replica)
+        return CountingTrainer(manifest.run_config, manifest.topology, path, shard)
 
 
 @asynccontextmanager

@@ -24,7 +24,6 @@ def train_synchronously(start: Start, num_steps: int) -> list[PathNet]:
             batch_sequences=config.inner.batch_sequences,
             seed=config.seed,
             path=path,
-            replica=0,
         )
         for path in topology.paths
     ]

@@ -22,11 +22,11 @@ def a_shard(tiny: RunConfig, num_rows: int = 10) -> Shard:
     return Shard(path=PATH, train=rows.astype(np.uint16), valid=rows[:5].astype(np.uint16))
 
 
-def a_trainer(tiny: RunConfig, shard: Shard | None = None, replica: int = 0) -> PathTrainer:
+def a_trainer(tiny: RunConfig, shard: Shard | None = None) -> PathTrainer:
     topology = Topology.of(tiny)
     net = PathNet(tiny.model)
     initialize(net, 0)
-    trainer = PathTrainer(tiny, topology, PATH, shard or a_shard(tiny), replica=replica)
+    trainer = PathTrainer(tiny, topology, PATH, shard or a_shard(tiny))
     for module in trainer.modules:
         trainer.write_module(module, read_module(net, topology, module))
     return trainer
@@ -47,24 +47,38 @@ def test_learning_rate_warms_up_decays_and_warms_up_again(tiny: RunConfig) -> No
 def test_batches_follow_from_their_address_and_cover_each_epoch() -> None:
     rows = np.arange(10, dtype=np.uint16)[:, None].repeat(3, axis=1)
 
-    def batches(path: PathID = PATH, replica: int = 0, seed: int = 1) -> list[int]:
-        source = Batches(rows, batch_sequences=4, seed=seed, path=path, replica=replica)
-        return [int(row[0]) for step in range(10) for row in source.batch(step)]
+    def batches(path: PathID = PATH, seed: int = 1) -> list[int]:
+        source = Batches(rows, batch_sequences=4, seed=seed, path=path)
+        return [int(row[0]) for number in range(10) for row in source.batch(number)]
 
     seen = batches()
     for epoch in range(4):
         assert sorted(seen[10 * epoch : 10 * (epoch + 1)]) == list(range(10))
     assert seen[:10] != seen[10:20]
     assert seen == batches()
-    others = [batches(PathID((1, 0))), batches(replica=1), batches(seed=2)]
+    others = [batches(PathID((1, 0))), batches(seed=2)]
     assert all(other != seen for other in others)
-    again = Batches(rows, batch_sequences=4, seed=1, path=PATH, replica=0)
+    again = Batches(rows, batch_sequences=4, seed=1, path=PATH)
     assert [int(row[0]) for row in again.batch(7)] == seen[28:32]
+
+
+def test_several_trainers_of_a_path_share_its_batches_out(tiny: RunConfig) -> None:
+    def taken(first: int, stride: int, num_batches: int) -> list[list[int]]:
+        trainer = a_trainer(tiny)
+        trainer.seek(first, stride=stride)
+        batches = []
+        for step in range(num_batches):
+            batches.append(trainer.next_batch()[0].tolist())
+            trainer.train_step(step)
+        return batches
+
+    alone = taken(3, 1, 4)
+    assert [taken(3, 2, 2), taken(4, 2, 2)] == [alone[::2], alone[1::2]]
 
 
 def test_a_batch_larger_than_the_shard_wraps_around() -> None:
     rows = np.arange(3, dtype=np.uint16)[:, None]
-    batch = Batches(rows, batch_sequences=7, seed=0, path=PATH, replica=0).batch(5)
+    batch = Batches(rows, batch_sequences=7, seed=0, path=PATH).batch(5)
     assert set(batch.flatten().tolist()) == {0, 1, 2}
 
 
@@ -75,7 +89,6 @@ def test_training_is_deterministic_and_learns(tiny: RunConfig) -> None:
     ]
     assert losses[0] == losses[1]
     assert losses[0][-1] < losses[0][0] < math.log(384) + 0.5
-    assert a_trainer(tiny, replica=1).train_step(0).item() != losses[0][0]
 
 
 def test_a_step_is_that_of_a_plain_loop(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +103,7 @@ def test_a_step_is_that_of_a_plain_loop(tiny: RunConfig, monkeypatch: pytest.Mon
         [{"params": p, "weight_decay": 0.1 * (p.dim() > 1)} for p in net.parameters()],
         betas=(rates.beta1, rates.beta2),
     )
-    rows = Batches(shard.train, batch_sequences=4, seed=tiny.seed, path=PATH, replica=0)
+    rows = Batches(shard.train, batch_sequences=4, seed=tiny.seed, path=PATH)
     for step in range(3):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(
@@ -142,7 +155,6 @@ def test_an_optimizer_that_does_not_fit_is_left_alone(tiny: RunConfig, tmp_path:
         file.write_bytes(wrong)
         assert not trainer.load_optimizer(file)
     file.write_bytes(raw)
-    assert not a_trainer(tiny, replica=1).load_optimizer(file)
     assert trainer.load_optimizer(file)
 
 

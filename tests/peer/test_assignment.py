@@ -173,6 +173,20 @@ def test_a_joiner_takes_a_path_without_a_peer_then_the_one_most_behind() -> None
     assert order[:3] == [PATHS[5], PATHS[4], PATHS[2]]
 
 
+def test_nobody_goes_to_a_finished_path_while_another_needs_somebody() -> None:
+    here, there = PATHS[0], PATHS[1]
+    snapshot = Snapshot(
+        training={"a": here, "b": here},
+        shard_tokens={here: 1000, there: 1000},
+        tokens={here: 500, there: 900},
+        finished=frozenset([here]),
+    )
+    assert set(assign_paths(snapshot).values()) == {there}
+    assert joining_order("new", snapshot) == [there, here]
+    over = replace(snapshot, finished=frozenset([here, there]))
+    assert set(assign_paths(over).values()) == {here, there}
+
+
 def test_joiners_of_a_new_run_spread_out() -> None:
     empty = Snapshot(training={}, shard_tokens=EQUAL)
     assert len({joining_order(f"peer{n}", empty)[0] for n in range(30)}) == len(PATHS)

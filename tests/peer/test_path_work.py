@@ -48,6 +48,26 @@ def test_another_shard_or_more_modules_leave_progress_and_optimizer(
     assert work.offers(2, grown)[0].tokens == 3 * work.trainer.tokens_per_step
 
 
+def test_who_trains_a_path_goes_on_after_all_that_was_trained(tmp_path: Path) -> None:
+    config = little_config()
+    work = begun(config, tmp_path)
+    step = work.trainer.tokens_per_step
+
+    def place(num_counted: int, *, rank: int = 0, num_peers: int = 1, under_way: int = 0) -> int:
+        counted = dict.fromkeys(work.trainer.modules, num_counted * step)
+        work.go_on_after(counted, rank=rank, num_peers=num_peers, under_way=under_way)
+        return work.trainer.next_batch_number
+
+    assert place(10, under_way=2 * step + 1) == 12, "behind those who are not counted yet"
+    work.train(seconds=NO_LIMIT, max_steps=3, first_step=0)
+    assert place(10) == 15, "what this peer has trained it does not train again"
+    assert place(13) == 16, "its own is not counted yet"
+    assert place(13, rank=1, num_peers=2) == 13 + 2 * 3 + 1, "two of them have done as much"
+    work.train(seconds=NO_LIMIT, max_steps=2, first_step=3)
+    assert work.trainer.next_batch_number == 20 + 2 * 2
+    assert place(0, num_peers=2) == 24, "it never goes back"
+
+
 def test_a_residual_is_sent_once_when_the_wire_format_changes(tmp_path: Path) -> None:
     coarse = little_config(wire_format="float16")
     exact = little_config(wire_format="float32")

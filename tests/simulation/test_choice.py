@@ -48,6 +48,11 @@ def test_three_peers_give_each_of_four_paths_its_share_of_tokens(tmp_path: Path)
             counts = counted_tokens(bootstrap, before=20)
             assert worst_share(place, counts) <= 0.1
             assert_agreement([bootstrap, *peers])
+            # Whoever takes a path goes on in its shard where the one before has got to.
+            for numbers in place.batches.values():
+                distinct = len(set(numbers))
+                assert distinct >= 0.95 * len(numbers) > 50, numbers
+                assert max(numbers) < 1.1 * distinct, numbers
 
     run_virtual(scenario())
 

@@ -179,6 +179,21 @@ def test_fewer_peers_than_paths_take_turns(tmp_path: Path) -> None:
     run_virtual(scenario())
 
 
+def test_who_finished_a_path_goes_on_with_one_that_is_not(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        config = replace(
+            little_config(num_rounds=2, blocking=False), topology=TopologyConfig(levels=(3,))
+        )
+        async with lab(tmp_path, config) as place:
+            everyone = [await place.bootstrap()]
+            everyone += [await place.join(f"peer{n}", step_seconds=4.0) for n in range(2)]
+            await place.until(lambda: finished(everyone), within=6 * ROUND, what="the end")
+            assert everyone[0].versions() == {"0.0": 2, "1.0": 2, "1.1": 2, "1.2": 2}
+            assert_agreement(everyone)
+
+    run_virtual(scenario())
+
+
 def test_everyone_leaves_and_comes_back(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with lab(tmp_path, little_config(num_rounds=6)) as place:
@@ -227,9 +242,15 @@ def test_a_partition_from_the_start_heals_to_one_history(tmp_path: Path) -> None
                 within=12 * ROUND,
                 what="two more versions on every side",
             )
-            agreed = {peer.keeper.node.log.held[ModuleID(0, 0)].chain[healed].digest
-                      for peer in everyone}  # fmt: skip
-            assert len(agreed) == 1
+            chains = [peer.keeper.node.log.held[ModuleID(0, 0)].chain for peer in everyone]
+            assert len({chain[healed].digest for chain in chains}) == 1
+            # What the rule decided is what everybody has now, and the losers said so.
+            agreed = {made.digest for made in chains[0]}
+            forks = [[e for e in p.seen("fork") if e["module"] == "0.0"] for p in everyone]
+            assert any(fork["lost"] for seen in forks for fork in seen)
+            for last in (seen[-1] for seen in forks if seen):
+                assert last["theirs" if last["lost"] else "ours"] in agreed
+                assert last["ours" if last["lost"] else "theirs"] not in agreed
 
     run_virtual(scenario())
 

@@ -163,8 +163,8 @@ class Training:
         if not is_first:
             volunteer = Volunteer(
                 keeper,
-                lambda manifest, path, shard, replica: PathTrainer(
-                    manifest.run_config, manifest.topology, path, shard, replica=replica
+                lambda manifest, path, shard: PathTrainer(
+                    manifest.run_config, manifest.topology, path, shard
                 ),
             )
             task = asyncio.create_task(volunteer.run())
