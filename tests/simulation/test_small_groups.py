@@ -1,0 +1,60 @@
+"""Groups of one, two and three: who is alone certifies alone, and a death stops nobody for long."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dipaco.config import TopologyConfig
+from dipaco.topology import ModuleID
+from peer.certificate import SLOTS_BEFORE_REBUILD
+from tests.history_checker import check_logs
+from tests.lab import lab, little_config
+from tests.virtual_clock import run_virtual
+
+ROUND = 20.0  # virtual seconds
+MODULE = ModuleID(0, 0)
+
+
+@pytest.mark.parametrize("num_peers", [1, 2, 3])
+def test_a_small_group_goes_on_when_one_of_it_dies(tmp_path: Path, num_peers: int) -> None:
+    """The majority of three goes on at once; what is left of two, with a roster made anew."""
+
+    async def scenario() -> None:
+        config = replace(
+            little_config(num_rounds=100, blocking=False), topology=TopologyConfig(levels=(1,))
+        )
+        async with lab(tmp_path, config) as place:
+            await place.bootstrap()
+            peers = [await place.join(f"peer{n}", step_seconds=3.0) for n in range(num_peers)]
+            first, log = peers[0], peers[0].keeper.node.log
+            await place.until(lambda: bool(first.seen("version")), within=60, what="a version")
+            await place.leave("bootstrap")
+
+            def seats() -> set[str]:
+                certificate = log.held[MODULE].certificate
+                assert certificate is not None
+                return {seat.peer for seat in certificate.proposal.next_roster}
+
+            group = {peer.peer_id for peer in peers}
+            await place.until(lambda: seats() == group, within=6 * ROUND, what="a group of its own")
+            if num_peers > 1:
+                await place.kill(peers[-1].name)
+            last = log.held[MODULE].certificate
+            assert last is not None
+            before, slot = last.version, last.ballot.slot
+            await place.until(
+                lambda: log.held[MODULE].version >= before + 2,
+                within=(SLOTS_BEFORE_REBUILD + 4) * ROUND,
+                what="two more versions",
+            )
+            after = [e for e in first.seen("version")
+                     if e["module"] == str(MODULE) and e["version"] > before]  # fmt: skip
+            assert [e["rebuilt"] for e in after] == [num_peers == 2, False]
+            pause = SLOTS_BEFORE_REBUILD if num_peers == 2 else 0
+            assert [e["slot"] for e in after] == [slot + 1 + pause, slot + 2 + pause]
+            assert seats() == group - ({peers[-1].peer_id} if num_peers > 1 else set())
+        for verdict in check_logs(tmp_path):
+            assert not verdict.violations
+
+    run_virtual(scenario())
