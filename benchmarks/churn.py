@@ -65,7 +65,7 @@ def config_of(levels: tuple[int, ...]) -> RunConfig:
                 "batch_sequences": 8,
             },
             "inner": {
-                "batch_sequences": 4,
+                "batch_sequences": 8,
                 "learning_rate": 1e-3,
                 "final_learning_rate_fraction": 1.0,
                 "warmup_steps": 5,
@@ -74,7 +74,7 @@ def config_of(levels: tuple[int, ...]) -> RunConfig:
             "rounds": {
                 "num_rounds": 1000,
                 "round_seconds": 20.0,
-                "inner_steps": 16,
+                "inner_steps": 8,
                 "eval_sequences": 16,
             },
         }
@@ -130,7 +130,8 @@ def main(
         num_peers=num_peers, num_slots=num_rounds, lifetime_rounds=lifetime_rounds, seed=seed
     )
     begin = time.monotonic()
-    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as name:
+    memory = Path("/dev/shm")  # thousands of small files: a disk would take most of the time
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as name:
         directory = Path(name)
         start = prepare_start(config, directory / "start")
         disturbed = in_virtual_time(soak(config, directory / "churn", churn, prepared=start))

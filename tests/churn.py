@@ -32,7 +32,7 @@ class Churn:
     num_peers: int
     num_slots: int
     lifetime_rounds: float | None = 4.0  # mean; None: everyone stays
-    step_seconds: float = 1.0  # of virtual time; some 16 steps fit in a slot of 20 s
+    step_seconds: float = 2.0  # of virtual time; some 8 steps fit in a slot of 20 s
     max_tokens: float = float("inf")  # counted; the run ends when they are reached
     seed: int = 0
 
@@ -70,6 +70,7 @@ class Soak:
         self._num = {"kill": 0, "leave": 0}
         self._num_names = 0
         self._tasks: list[asyncio.Task[None]] = []
+        self._net = PathNet(self._config.model)
 
     async def run(self) -> Outcome:
         place, churn = self._place, self._churn
@@ -191,14 +192,13 @@ class Soak:
     def _perplexity(self, bootstrap: LabPeer) -> float:
         """Of the whole model as it is certified: each path on the validation rows of its shard."""
         config, topology, log = self._config, self._topology, bootstrap.keeper.node.log
-        net = PathNet(config.model)
         total = NOTHING
         for path in topology.paths:
             for module in topology.modules_of(path):
-                write_module(net, topology, module, log.load_state(module).parameters)
+                write_module(self._net, topology, module, log.load_state(module).parameters)
             rows = self._place.run.shards[path].valid[: config.rounds.eval_sequences]
             total += evaluate(
-                net,
+                self._net,
                 torch.from_numpy(rows.astype(np.int64)),
                 prefix_tokens=config.routing.prefix_tokens,
                 model=config.model,
