@@ -107,7 +107,10 @@ class Volunteer:
         look_seconds = LAST_LOOK_SHARE * self._config.rounds.round_seconds
         next_slot_time = node.history.first.slot_start(node.slot + 1)
         while not self.stop.is_set():
-            snapshot = await self.keeper.presence.snapshot(node.manifest)
+            try:
+                snapshot = await self.keeper.presence.snapshot(node.manifest)
+            except SwarmError:  # by what was seen last, then, until the swarm can be reached again
+                snapshot = self._snapshot
             paths = [path for path in snapshot.open_paths if snapshot.fits(node.peer_id, path)]
             if snapshot.finished.issuperset(paths):
                 return True
