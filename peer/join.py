@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch._dynamo  # before there are threads: if two are the first to need it, one of them fails
 
 from dht.errors import Unreachable
 from dht.keys import announcement_key

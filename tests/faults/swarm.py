@@ -39,7 +39,7 @@ from tests.lab import little_config, make_run
 
 SLOT_SECONDS = 3.0
 START_IN_SECONDS = 6.0
-START_SLOTS = 12  # within which every volunteer's modules have a version
+START_SECONDS = 120.0  # within which every volunteer has contributed, and has versions
 FIRE_SLOTS = 12  # within which the stage is reached
 RECOVER_SLOTS = 6  # within which every module concerned has its next version: the stated timeout
 HEAL_SLOTS = 10  # within which who was killed is back, with the versions of then
@@ -119,7 +119,7 @@ class FaultSwarm:
             peer.start([self.bootstrap.address])
         self._until(
             lambda: all(_is_training(p, {}) and p.path_modules() for p in self.volunteers),
-            START_IN_SECONDS + START_SLOTS * self._slot_seconds,
+            START_SECONDS,
             "a first contribution and version of every volunteer",
         )
 
