@@ -41,6 +41,7 @@ class Lockstep:
     def __init__(self, start: Start, directory: Path) -> None:
         self.states = {m: start.module_state(m) for m in start.topology.modules}
         self.works: dict[PathID, PathWork] = {}
+        self._counted: dict[tuple[int, PathID, ModuleID], str] = {}  # blobs, by slot
         self._start = start
         self._version = 0
         self._steps = 0
@@ -69,8 +70,10 @@ class Lockstep:
         config, topology = self._start.config, self._start.topology
         offered: dict[ModuleID, list[tuple[PathID, Offer]]] = {m: [] for m in self.states}
         for path, work in self.works.items():
-            for offer in work.offers(slot, config):
+            for draft in work.drafts(config):
+                offer = draft.encode()
                 offered[offer.module].append((path, offer))
+                self._counted[slot, path, offer.module] = draft.blob
         for module, offers in offered.items():
             size = self.states[module].num_parameters
             weights = contribution_weights(
@@ -88,9 +91,10 @@ class Lockstep:
 
     def arrive(self, slot: int) -> None:
         """Put the newest versions, in which everyone's outer gradients of `slot` count, under."""
-        for work in self.works.values():
+        for path, work in self.works.items():
             for module in work.trainer.modules:
-                work.rebase(module, self._version, "", self.states[module], counted=slot)
+                state, counted = self.states[module], self._counted[slot, path, module]
+                work.rebase(work.rebasing(module, self._version, "", state, counted=counted))
 
     def loss(self) -> float:
         """Nats per token of the whole model on the validation rows."""

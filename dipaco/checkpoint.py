@@ -122,7 +122,7 @@ def replacing(file: Path) -> Iterator[BinaryIO]:
         os.close(descriptor)
 
 
-def write_atomically(file: Path, data: bytes) -> None:
+def write_atomically(file: Path, data: bytes | memoryview) -> None:
     """Write a file so that a crash at any instant leaves the old one or the new one, whole."""
     with replacing(file) as stream:
         stream.write(data)

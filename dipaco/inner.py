@@ -10,6 +10,7 @@ same steps therefore give the same bits.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,10 +21,10 @@ from torch import Tensor, nn
 from dipaco.checkpoint import write_atomically
 from dipaco.config import InnerConfig, RunConfig
 from dipaco.evaluate import IGNORED, NOTHING, Evaluation, evaluate, targets_of, token_nll
-from dipaco.model import PathNet, read_module, write_module
+from dipaco.model import PathNet, add_to_module, read_module, write_module
 from dipaco.moments import Moments
 from dipaco.shards import Rows, Shard
-from dipaco.tensors import decode_tensors, encode_tensors, layout_of, split_tensors
+from dipaco.tensors import decode_tensors, encode_quickly, layout_of, split_tensors
 from dipaco.topology import ModuleID, PathID, Topology
 
 if TYPE_CHECKING:
@@ -161,6 +162,11 @@ class PathTrainer:
         self._require(module)
         write_module(self.net, self.topology, module, vector)
 
+    def add_to_module(self, module: ModuleID, change: Tensor) -> None:
+        """Add a flat vector to the parameters of one of the path's modules, in place."""
+        self._require(module)
+        add_to_module(self.net, self.topology, module, change)
+
     def read_module(self, module: ModuleID) -> Tensor:
         """The parameters of one of the path's modules: a new float32 vector on the CPU."""
         self._require(module)
@@ -213,12 +219,26 @@ class PathTrainer:
         """Score at most `max_sequences` of the shard's validation rows."""
         return self.evaluate_rows(self._shard.valid[:max_sequences])
 
+    def evaluate_modules(
+        self, vectors: Mapping[ModuleID, Tensor], max_sequences: int
+    ) -> Evaluation:
+        """`evaluate` with these parameters, in a network of its own, so that training may go on
+        meanwhile: on any thread.
+        """
+        net = PathNet(self.config.model, self.device)
+        for module, vector in vectors.items():
+            write_module(net, self.topology, module, vector)
+        return self._evaluate(net, self._shard.valid[:max_sequences])
+
     def evaluate_rows(self, rows: Rows) -> Evaluation:
         """Score any rows [n, T]."""
+        return self._evaluate(self.net, rows)
+
+    def _evaluate(self, net: PathNet, rows: Rows) -> Evaluation:
         if not len(rows):
             return NOTHING
         return evaluate(
-            self._forward,
+            partial(self._forward, net),
             torch.from_numpy(rows.astype(np.int64)).to(self.device),
             prefix_tokens=self.config.routing.prefix_tokens,
             model=self.config.model,
@@ -230,7 +250,7 @@ class PathTrainer:
         for start in range(0, len(rows), _SCORE_ROWS):
             tokens = torch.from_numpy(rows[start : start + _SCORE_ROWS].astype(np.int64))
             nll_BT = token_nll(
-                self._forward,
+                partial(self._forward, self.net),
                 tokens.to(self.device),
                 prefix_tokens=self.config.routing.prefix_tokens,
                 model=self.config.model,
@@ -240,7 +260,7 @@ class PathTrainer:
 
     def save_optimizer(self, file: Path) -> None:
         """Write the optimizer's state and step count, whole or not at all."""
-        write_atomically(file, encode_tensors(self._optimizer_tensors()))
+        write_atomically(file, encode_quickly(self._optimizer_tensors()))
 
     def load_optimizer(self, file: Path) -> bool:
         """Continue where `save_optimizer` left off; False, and no change, if that cannot be.
@@ -317,9 +337,9 @@ class PathTrainer:
         hidden_ND.backward(torch.cat(gradients))  # type: ignore[no-untyped-call]
         return loss / len(targets_N)
 
-    def _forward(self, tokens_BT: Tensor) -> Tensor:
+    def _forward(self, net: PathNet, tokens_BT: Tensor) -> Tensor:
         with autocast(self.device):
-            logits_BTV: Tensor = self.net(tokens_BT)
+            logits_BTV: Tensor = net(tokens_BT)
         return logits_BTV
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:

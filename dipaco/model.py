@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dipaco.config import ModelConfig
+from dipaco.tensors import new_vector
 from dipaco.topology import ModuleID, Topology
 
 _INITIAL_STD = 0.02  # GPT-2's, kept by Llama
@@ -279,21 +280,41 @@ def num_parameters(config: ModelConfig, topology: Topology, module: ModuleID) ->
 
 def read_module(net: PathNet, topology: Topology, module: ModuleID) -> Tensor:
     """The flat vector of a module: a new float32 tensor on the CPU."""
-    names = parameter_shapes(net.config, topology, module)
-    parts = [net.get_parameter(name).detach().flatten().float() for name in names]
-    return torch.cat(parts).cpu()
+    shapes = parameter_shapes(net.config, topology, module)
+    vector = new_vector(sum(shape.numel() for shape in shapes.values()))
+    for parameter, part in _parts(net, topology, module, vector):
+        part.copy_(parameter)
+    return vector
 
 
 def write_module(net: PathNet, topology: Topology, module: ModuleID, vector: Tensor) -> None:
     """Set the parameters of a module from its flat vector; ValueError if the length is wrong."""
+    for parameter, part in _parts(net, topology, module, vector.to(_device(net))):
+        parameter.copy_(part)
+
+
+def add_to_module(net: PathNet, topology: Topology, module: ModuleID, change: Tensor) -> None:
+    """Add a flat vector to the parameters of a module; ValueError if the length is wrong."""
+    for parameter, part in _parts(net, topology, module, change.to(_device(net))):
+        parameter.add_(part)
+
+
+def _parts(
+    net: PathNet, topology: Topology, module: ModuleID, vector: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """The parameters of a module, detached, each with its part of a flat vector."""
     shapes = parameter_shapes(net.config, topology, module)
     sizes = [shape.numel() for shape in shapes.values()]
     if vector.shape != (sum(sizes),):
         raise ValueError(f"module {module} has {sum(sizes)} parameters, got {list(vector.shape)}")
-    parts = torch.split(vector.to(net.get_parameter(next(iter(shapes))).device), sizes)
-    with torch.no_grad():
-        for (name, shape), part in zip(shapes.items(), parts, strict=True):
-            net.get_parameter(name).copy_(part.view(shape))
+    return [
+        (net.get_parameter(name).detach(), part.view(shape))
+        for (name, shape), part in zip(shapes.items(), torch.split(vector, sizes), strict=True)
+    ]
+
+
+def _device(net: PathNet) -> torch.device:
+    return next(net.parameters()).device
 
 
 def _block_shapes(config: ModelConfig) -> dict[str, torch.Size]:

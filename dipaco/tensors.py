@@ -33,9 +33,24 @@ Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 def encode_tensors(tensors: Mapping[str, Tensor]) -> bytes:
     """The tensors as safetensors; they must be on the CPU."""
+    return b"".join(_pieces(tensors))
+
+
+def encode_quickly(tensors: Mapping[str, Tensor]) -> memoryview:
+    """`encode_tensors` of very many bytes, in half the time (`new_vector` says why)."""
+    pieces = _pieces(tensors)
+    raw = np.empty(sum(map(len, pieces)), dtype=np.uint8)
+    start = 0
+    for piece in pieces:
+        raw[start : start + len(piece)] = np.frombuffer(piece, dtype=np.uint8)
+        start += len(piece)
+    return raw.data
+
+
+def _pieces(tensors: Mapping[str, Tensor]) -> list[bytes | memoryview]:
+    """Header and values, in their order."""
     layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    bodies = [_bytes_of(tensors[name]) for name in _ordered(layout)]
-    return b"".join([encode_header(layout), *bodies])
+    return [encode_header(layout), *(_bytes_of(tensors[name]) for name in _ordered(layout))]
 
 
 def encode_header(layout: Layout) -> bytes:
@@ -132,6 +147,14 @@ def _tensor_of(raw: bytes | memoryview, dtype: torch.dtype, shape: tuple[int, ..
         return torch.empty(shape, dtype=dtype)  # no bytes have no stride to view them by
     copied = torch.from_numpy(np.frombuffer(raw, dtype=np.uint8).copy())
     return copied.view(dtype).reshape(shape)
+
+
+def new_vector(num_values: int) -> Tensor:
+    """A float32 vector on the CPU, its values arbitrary.
+
+    From numpy, which asks for large pages: touching so much memory anew is half of the work.
+    """
+    return torch.from_numpy(np.empty(num_values, np.float32))
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch._dynamo  # before there are threads: if two are the first to need it, one of them fails
@@ -21,22 +22,25 @@ from peer.devices import choose_device, trainer_factory
 from peer.display import Display
 from peer.keeper import Keeper
 from peer.limits import divide, gigabytes
-from peer.node import Node
+from peer.node import Node, Offload
 from peer.providers import Providers
 from peer.reachability import MAX_MADDRS, Standing
 from peer.session import Network, open_node
 from peer.volunteer import Volunteer
 
+T = TypeVar("T")
+
 MAX_PATHS_READ = 8  # to find peers that tell how we are reached
 ADDRESS_FILE = "address"
-TRAINING_NICENESS = 10
+COMPUTING_NICENESS = 10  # the volunteer's own programs, and answering other peers in time, go first
+TRAINING_NICENESS = 15  # and what others wait for before inner steps
 LEAVE_SECONDS = 10.0  # after Ctrl-C, for the inner steps under way and the optimizer
 
 
 async def join(config: PeerConfig, display: Display) -> None:
     """Train until the run is over, then keep serving, until interrupted."""
     torch.set_num_threads(config.threads)
-    asyncio.get_running_loop().set_default_executor(background_executor())
+    asyncio.get_running_loop().set_default_executor(threads(8, COMPUTING_NICENESS))
     display.say("network", "starting p2pd and entering the swarm")
     async with open_node(config) as (node, providers, network):
         manifest = node.manifest
@@ -60,7 +64,8 @@ async def join(config: PeerConfig, display: Display) -> None:
         keeper = Keeper(node, providers, duty_bytes=limits.duty_bytes)
         keeper.presence.room_bytes = limits.training_bytes
         keeper.presence.maddrs = standing.maddrs[:MAX_MADDRS]
-        volunteer = Volunteer(keeper, trainer_factory(choice))
+        train_in = offload_to(threads(1, TRAINING_NICENESS))
+        volunteer = Volunteer(keeper, trainer_factory(choice), train_in=train_in)
         stop_on_signals(volunteer.stop.set, display)
         async with keeper.running():
             keeper.start(_stay_reachable(network, keeper), "reachability")
@@ -112,16 +117,22 @@ async def _train_until_stopped(volunteer: Volunteer) -> None:
         return  # it was waiting for other peers, and has nothing to lose
 
 
-def background_executor() -> ThreadPoolExecutor:
-    """Threads that train and compute at low priority.
-
-    The volunteer's own programs go first, and so does answering other peers in time.
-    """
+def threads(num_threads: int, niceness: int) -> ThreadPoolExecutor:
+    """Threads that compute at low priority."""
 
     def lower_priority() -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), TRAINING_NICENESS)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
 
-    return ThreadPoolExecutor(max_workers=8, initializer=lower_priority)
+    return ThreadPoolExecutor(max_workers=num_threads, initializer=lower_priority)
+
+
+def offload_to(executor: ThreadPoolExecutor) -> Offload:
+    """Runs functions in these threads."""
+
+    async def offload(function: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(executor, function)
+
+    return offload
 
 
 async def reachable_addresses(network: Network) -> list[str]:

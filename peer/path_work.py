@@ -4,31 +4,34 @@ Training never waits for a round (unless the run is exact): at the end of a slot
 is taken, and inner steps go on. When a new version arrives, the parameters become the new global
 ones plus whatever progress the swarm has not counted yet. So nothing that was trained is lost, and
 nothing is counted twice.
+
+Whatever takes longer than copying the parameters is done on copies, while training goes on: a
+`Draft` encodes an outer gradient, a `Rebasing` works out by how much a new version moves the path.
 """
 
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dipaco.checkpoint import ModuleState, write_atomically
-from dipaco.compression import corrected, encode, lost
+from dipaco.compression import WireFormat, corrected, encode, lost
 from dipaco.config import RunConfig
+from dipaco.digest import blob_digest
 from dipaco.evaluate import Evaluation
 from dipaco.inner import PathTrainer
 from dipaco.moments import Moments
 from dipaco.shards import Rows
-from dipaco.tensors import decode_tensors, encode_tensors
+from dipaco.tensors import decode_tensors, encode_tensors, new_vector
 from dipaco.topology import ModuleID
 
 OPTIMIZER_SUFFIX, RESIDUAL_SUFFIX = ".optimizer", ".residuals"
 PATHS_KEPT = 8  # with their optimizers' states, on disk: 8 bytes per parameter each
-SLOTS_REMEMBERED = 3  # a slot's contribution may be counted by a certificate of a later slot
+DRAFTS_REMEMBERED = 3  # one may be counted by a certificate of a later slot
 
 
 @dataclass(slots=True)
@@ -42,16 +45,6 @@ class _Base:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Pending:
-    """A contribution that was committed to, until a certificate says whether it counted."""
-
-    slot: int
-    parameters: Tensor  # when it was taken
-    tokens: int
-    residual: Callable[[], Tensor | None]  # what stays behind if it counts; takes a moment
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Offer:
     """One module's outer gradient of one slot, encoded."""
 
@@ -62,10 +55,65 @@ class Offer:
     raw: bytes
 
 
+class Draft:
+    """One module's progress at the end of a slot, until a certificate says whether it counted."""
+
+    def __init__(
+        self,
+        module: ModuleID,
+        base: _Base,
+        parameters: Tensor,
+        residual: Tensor | None,
+        wire_format: WireFormat,
+    ) -> None:
+        self.parameters = parameters  # when it was taken; nobody writes into them
+        self.tokens = base.tokens
+        self.blob = ""  # digest of what it was encoded to; empty until then
+        self._module = module
+        self._version, self._state, self._base = base.version, base.state, base.parameters
+        self._residual = residual
+        self._wire_format: WireFormat = wire_format
+        self._encoded: tuple[Tensor, bytes] | None = None
+
+    def encode(self) -> Offer:
+        """The outer gradient (old minus new, and what earlier ones lost), on any thread."""
+        vector = torch.sub(self._base, self.parameters, out=new_vector(len(self._base)))
+        vector = corrected(vector, self._residual)
+        raw = encode(vector, self._wire_format)
+        self._encoded = vector, raw
+        self.blob = blob_digest(raw)
+        return Offer(
+            module=self._module,
+            base_version=self._version,
+            base_state=self._state,
+            tokens=self.tokens,
+            raw=raw,
+        )
+
+    def lost(self) -> Tensor | None:
+        """What stays behind if it counts; on any thread."""
+        assert self._encoded is not None, "what counts was encoded"
+        return lost(*self._encoded, self._wire_format)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rebasing:
+    """What a new version makes of one module of a path."""
+
+    module: ModuleID
+    version: int
+    state: str  # digest
+    parameters: Tensor  # of the version
+    change: Tensor  # to the path's parameters, which keeps what was trained since
+    counted: Draft | None  # in the version
+    residual: Tensor | None  # instead of the one there is, if something was counted
+
+
 class PathWork:
     """One path on one device, with the book-keeping of what the swarm has counted.
 
-    Not thread-safe: the caller runs one method at a time, on any thread.
+    Not thread-safe: the caller runs one method at a time, on any thread. Those that say "beside
+    training" may run at the same time as the others.
     """
 
     def __init__(self, trainer: PathTrainer, directory: Path) -> None:
@@ -75,7 +123,7 @@ class PathWork:
         self.handed_over: Moments | None = None  # taken up before the next step; set on any thread
         self._directory = directory
         self._bases: dict[ModuleID, _Base] = {}
-        self._pending: dict[ModuleID, list[_Pending]] = {}
+        self._pending: dict[ModuleID, list[Draft]] = {}
         self._residuals: dict[ModuleID, Tensor] = {}
         directory.mkdir(parents=True, exist_ok=True)
         self.resumed = trainer.load_optimizer(self._optimizer_file)
@@ -155,75 +203,77 @@ class PathWork:
         self.train_seconds += time.monotonic() - start
         return steps
 
-    def offers(
-        self, slot: int, config: RunConfig, modules: Iterable[ModuleID] | None = None
-    ) -> list[Offer]:
-        """Take the outer gradient (old minus new) of every module that was trained, encoded.
+    def drafts(self, config: RunConfig, modules: Iterable[ModuleID] | None = None) -> list[Draft]:
+        """Take the progress of every module that was trained, to be encoded.
 
-        `config` is the one in force in `slot`; of these `modules` only, or of all.
+        `config` is the one in force in the slot; of these `modules` only, or of all.
         """
-        offers = []
+        drafts = []
         for module in self._bases if modules is None else modules:
             base = self._bases[module]
             if base.tokens == 0 or base.version >= config.rounds.num_rounds:
                 continue
-            parameters = self.trainer.read_module(module)
-            wire_format = config.outer.wire_format
-            vector = corrected(base.parameters - parameters, self._residuals.get(module))
-            raw = encode(vector, wire_format)
-            pending = _Pending(
-                slot=slot,
-                parameters=parameters,
-                tokens=base.tokens,
-                residual=partial(lost, vector, raw, wire_format),
+            draft = Draft(
+                module,
+                base,
+                self.trainer.read_module(module),
+                self._residuals.get(module),
+                config.outer.wire_format,
             )
             earlier = self._pending.get(module, [])
-            self._pending[module] = [*earlier, pending][-SLOTS_REMEMBERED:]
-            offers.append(
-                Offer(
-                    module=module,
-                    base_version=base.version,
-                    base_state=base.state,
-                    tokens=base.tokens,
-                    raw=raw,
-                )
-            )
-        return offers
+            self._pending[module] = [*earlier, draft][-DRAFTS_REMEMBERED:]
+            drafts.append(draft)
+        return drafts
 
-    def rebase(
+    def rebasing(
         self,
         module: ModuleID,
         version: int,
         digest: str,
         state: ModuleState,
         *,
-        counted: int | None,
-    ) -> None:
-        """Put a new version under the path.
+        counted: str | None,
+    ) -> Rebasing:
+        """What putting a new version under the path comes to; beside training.
 
-        `counted` is the slot of our contribution that the version contains, or None. What it
+        `counted` is the blob of our contribution that the version contains, or None. What it
         counted is in the new version; the progress since then, or all of it, stays on top.
         """
-        base = self._bases[module]
-        if version <= base.version:
+        drafts = self._pending.get(module, [])
+        draft = next((draft for draft in drafts if draft.blob == counted), None)
+        since = self._bases[module].parameters if draft is None else draft.parameters
+        return Rebasing(
+            module=module,
+            version=version,
+            state=digest,
+            parameters=state.parameters,
+            change=torch.sub(state.parameters, since, out=new_vector(len(since))),
+            counted=draft,
+            residual=None if draft is None else draft.lost(),
+        )
+
+    def rebase(self, step: Rebasing) -> None:
+        """Put a new version under the path: one pass over the parameters."""
+        module, base = step.module, self._bases[step.module]
+        if step.version <= base.version:
             return
-        offered = [p for p in self._pending.pop(module, []) if p.slot == counted]
-        since, tokens = base.parameters, base.tokens
-        if offered:
-            since, tokens = offered[0].parameters, base.tokens - offered[0].tokens
+        self._pending.pop(module, None)
+        tokens = base.tokens
+        if step.counted is not None:
+            tokens -= step.counted.tokens
             self._residuals.pop(module, None)
-            residual = offered[0].residual()
-            if residual is not None:
-                self._residuals[module] = residual
-        parameters = state.parameters
+            if step.residual is not None:
+                self._residuals[module] = step.residual
         if tokens:
-            parameters = parameters + (self.trainer.read_module(module) - since)
-        self.trainer.write_module(module, parameters)
-        self._bases[module] = _Base(version, digest, state.parameters, tokens)
+            self.trainer.add_to_module(module, step.change)
+        else:
+            self.trainer.write_module(module, step.parameters)  # the same, without rounding
+        self._bases[module] = _Base(step.version, step.state, step.parameters, tokens)
 
     def evaluate(self) -> Evaluation:
-        """The path as it stands, on the validation part of its shard."""
-        return self.trainer.evaluate(self.trainer.config.rounds.eval_sequences)
+        """The versions under the path, on the validation part of its shard; beside training."""
+        versions = {module: base.parameters for module, base in self._bases.items()}
+        return self.trainer.evaluate_modules(versions, self.trainer.config.rounds.eval_sequences)
 
     def score(self, rows: Rows, *, seconds: float, max_batches: int) -> Tensor:
         """How well the path as it stands predicts the first of `rows` (`PathTrainer.score_rows`).
@@ -240,7 +290,11 @@ class PathWork:
         return torch.cat(parts)
 
     def save(self) -> None:
-        """Keep the optimizer's state and the residuals for the next start on this path."""
+        """Keep the optimizer's state and the residuals for the next start on this path.
+
+        Beside training: then some moments are of one step and some of the next, which AdamW does
+        not mind.
+        """
         self.trainer.save_optimizer(self._optimizer_file)
         tensors = {str(module): residual for module, residual in self._residuals.items()}
         if tensors:

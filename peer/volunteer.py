@@ -1,9 +1,17 @@
-"""A volunteer: a keeper that also trains a path, slot after slot of the common clock."""
+"""A volunteer: a keeper that also trains a path, slot after slot of the common clock.
+
+What is worked out from copies (encoding an outer gradient, preparing for a new version, evaluating
+one, writing to the disk) goes on beside the inner steps, in other threads. What that leaves to the
+time of training is in the event log of each slot.
+"""
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections import defaultdict
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 from dht.errors import LocalFault, SwarmError, Unreachable
 from dipaco.checkpoint import ModuleState
@@ -19,7 +27,8 @@ from peer.keeper import Keeper
 from peer.manifest import Manifest
 from peer.messages import Certificate
 from peer.modules import Held, counted_tokens
-from peer.path_work import PathWork
+from peer.node import Offload
+from peer.path_work import Draft, PathWork, Rebasing
 from peer.scoring import Scoring
 
 BURST_SECONDS = 0.5  # of inner steps between two looks at the clock and at new versions
@@ -27,6 +36,8 @@ SCORING_SHARE = 0.5  # of a burst, after each burst while a phase of the routing
 PLAN_SHARE = 0.75  # of a slot: when paths are chosen for the next one
 LAST_LOOK_SHARE = 0.05  # of a slot: between two looks at whether other paths are finished, too
 SETTLE_SECONDS = 1.0  # between two looks at who else is there, before the run starts
+
+T = TypeVar("T")
 
 TrainerFactory = Callable[[Manifest, PathID, Shard], PathTrainer]
 """Makes the trainer of (manifest, path, shard) on this machine's device."""
@@ -53,12 +64,19 @@ class Volunteer:
     """Trains paths until the run is over or `stop` is set."""
 
     def __init__(
-        self, keeper: Keeper, make_trainer: TrainerFactory, *, pace: Pace | None = None
+        self,
+        keeper: Keeper,
+        make_trainer: TrainerFactory,
+        *,
+        pace: Pace | None = None,
+        train_in: Offload | None = None,
     ) -> None:
+        """`train_in` runs the inner steps; without it, they run where everything else does."""
         self.keeper = keeper
         self.stop = asyncio.Event()
         self._node = keeper.node
         self._make_trainer = make_trainer
+        self._train_in = train_in or keeper.node.offload
         self._pace = pace or Pace()
         self._scoring = Scoring(keeper.node, keeper.presence)
         self._paths_dir = keeper.node.state_dir / "paths"
@@ -68,11 +86,15 @@ class Volunteer:
         self._work: PathWork | None = None
         self._footing: _Footing | None = None
         self._first_step_time: float | None = None
-        self._train_seconds = 0.0
         self._step_seconds = 0.0  # how long an inner step takes, by the latest ones
         self._steps = 0
         self._tokens = 0
         self._evaluated_round = -1
+        # Since the first step, by what was done in the time of training.
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._beside: set[asyncio.Task[None]] = set()  # what goes on beside it
+        self._rebasings: dict[ModuleID, asyncio.Task[Rebasing]] = {}
+        self._is_saved = True
 
     @property
     def _config(self) -> RunConfig:
@@ -85,15 +107,18 @@ class Volunteer:
         outer = self._config.outer
         self.keeper.start(self._node.offload(lambda: warm_up(outer)), "compiler")
         slot, is_over = -1, False
-        while not self.stop.is_set() and not (is_over := await self._is_run_over()):
-            slot = max(slot + 1, self._node.slot)
-            await self._train_slot(slot)
-            await self._maybe_move()
-            await self._follow_manifest()
-        if self._work is not None:
-            await self._node.offload(self._work.save)
-            if is_over:
-                self._node.events.write("finished", round=self._work.round)
+        try:
+            while not self.stop.is_set() and not (is_over := await self._is_run_over()):
+                slot = max(slot + 1, self._node.slot)
+                await self._train_slot(slot)
+                await self._maybe_move()
+                await self._follow_manifest()
+            await self._pause_work()
+        finally:
+            for task in [*self._beside, *self._rebasings.values()]:
+                task.cancel()
+        if is_over:
+            self._node.events.write("finished", round=self._the_work().round)
 
     async def _is_run_over(self) -> bool:
         """Whether our path and all others have their rounds behind them.
@@ -175,8 +200,7 @@ class Volunteer:
             state = await self._state(module)
             work.begin(module, held.version, held.state, state)
             await keeper.presence.publish_head(module)
-        if self._work is not None:
-            await node.offload(self._work.save)
+        await self._pause_work()
         self._work = work
         self._footing = _Footing(manifest=manifest, shard=shard, shard_digest=ref.digest)
         self._find_place(under_way=self._under_way(path))
@@ -232,6 +256,7 @@ class Volunteer:
         if manifest is footing.manifest and shard is footing.shard:
             return
         make = partial(self._make_trainer, manifest, path, shard)
+        await self._pause_work()
         await node.offload(lambda: work.change_trainer(make))
         self._footing = _Footing(manifest=manifest, shard=shard, shard_digest=shard_digest)
         node.events.write(
@@ -305,7 +330,9 @@ class Volunteer:
         """
         node, rounds = self._node, self._config.rounds
         while not self.stop.is_set() and node.now() < end - self._step_seconds * (steps > 0):
+            self._look_beside()
             await self._apply_versions()
+            self._save()
             if self._is_finished():
                 break
             if rounds.blocking and not (self._the_work().is_counted or steps > 0):
@@ -350,25 +377,30 @@ class Volunteer:
             self._first_step_time = node.now()
             node.events.write("first step", path=str(work.trainer.path))
         before, begin_time = work.train_seconds, node.now()
-        steps = await node.offload(
+        steps = await self._train_in(
             lambda: work.train(seconds=seconds, max_steps=max_steps, first_step=first_step)
         )
         self._step_seconds = (node.now() - begin_time) / steps
-        self._train_seconds += work.train_seconds - before
+        self._seconds["inner steps"] += work.train_seconds - before
         self._steps += steps
         self._tokens += steps * work.trainer.tokens_per_step
         return steps
 
     async def _offer(self, slot: int, modules: Sequence[ModuleID]) -> None:
-        """Take these modules' outer gradients, and commit to them before anyone sees them."""
-        node, work = self._node, self._the_work()
-        config = node.history.at(slot).run_config
-        offers = await node.offload(lambda: work.offers(slot, config, modules))
-        commitments = await self.keeper.committer.prepare(offers, path=work.trainer.path, slot=slot)
+        """Take these modules' outer gradients; what is sent of them is worked out beside."""
+        work = self._the_work()
+        config = self._node.history.at(slot).run_config
+        drafts = await self._instead("outer gradients", lambda: work.drafts(config, modules))
+        self._do_beside(self._commit(drafts, work.trainer.path, slot))
+
+    async def _commit(self, drafts: Sequence[Draft], path: PathID, slot: int) -> None:
+        """Commit to outer gradients before anyone sees them."""
+        offers = [await self._node.offload(draft.encode) for draft in drafts]
+        commitments = await self.keeper.committer.prepare(offers, path=path, slot=slot)
         self.keeper.start(self.keeper.committer.commit(commitments), "commit")
 
     async def _end_slot(self, slot: int) -> None:
-        """Say what was trained, and keep what the next start needs."""
+        """Say what was trained, and keep what the next start of an exact run needs."""
         node, work = self._node, self._the_work()
         node.events.write(
             "contributed",
@@ -378,10 +410,49 @@ class Volunteer:
             tokens=self._tokens,
             loss=work.last_loss,
             inner_share=round(self._inner_share(), 4),
+            seconds={what: round(seconds, 3) for what, seconds in self._seconds.items()},
             sent_bytes=node.transport.traffic.wire_sent_bytes,
             received_bytes=node.transport.traffic.wire_received_bytes,
         )
-        await node.offload(work.save)
+        if self._config.rounds.blocking:
+            await node.offload(work.save)
+        else:
+            self._is_saved = False
+
+    def _save(self) -> None:
+        """Once a slot, when what others wait for is done, keep what the next start needs."""
+        if not self._is_saved and not self._beside:
+            self._is_saved = True
+            self._do_beside(self._node.offload(self._the_work().save))
+
+    async def _instead(self, what: str, function: Callable[[], T]) -> T:
+        """Do something in the time of inner steps, and note how long that took."""
+        begin = time.monotonic()
+        result = await self._node.offload(function)
+        self._seconds[what] += time.monotonic() - begin
+        return result
+
+    def _do_beside(self, coroutine: Coroutine[object, object, None]) -> None:
+        """Do something while training goes on, which ends with an error if this does."""
+        self._beside.add(asyncio.ensure_future(coroutine))
+
+    def _look_beside(self) -> None:
+        """Forget what is done; raises what went wrong."""
+        for task in [task for task in self._beside if task.done()]:
+            self._beside.discard(task)
+            task.result()
+
+    async def _pause_work(self) -> None:
+        """Let everything beside come to its end, and keep what the next start needs."""
+        for task in self._rebasings.values():
+            task.cancel()
+        self._rebasings.clear()
+        while self._beside:
+            await asyncio.wait(self._beside)
+            self._look_beside()
+        if self._work is not None:
+            await self._node.offload(self._work.save)
+            self._is_saved = True
 
     async def _await_versions(self, slot: int) -> None:
         """Exact runs: wait until every module of the path has its next version, or time is up.
@@ -411,23 +482,30 @@ class Volunteer:
         """Put every new version under the path; after a whole new round, evaluate and announce."""
         node, work = self._node, self._the_work()
         for module in work.trainer.modules:
-            held, version = node.log.held[module], work.version(module)
-            if held.version > version:
-                counted = _counted_slot(held.after(version), node.peer_id)
-                state = await self._state(module)
-                await node.offload(
-                    lambda m=module, h=held, s=state, c=counted: work.rebase(  # type: ignore[misc]
-                        m, h.version, h.state, s, counted=c
-                    )
-                )
+            if node.log.held[module].version > work.version(module):
+                if module not in self._rebasings:
+                    task = asyncio.ensure_future(self._prepare_rebasing(module))
+                    self._rebasings[module] = task
+                if self._rebasings[module].done() or self._config.rounds.blocking:
+                    step = await self._rebasings.pop(module)
+                    await self._instead("new versions", partial(work.rebase, step))
         if work.round > self._evaluated_round:
             self._evaluated_round = work.round
-            await self._evaluate()
+            self._do_beside(self._evaluate(work.round))
 
-    async def _evaluate(self) -> None:
+    async def _prepare_rebasing(self, module: ModuleID) -> Rebasing:
+        node, work = self._node, self._the_work()
+        held = node.log.held[module]
+        counted = _counted_blob(held.after(work.version(module)), node.peer_id)
+        state = await self._state(module)
+        return await node.offload(
+            lambda: work.rebasing(module, held.version, held.state, state, counted=counted)
+        )
+
+    async def _evaluate(self, round_number: int) -> None:
         node, work, progress = self._node, self._the_work(), self.keeper.presence.progress
         evaluation = await node.offload(work.evaluate)
-        progress.round = work.round
+        progress.round = round_number
         progress.step = self._steps
         progress.tokens = self._tokens
         progress.path_tokens = self._path_tokens()
@@ -438,14 +516,14 @@ class Volunteer:
         progress.valid_tokens = evaluation.num_tokens
         node.events.write(
             "round",
-            round=work.round,
+            round=round_number,
             path=str(work.trainer.path),
             loss=work.last_loss,
             perplexity=evaluation.perplexity,
             steps=self._steps,
             tokens=self._tokens,
             inner_share=round(self._inner_share(), 4),
-            tokens_per_second=round(self._tokens / max(self._train_seconds, 1e-9)),
+            tokens_per_second=round(self._tokens / max(self._seconds["inner steps"], 1e-9)),
             sent_bytes=node.transport.traffic.wire_sent_bytes,
             received_bytes=node.transport.traffic.wire_received_bytes,
         )
@@ -486,7 +564,7 @@ class Volunteer:
         if self._first_step_time is None:
             return 0.0
         elapsed = self._node.now() - self._first_step_time
-        return min(1.0, self._train_seconds / elapsed) if elapsed > 0 else 0.0
+        return min(1.0, self._seconds["inner steps"] / elapsed) if elapsed > 0 else 0.0
 
     def _rarest_module(self) -> ModuleID:
         """The path's module with the fewest other paths."""
@@ -519,12 +597,12 @@ def _is_decided(held: Held, slot: int) -> bool:
     return held.certificate is not None and held.certificate.ballot.slot >= slot
 
 
-def _counted_slot(certificates: Sequence[Certificate], peer: str) -> int | None:
-    """The slot of the last contribution of `peer` that these certificates contain."""
-    slots = [
-        commitment.slot
+def _counted_blob(certificates: Sequence[Certificate], peer: str) -> str | None:
+    """The last contribution of `peer` that these certificates contain."""
+    blobs = [
+        commitment.blob
         for certificate in certificates
         for commitment in certificate.proposal.contributions
         if commitment.peer == peer
     ]
-    return slots[-1] if slots else None
+    return blobs[-1] if blobs else None

@@ -192,6 +192,20 @@ def test_the_prefix_and_padding_never_count_in_evaluation(tiny: RunConfig) -> No
     assert (scores[0] + scores[1]).nll_sum == pytest.approx(full.nll_sum)
 
 
+def test_other_parameters_are_evaluated_beside_those_in_training(tiny: RunConfig) -> None:
+    trainer = a_trainer(tiny)
+    start = {module: trainer.read_module(module) for module in trainer.modules}
+    expected = trainer.evaluate(5)
+    trainer.train_step(0)
+    trained = {module: trainer.read_module(module) for module in trainer.modules}
+    assert trainer.evaluate(5) != expected
+    assert trainer.evaluate_modules(start, 5) == expected
+    for module in trainer.modules:
+        assert torch.equal(trainer.read_module(module), trained[module])
+        trainer.add_to_module(module, start[module] - trained[module])
+        assert torch.allclose(trainer.read_module(module), start[module], atol=1e-7)
+
+
 def test_training_counts_the_prefix_unless_told_otherwise(tiny: RunConfig) -> None:
     masked = replace(tiny, inner=replace(tiny.inner, train_on_prefix=False))
     shard = a_shard(tiny)

@@ -39,13 +39,13 @@ def test_another_shard_or_more_modules_leave_progress_and_optimizer(
     config = little_config()
     work = begun(config, tmp_path)
     work.train(seconds=NO_LIMIT, max_steps=2, first_step=0)
-    before = {offer.module: offer for offer in work.offers(0, config)}
+    before = [draft.encode() for draft in work.drafts(config)]
     grown = replace(config, topology=TopologyConfig(levels=levels))
     work.change_trainer(lambda: trainer_of(grown, seed=2))
     assert work.trainer.num_steps == 2, "the optimizer goes on"
-    assert {offer.module: offer for offer in work.offers(1, grown)} == before
+    assert [draft.encode() for draft in work.drafts(grown)] == before
     work.train(seconds=NO_LIMIT, max_steps=1, first_step=0)
-    assert work.offers(2, grown)[0].tokens == 3 * work.trainer.tokens_per_step
+    assert work.drafts(grown)[0].tokens == 3 * work.trainer.tokens_per_step
 
 
 def test_who_trains_a_path_goes_on_after_all_that_was_trained(tmp_path: Path) -> None:
@@ -74,17 +74,46 @@ def test_a_residual_is_sent_once_when_the_wire_format_changes(tmp_path: Path) ->
     work = begun(coarse, tmp_path)
     [module, *_] = work.trainer.modules
     carries_residual = []
-    for slot, config in enumerate((coarse, exact, exact)):
+    for version, config in enumerate((coarse, exact, exact), start=1):
         base = work.trainer.read_module(module)
         work.train(seconds=NO_LIMIT, max_steps=1, first_step=0)
         gradient = base - work.trainer.read_module(module)
-        [offer] = [offer for offer in work.offers(slot, config) if offer.module == module]
-        sent = decode(offer.raw, config.outer.wire_format, num_parameters=gradient.numel())
+        [draft] = work.drafts(config, [module])
+        sent = decode(draft.encode().raw, config.outer.wire_format, num_parameters=gradient.numel())
         carries_residual.append(not torch.equal(sent, gradient))
         state = ModuleState.initial(work.trainer.read_module(module))
-        work.rebase(module, slot + 1, "b" * 64, state, counted=slot)
+        work.rebase(work.rebasing(module, version, "b" * 64, state, counted=draft.blob))
     # The first is rounded, the second carries what the first lost, the third has nothing to carry.
     assert carries_residual == [True, True, False]
+
+
+def test_a_new_version_keeps_what_was_trained_since_the_contribution_that_it_counts(
+    tmp_path: Path,
+) -> None:
+    config = little_config()
+    work = begun(config, tmp_path)
+    [module, *_] = work.trainer.modules
+    read = work.trainer.read_module
+    start, tokens = read(module), work.trainer.tokens_per_step
+    work.train(seconds=NO_LIMIT, max_steps=2, first_step=0)
+    [draft] = work.drafts(config, [module])
+    taken = read(module)
+    work.train(seconds=NO_LIMIT, max_steps=1, first_step=2)  # before it is encoded
+    offer = draft.encode()
+    assert torch.equal(decode(offer.raw, "float32", num_parameters=len(start)), start - taken)
+    version = ModuleState.initial(torch.full_like(start, 0.5))
+    counting = work.rebasing(module, 1, "b" * 64, version, counted=draft.blob)
+    # What was committed in this slot before a restart is not what this draft holds.
+    ignoring = work.rebasing(module, 1, "b" * 64, version, counted="c" * 64)
+    work.train(seconds=NO_LIMIT, max_steps=1, first_step=3)  # while the version is prepared for
+    before = read(module)
+    assert torch.allclose(before + ignoring.change, version.parameters + before - start, atol=1e-6)
+    work.rebase(counting)
+    assert torch.allclose(read(module), version.parameters + before - taken, atol=1e-6)
+    [rest] = work.drafts(config, [module])
+    assert (rest.tokens, rest.encode().base_version) == (2 * tokens, 1)
+    work.rebase(counting)
+    assert work.drafts(config, [module])[0].tokens == 2 * tokens, "a version is put there once"
 
 
 def test_the_optimizers_of_the_paths_trained_longest_ago_are_dropped_first(tmp_path: Path) -> None:
