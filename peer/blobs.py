@@ -47,15 +47,21 @@ class BlobClient:
         self._running: dict[str, _Running] = {}
 
     async def fetch(
-        self, digest: str, sources: Sequence[str], *, max_bytes: int, timeout_seconds: float
+        self,
+        digest: str,
+        sources: Sequence[str],
+        *,
+        max_bytes: int,
+        timeout_seconds: float | None = None,
     ) -> None:
         """Have the blob in the store when this returns.
 
         Up to `download.MAX_SOURCES` of `sources` are asked at once, better ones first, else in the
         order given; one that has only a part of the blob, or none yet, is welcome. Whoever asks for
         the same blob meanwhile shares the download, and adds its sources. Raises `Unreachable` if
-        they do not yield the blob within the time, `LocalFault` if the disk does not take it; what
-        arrived is kept for the next attempt.
+        nothing comes any more (for `download.STALL_SECONDS`) or not everything within the time, if
+        one is given; `LocalFault` if the disk does not take it. What arrived is kept for the next
+        attempt.
         """
         if digest in self._store:
             return

@@ -193,9 +193,7 @@ class CatchUp:
         size = state_bytes(num_parameters)
         holders = [head.peer for head in heads if head.state == certificate.result]
         voters = [vote.peer for vote in certificate.votes]
-        sources = [*holders, *voters]
-        seconds = node.blobs.sources.download_seconds(size, sources)
-        await node.blobs.fetch(certificate.result, sources, max_bytes=size, timeout_seconds=seconds)
+        await node.blobs.fetch(certificate.result, [*holders, *voters], max_bytes=size)
         try:
             raw = node.store.read(certificate.result)
             await node.offload(lambda: decode_state(raw or b"", num_parameters=num_parameters))

@@ -25,7 +25,6 @@ from peer.node import Node
 SLOTS_KEPT = 2  # older commitments are forgotten, and their blobs deleted
 MAX_COUNTED = 16  # contributions that one version is made of
 MAX_PULLS = 8  # contributions pulled at once
-PULL_TIMEOUT_SECONDS = 120.0
 
 
 class Contributions:
@@ -131,7 +130,10 @@ class Contributions:
         """Drop what no round will ask for any more."""
         gone: set[str] = set()
         for key in [key for key in self._known if key[1] < slot - SLOTS_KEPT]:
-            gone.update(commitment.blob for commitment in self._known.pop(key).values())
+            for commitment in self._known.pop(key).values():
+                gone.add(commitment.blob)
+                if commitment.digest in self._pulls:
+                    self._pulls[commitment.digest].cancel()
         known = list(self._all_known())
         digests = {commitment.digest for commitment in known}
         self._gradients = {d: g for d, g in self._gradients.items() if d in digests}
@@ -194,12 +196,7 @@ class Contributions:
         try:
             async with self._slots:
                 self._log_first(commitment)
-                await node.blobs.fetch(
-                    commitment.blob,
-                    sources,
-                    max_bytes=commitment.blob_bytes,
-                    timeout_seconds=PULL_TIMEOUT_SECONDS,
-                )
+                await node.blobs.fetch(commitment.blob, sources, max_bytes=commitment.blob_bytes)
             self._gradients[commitment.digest] = await node.offload(
                 lambda: self._checked_gradient(commitment)
             )

@@ -47,6 +47,7 @@ PAUSE_SECONDS = (
 )
 MAX_PAUSE_SECONDS = 2.0
 PATIENCE_SECONDS = 10.0  # with sources that all lack the rest, and nothing under way
+STALL_SECONDS = 60.0  # without a chunk: the sources are none, however many there are
 CHUNK_SECONDS = 1.0  # of a source whose bandwidth is not known
 HEDGE = 3.0  # an idle source takes over a chunk that it would bring so many times sooner
 HEDGE_SECONDS = 0.25  # between two looks at whether it would
@@ -100,6 +101,7 @@ class Download:
         self._changed = asyncio.Event()
         self._failure: BaseException | None = None
         self._last_chunk_time = 0.0
+        self._stall_time = math.inf  # when it is given up, unless a chunk or a new source comes
         self._random = random.Random(f"{transport.peer_id} {digest}")  # others choose otherwise
 
     def add(self, peers: Iterable[str]) -> None:
@@ -107,11 +109,13 @@ class Download:
         for peer in peers:
             if peer not in self._sources and len(self._sources) < MAX_SOURCES_KNOWN:
                 self._sources[peer] = _Source(peer)
+                self._stall_time = self._now() + STALL_SECONDS
         self._changed.set()
 
     async def run(self) -> None:
-        """Until the blob is in the store. Bounded by its caller's patience, and by `Unreachable`
-        once the sources have proven to be none.
+        """Until the blob is in the store; takes as long as its bytes do.
+
+        Raises `Unreachable` once the sources have proven to be none.
         """
         self._last_chunk_time = self._now()
         try:
@@ -158,7 +162,7 @@ class Download:
         alive = self._alive(now)
         self._check_hope(alive, now)
         num_active = sum(bool(source.runs) for source in alive)
-        look_seconds = PATIENCE_SECONDS
+        look_seconds = min(PATIENCE_SECONDS, max(HEDGE_SECONDS, self._stall_time - now))
         for source in alive:
             if source.ready_time > now:
                 look_seconds = min(look_seconds, source.ready_time - now)
@@ -181,6 +185,8 @@ class Download:
         return [self._sources[peer] for peer in ranked]
 
     def _check_hope(self, alive: list[_Source], now: float) -> None:
+        if now >= self._stall_time:
+            raise Unreachable(f"nothing of {self._digest[:12]} came for {STALL_SECONDS:.0f} s")
         if any(source.runs for source in alive):
             return
         if self._part is None:
@@ -338,6 +344,7 @@ class Download:
     def _arrived(self, source: _Source, run: _Run, chunk: int) -> None:
         source.num_faults = source.num_empty = 0
         self._last_chunk_time = run.last_time = self._now()
+        self._stall_time = self._last_chunk_time + STALL_SECONDS
         for other in (r for s in self._sources.values() for r in s.runs):
             if chunk in other.due:
                 other.due.remove(chunk)

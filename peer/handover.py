@@ -80,8 +80,7 @@ class Handover:
             blob = HandoverReply.from_bytes(raw, sender=peer).blob
             if blob is None:
                 return None
-            seconds = node.blobs.sources.download_seconds(size, [peer])
-            await node.blobs.fetch(blob, [peer], max_bytes=size, timeout_seconds=seconds)
+            await node.blobs.fetch(blob, [peer], max_bytes=size)
             # Bad bytes are left to the sweep: the blob may be one that is here for a good reason.
             moments = await node.offload(
                 lambda: decode_moments(

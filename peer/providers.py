@@ -34,10 +34,7 @@ class Providers:
             records = await self._swarm.read(provider_key(ref.digest))
             providers = [record.peer for record in records if isinstance(record, Provider)]
             sources = [*providers, *self.hints]
-            seconds = self._blobs.sources.download_seconds(ref.num_bytes, sources)
-            await self._blobs.fetch(
-                ref.digest, sources, max_bytes=ref.num_bytes, timeout_seconds=seconds
-            )
+            await self._blobs.fetch(ref.digest, sources, max_bytes=ref.num_bytes)
         await self.announce([ref.digest])
 
     async def announce(self, digests: Iterable[str]) -> None:

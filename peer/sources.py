@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dipaco.digest import CHUNK_BYTES
@@ -23,8 +23,6 @@ MAX_SKIP_SECONDS = 240.0
 
 FRAME_TIMEOUT_SECONDS = 30.0  # for one chunk: 35 kB/s is the slowest useful source
 MIN_FRAME_TIMEOUT_SECONDS = 5.0  # a line may stall that long, and still be a good one
-DOWNLOAD_SECONDS_BASE = 30.0  # for a whole blob: to find and dial its sources
-SLOWEST_BYTES_PER_SECOND = 100_000.0
 SLOWDOWN = 8.0  # against what was measured, e.g. by others who ask for the same; then it is late
 
 
@@ -102,14 +100,6 @@ class Sources:
             return FRAME_TIMEOUT_SECONDS
         seconds = SLOWDOWN * CHUNK_BYTES / rate
         return min(FRAME_TIMEOUT_SECONDS, max(MIN_FRAME_TIMEOUT_SECONDS, seconds))
-
-    def download_seconds(self, num_bytes: int, peers: Iterable[str]) -> float:
-        """How long to wait for a blob of that size from `peers`: by what the best of them was
-        measured to bring, else by the slowest source that is useful at all.
-        """
-        rates = [rate for peer in set(peers) if (rate := self.bytes_per_second(peer)) is not None]
-        rate = max(SLOWEST_BYTES_PER_SECOND, max(rates, default=0.0) / SLOWDOWN)
-        return DOWNLOAD_SECONDS_BASE + num_bytes / rate
 
     def _source(self, peer: str) -> _Source:
         source = self._sources.pop(peer, None) or _Source()

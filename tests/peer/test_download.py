@@ -12,7 +12,7 @@ from dht.errors import Offline, Unreachable
 from dipaco.digest import CHUNK_BYTES, blob_digest, index_of
 from peer.blob_server import BlobRequest, BlobServer, chunk_bits
 from peer.blobs import BlobClient
-from peer.download import Download
+from peer.download import MAX_SOURCES_KNOWN, STALL_SECONDS, Download
 from peer.events import EventLog
 from peer.faults import Faults
 from peer.memory import Line, MemoryNetwork
@@ -57,7 +57,7 @@ class Peers:
         await BlobServer(store).serve(transport)
         self.clients[name] = BlobClient(store, transport, self.faults)
 
-    async def fetch(self, name: str, *sources: str, seconds: float = 500.0) -> float:
+    async def fetch(self, name: str, *sources: str, seconds: float | None = None) -> float:
         """Returns how many seconds it took."""
         start = asyncio.get_running_loop().time()
         await self.clients[name].fetch(
@@ -139,6 +139,40 @@ def test_what_nobody_has_all_of_is_given_up(peers: Peers) -> None:
         assert asyncio.get_running_loop().time() < NUM_CHUNKS * 2
         peers.clients["client"].sources.brought("origin", CHUNK_BYTES, 1.0)
         await peers.fetch("client", "half", "origin")
+        part.close()
+
+    run_virtual(scenario())
+
+
+def test_a_slow_line_may_take_all_the_time_it_needs(peers: Peers) -> None:
+    async def scenario() -> None:
+        await peers.start("client")
+        await peers.start("source", has_it=True, line=Line(bandwidth_bytes_per_second=80_000))
+        # 13 s a chunk; none for a minute would be the end.
+        assert await peers.fetch("client", "source") > 8 * STALL_SECONDS
+        assert not peers.faults.total
+
+    run_virtual(scenario())
+
+
+def test_a_download_that_stalls_is_given_up_however_many_sources_it_has(peers: Peers) -> None:
+    async def scenario() -> None:
+        await peers.start("client")
+        await peers.start("source", has_it=True)
+        others = [f"other{number}" for number in range(MAX_SOURCES_KNOWN - 1)]
+        peers.network.partition({"client"}, others)
+        fetching = asyncio.create_task(peers.fetch("client", "source", *others))
+        await asyncio.sleep(NUM_CHUNKS / 2)
+        peers.network.partition({"client"}, {"source"})
+        cut_time = asyncio.get_running_loop().time()
+        with pytest.raises(Unreachable, match="nothing of"):
+            await fetching
+        seconds = asyncio.get_running_loop().time() - cut_time
+        assert STALL_SECONDS - 2 < seconds <= STALL_SECONDS + 1
+        index = peers.stores["client"].index(DIGEST)
+        assert index is not None
+        part = peers.stores["client"].open_part(index)
+        assert len(part.missing) < 0.7 * NUM_CHUNKS, "what came before is kept"
         part.close()
 
     run_virtual(scenario())
