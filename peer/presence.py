@@ -48,6 +48,7 @@ class Presence:
         self.progress = Progress()
         self.room_bytes: int | None = None  # of memory for training; None: no limit
         self.maddrs: tuple[str, ...] = ()  # by which others reach this peer
+        self._heads: dict[ModuleID, tuple[Head, float]] = {}  # as last said, and when
         self.scores: dict[PathID, Scores] = {}  # of the phase that is due, by path
         round_seconds = node.history.first.run_config.rounds.round_seconds
         self.lifetime_seconds = min(
@@ -56,11 +57,13 @@ class Presence:
         self.renew_seconds = self.lifetime_seconds / RENEWALS_PER_LIFETIME
 
     async def publish(self) -> None:
-        """Renew the announcement and all heads."""
+        """Renew the announcement and all heads, except what was said only just now."""
         if self.path is not None:
             await self.announce()
         for module in list(self._node.log.held):
-            await self.publish_head(module)
+            head, (said, time) = self._head(module), self._heads.get(module, (None, 0.0))
+            if head != said or self._node.now() - time > self.renew_seconds / 2:
+                await self.publish_head(module)
         for scores in list(self.scores.values()):
             await self._store(scores)
         await self.point_to_manifest()
@@ -87,8 +90,10 @@ class Presence:
     async def publish_head(self, module: ModuleID) -> None:
         """Say which version of a module this peer holds."""
         record = self._head(module)
-        if record is not None and module not in self._retiring:
-            await self._store(record)
+        if record is None or module in self._retiring:
+            return
+        if await self._store(record):
+            self._heads[module] = record, self._node.now()
 
     async def offer_scores(self, path: PathID, *, phase: int, blob: str) -> None:
         """Say that we have scored the router data with `path`."""
@@ -117,6 +122,7 @@ class Presence:
     async def withdraw_head(self, module: ModuleID) -> None:
         """Stop being known as a holder of `module`; call before dropping it."""
         record = self._head(module)
+        self._heads.pop(module, None)
         if record is not None:
             await self._node.swarm.withdraw(record)
 
@@ -258,8 +264,9 @@ class Presence:
             path_tokens=self._tokens_of_own_path(held),
         )
 
-    async def _store(self, record: Record) -> None:
+    async def _store(self, record: Record) -> bool:
         try:
-            await self._node.swarm.store(record, self.lifetime_seconds)
+            return await self._node.swarm.store(record, self.lifetime_seconds)
         except (Unreachable, Rejected) as error:
             self._node.events.write("not stored", key=record.key, why=str(error))
+            return False
