@@ -32,7 +32,7 @@ from peer.store import BlobStore
 from tests.fault_proxy import FaultProxy, Line
 from tests.swarm.local import LocalPeer, start_peer
 
-NUM_SERVERS = 4
+NUM_SERVERS = 8
 BLOBS_PER_SERVER = 6
 MAX_BLOB_CHUNKS = 3
 CUT_AFTER_BYTES = (16 * 1024, 8 * CHUNK_BYTES)  # the first ones let the handshake through

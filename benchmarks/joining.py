@@ -2,8 +2,9 @@
 
 Every peer has its own p2pd in its own network namespace behind a link of `--mbps`, the newcomer
 also behind one five times as fast. The bound is the narrower of the newcomer's link and all its
-sources' links together. The state is a blob per module, all pulled at once, as in joining. Needs
-root and a kernel with namespaces and tbf.
+sources' links together. The state is a blob per module, all pulled at once, as in joining. All
+newcomers, each with sources of its own, pull at the same time: what they share is the machine.
+Needs root and a kernel with namespaces and tbf.
 
     python -m benchmarks.joining --params 25e6 [--json FILE]
 """
@@ -48,11 +49,17 @@ async def start(
 
 
 async def pull(
-    directory: Path, blobs: list[bytes], *, num_sources: int, mbps: float, joiner_mbps: float
+    directory: Path,
+    blobs: list[Path],
+    ready: asyncio.Barrier,
+    *,
+    num_sources: int,
+    mbps: float,
+    joiner_mbps: float,
 ) -> dict[str, Any]:
-    """One newcomer's pull of all blobs."""
-    total_bytes = sum(map(len, blobs))
-    bound = total_bytes * 8 / 1e6 / min(joiner_mbps, num_sources * mbps)
+    """One newcomer's pull of all blobs, once all newcomers are ready."""
+    sizes = [blob.stat().st_size for blob in blobs]
+    bound = sum(sizes) * 8 / 1e6 / min(joiner_mbps, num_sources * mbps)
     async with AsyncExitStack() as stack:
         internet = stack.enter_context(Internet())
         sources: list[LocalPeer] = []
@@ -62,7 +69,7 @@ async def pull(
             source = await start(stack, directory, f"source{number}", host, known)
             sources.append(source)
             store = BlobStore(directory / f"source{number}")
-            digests = [store.add(blob) for blob in blobs]
+            digests = [store.add_file(blob) for blob in blobs]
             await BlobServer(store).serve(source.transport)
         host = internet.host(mbps=joiner_mbps)
         joiner = await start(stack, directory, "joiner", host, [sources[0].maddr])
@@ -72,14 +79,16 @@ async def pull(
         faults = Faults(events)
         client = BlobClient(store, joiner.transport, faults)
         names = [source.peer_id for source in sources]
+        await ready.wait()
         received_bytes, _ = host.traffic_bytes
         begin = time.monotonic()
-        await asyncio.gather(
-            *(
-                client.fetch(digest, names, max_bytes=len(blob), timeout_seconds=60 + SLACK * bound)
-                for digest, blob in zip(digests, blobs, strict=True)
+        async with asyncio.timeout(60 + SLACK * bound):
+            await asyncio.gather(
+                *(
+                    client.fetch(digest, names, max_bytes=size)
+                    for digest, size in zip(digests, sizes, strict=True)
+                )
             )
-        )
         seconds = time.monotonic() - begin
         received_bytes = host.traffic_bytes[0] - received_bytes
         await client.close()
@@ -90,27 +99,34 @@ async def pull(
         "seconds": round(seconds, 2),
         "bound_seconds": round(bound, 2),
         "over_bound": round(seconds / bound - 1, 3),
-        "received_over_state": round(received_bytes / total_bytes - 1, 3),
+        "received_over_state": round(received_bytes / sum(sizes) - 1, 3),
         "faults": faults.total,
     }
 
 
 async def measure(params: int, mbps: float) -> dict[str, Any]:
-    """All pulls, one after another."""
-    blobs = [os.urandom(state_bytes(params // NUM_MODULES)) for _ in range(NUM_MODULES)]
-    pulls = []
-    for joiner_mbps in (mbps, FASTER * mbps):
-        for num_sources in NUM_SOURCES:
-            with tempfile.TemporaryDirectory() as directory:
-                figures = await pull(
-                    Path(directory),
-                    blobs,
-                    num_sources=num_sources,
-                    mbps=mbps,
-                    joiner_mbps=joiner_mbps,
-                )
-                pulls.append(figures)
-    return {"params": params, "state_bytes": sum(map(len, blobs)), "pulls": pulls}
+    """All pulls, at the same time."""
+    cases = [(n, joiner_mbps) for joiner_mbps in (mbps, FASTER * mbps) for n in NUM_SOURCES]
+    ready = asyncio.Barrier(len(cases))
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        blobs = [directory / f"blob{number}" for number in range(NUM_MODULES)]
+        for blob in blobs:
+            blob.write_bytes(os.urandom(state_bytes(params // NUM_MODULES)))
+        pulls = [
+            pull(
+                Path(tempfile.mkdtemp(dir=directory)),
+                blobs,
+                ready,
+                num_sources=num_sources,
+                mbps=mbps,
+                joiner_mbps=joiner_mbps,
+            )
+            for num_sources, joiner_mbps in cases
+        ]
+        figures = await asyncio.gather(*pulls)
+        num_bytes = sum(blob.stat().st_size for blob in blobs)
+    return {"params": params, "state_bytes": num_bytes, "pulls": figures}
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

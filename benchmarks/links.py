@@ -2,9 +2,10 @@
 
 Real `dipaco-peer join` processes in network namespaces, with 4-bit outer gradients and paths of
 about `--params` parameters. Of each peer: the share of wall time that it spent in inner steps, over
-the slots after the first, and what its link carried per slot; of the swarm: how many contributions
-the versions count, of those that were committed. The start states are put where the volunteers look
-for them, as if they had come before. Needs root and a kernel with namespaces and tbf.
+the slots after the first, what took the rest, and what its link carried per slot; of the swarm: how
+many contributions the versions count, of those that were committed. The start states are put where
+the volunteers look for them, as if they had come before. Needs root and a kernel with namespaces
+and tbf.
 
     python -m benchmarks.links --mbps 20 --slots 4 [--params 25e6] [--json FILE]
 """
@@ -12,6 +13,7 @@ for them, as if they had come before. Needs root and a kernel with namespaces an
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -179,13 +181,19 @@ def measure(params: float, mbps: float, slots: int, slot_seconds: float) -> dict
             "slot_seconds": slot_seconds,
             "peers": [
                 {
-                    "inner_share": round(inner_share(peer), 4),
+                    "inner_share": round(shares["inner steps"], 4),
+                    "other_shares": {
+                        what: round(share, 4)
+                        for what, share in shares.items()
+                        if what != "inner steps"
+                    },
                     "received_mb_per_slot": per_slot(a[0] - b[0], seconds, slot_seconds),
                     "sent_mb_per_slot": per_slot(a[1] - b[1], seconds, slot_seconds),
                 }
-                for peer, b, a in zip(peers, before, after, strict=True)
+                for shares, b, a in zip(map(shares_of, peers), before, after, strict=True)
             ],
             "counted_of_committed": round(counted_share(peers), 4),
+            "seconds_to_version": [round(seconds, 1) for seconds in version_seconds(peers)],
         }
 
 
@@ -194,12 +202,15 @@ def listening(host: Host) -> list[str]:
     return ["--host-maddr", f"/ip4/{host.address}/tcp/0"]
 
 
-def inner_share(peer: Peer) -> float:
-    """From the first contribution to the last one."""
-    [first_step] = peer.events("first step")
+def shares_of(peer: Peer) -> dict[str, float]:
+    """What a peer's time for training went into, from the first contribution to the last one."""
     first, *_, last = peer.events("contributed")
-    spent = [e["inner_share"] * (e["time"] - first_step["time"]) for e in (first, last)]
-    return float((spent[1] - spent[0]) / (last["time"] - first["time"]))
+    elapsed = last["time"] - first["time"]
+    shares = {
+        what: (seconds - first["seconds"].get(what, 0.0)) / elapsed
+        for what, seconds in last["seconds"].items()
+    }
+    return {**shares, "waiting": 1.0 - sum(shares.values())}
 
 
 def per_slot(num_bytes: int, seconds: float, slot_seconds: float) -> float:
@@ -223,6 +234,20 @@ def counted_share(peers: list[Peer]) -> float:
     return len(counted) / len(committed)
 
 
+def version_seconds(peers: list[Peer]) -> list[float]:
+    """From the end of a slot to its version, for every module of a peer's path, sorted."""
+    seconds = []
+    for peer in peers:
+        ends = {e["slot"]: e["time"] for e in peer.events("contributed")}
+        trained = {e["module"] for e in peer.events("committed")}
+        seconds += [
+            e["time"] - ends[e["trained_slot"]]
+            for e in peer.events("version")
+            if e["module"] in trained and e["trained_slot"] in ends
+        ]
+    return sorted(seconds)
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--params", type=float, default=25e6, show_default=True, help="Of a path.")
 @click.option("--mbps", type=float, multiple=True, default=(20.0,), show_default=True)
@@ -241,7 +266,7 @@ def main(
         raise SystemExit(reason)
     figures = [measure(params, rate, slots, slot_seconds) for rate in mbps]
     table = Table(title=f"{params / 1e6:g} M parameters, slots of {slot_seconds:g} s, int4")
-    for heading in ("Mbit/s", "in inner steps", "MB in", "MB out", "counted of committed"):
+    for heading in ("Mbit/s", "in inner steps", "MB in", "MB out", "counted", "version after"):
         table.add_column(heading, justify="right")
     for line in figures:
         peers = line["peers"]
@@ -251,8 +276,13 @@ def main(
             f"{max(peer['received_mb_per_slot'] for peer in peers):.1f}",
             f"{max(peer['sent_mb_per_slot'] for peer in peers):.1f}",
             f"{line['counted_of_committed']:.0%}",
+            f"{statistics.median(line['seconds_to_version']):.0f} s",
         )
     Console().print(table)
+    for line in figures:
+        slowest = min(line["peers"], key=lambda peer: peer["inner_share"])
+        others = (f"{what} {share:.1%}" for what, share in slowest["other_shares"].items())
+        Console().print(f"{line['mbps']:g} Mbit/s, not in inner steps: {', '.join(others)}")
     if json_file is not None:
         json_file.write_text(json.dumps(figures, indent=2) + "\n")
 
