@@ -345,6 +345,8 @@ class Volunteer:
                 node.events.write("training", slot=slot, path=str(self._the_work().trainer.path))
             room = rounds.inner_steps - steps if rounds.blocking else self._pace.burst_steps
             steps += await self._burst(min(room, self._pace.burst_steps), steps, end)
+        if not self.stop.is_set():
+            await self._apply_versions(wait=True)  # an outer gradient from an older one won't count
         return steps
 
     async def _make_plan(self, slot: int) -> None:
@@ -478,15 +480,18 @@ class Volunteer:
         if not self._is_finished():
             await self._pause(max(0.0, node.history.first.slot_start(slot + 1) - node.now()))
 
-    async def _apply_versions(self) -> None:
-        """Put every new version under the path; after a whole new round, evaluate and announce."""
+    async def _apply_versions(self, *, wait: bool = False) -> None:
+        """Put every new version under the path; after a whole new round, evaluate and announce.
+
+        One that is still being prepared for comes later, unless the caller can `wait`.
+        """
         node, work = self._node, self._the_work()
         for module in work.trainer.modules:
             if node.log.held[module].version > work.version(module):
                 if module not in self._rebasings:
                     task = asyncio.ensure_future(self._prepare_rebasing(module))
                     self._rebasings[module] = task
-                if self._rebasings[module].done() or self._config.rounds.blocking:
+                if wait or self._rebasings[module].done() or self._config.rounds.blocking:
                     step = await self._rebasings.pop(module)
                     await self._instead("new versions", partial(work.rebase, step))
         if work.round > self._evaluated_round:

@@ -68,6 +68,7 @@ class Soak:
         self._lives: list[tuple[str, float, float | None]] = []  # peer, since, until (Unix seconds)
         self._trained: dict[int, set[ModuleID]] = {}  # modules contributed to, by slot
         self._num = {"kill": 0, "leave": 0}
+        self._endings: list[asyncio.Future[None]] = []
         self._num_names = 0
         self._tasks: list[asyncio.Task[None]] = []
         self._net = PathNet(self._config.model)
@@ -93,6 +94,7 @@ class Soak:
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
+            await asyncio.gather(*self._endings)
         possible, missed = self._commits(bootstrap, len(curve))
         return Outcome(
             curve=curve,
@@ -126,7 +128,9 @@ class Soak:
             end = self._random.choice(["kill", "leave"])
             self._num[end] += 1
             self._lives[life] = (peer.peer_id, self._lives[life][1], now())
-            await (self._place.kill(name) if end == "kill" else self._place.leave(name))
+            ending = self._place.kill(name) if end == "kill" else self._place.leave(name)
+            self._endings.append(asyncio.ensure_future(ending))
+            await asyncio.shield(self._endings[-1])  # whoever has begun to go is gone in the end
             absence_seconds = ABSENCE_ROUNDS * self._round_seconds
             await asyncio.sleep(self._random.expovariate(1 / absence_seconds))
             name = self._random.choice([name, self._new_name()])
