@@ -217,18 +217,20 @@ class PathTrainer:
 
     def evaluate(self, max_sequences: int) -> Evaluation:
         """Score at most `max_sequences` of the shard's validation rows."""
-        return self.evaluate_rows(self._shard.valid[:max_sequences])
+        return self.evaluate_rows(self.valid_rows(max_sequences))
 
-    def evaluate_modules(
-        self, vectors: Mapping[ModuleID, Tensor], max_sequences: int
-    ) -> Evaluation:
-        """`evaluate` with these parameters, in a network of its own, so that training may go on
-        meanwhile: on any thread.
+    def valid_rows(self, max_sequences: int) -> Rows:
+        """At most `max_sequences` of the shard's validation rows."""
+        return self._shard.valid[:max_sequences]
+
+    def evaluate_modules(self, vectors: Mapping[ModuleID, Tensor], rows: Rows) -> Evaluation:
+        """Score any rows with these parameters, in a network of its own, so that training may go
+        on meanwhile: on any thread.
         """
         net = PathNet(self.config.model, self.device)
         for module, vector in vectors.items():
             write_module(net, self.topology, module, vector)
-        return self._evaluate(net, self._shard.valid[:max_sequences])
+        return self._evaluate(net, rows)
 
     def evaluate_rows(self, rows: Rows) -> Evaluation:
         """Score any rows [n, T]."""

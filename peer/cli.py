@@ -96,6 +96,38 @@ def check(address: tuple[str, ...], verbose: int, **options: Any) -> None:
 
 
 @main.command()
+@click.argument("path_name", metavar="PATH")
+@click.argument("target", type=click.Path(path_type=Path), metavar="TARGET")
+@click.option(
+    "--state-dir", type=click.Path(path_type=Path), help="Of a volunteer or a bootstrap node."
+)
+@click.option(
+    "--run", default="", help="Beginning of the run's name, if the directory has several."
+)
+@click.option(
+    "--early-stopped", is_flag=True, help="Take the path as it was when it did best here."
+)
+@one_line_errors
+def export(
+    path_name: str, target: Path, state_dir: Path | None, run: str, early_stopped: bool
+) -> None:
+    """Write a path as a model directory for the `transformers` library.
+
+    PATH is one that this machine's peer holds, such as 0.1: it may be running. TARGET is a
+    directory that is empty or not there; it gets configuration, weights and tokenizer.
+    """
+    from dipaco.llama import export_llama
+    from peer.config import default_state_dir
+    from peer.export import RunOnDisk
+
+    found = RunOnDisk(state_dir or default_state_dir(), run).path(
+        path_name, early_stopped=early_stopped
+    )
+    export_llama(found.net, found.tokenizer, target)
+    click.echo(f"path {path_name} after round {found.round} is in {target}")
+
+
+@main.command()
 @click.option("--state-dir", type=click.Path(path_type=Path), help="Where the identity lies.")
 @one_line_errors
 def identity(state_dir: Path | None) -> None:

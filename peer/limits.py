@@ -24,8 +24,9 @@ T = TypeVar("T")
 
 # Current and next version of a path, the contributions of a group, and as much for what is kept.
 STATES_ON_DISK = 8
-# AdamW's two moments, the residual of the compression, and room to replace them.
-WORK_BYTES_PER_PARAMETER = 16
+# AdamW's two moments, the residual of the compression, the path at its best, and room to replace
+# the first of them.
+WORK_BYTES_PER_PARAMETER = 24
 # Python, torch, hivemind and p2pd, before any path is taken.
 PROCESS_BYTES = 10**9
 # In main memory, wherever training runs: where progress is counted from (4), the contribution under

@@ -112,6 +112,15 @@ class ModuleLog:
             self._certificate_file(module, chain[-1].version).unlink()
             chain = chain[:-1]
 
+    def versions_on_disk(self, module: ModuleID) -> list[tuple[int, str]]:
+        """Every version of `module` that was held here, and the digest of its state, newest first.
+
+        The states of old ones are no longer here. Changes nothing, unlike `open`.
+        """
+        origin = self._history.origin(module)
+        chain = [(c.version, c.result) for c in self._read_chain(module, origin)]
+        return [*reversed(chain), (origin.version, origin.state.digest)]
+
     def adopt(self, module: ModuleID, chain: list[Certificate]) -> Held:
         """Make `chain` (checked, from the origin) this module's; its last state is here."""
         held = self.held.get(module)

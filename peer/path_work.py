@@ -28,6 +28,7 @@ from dipaco.moments import Moments
 from dipaco.shards import Rows
 from dipaco.tensors import decode_tensors, encode_tensors, new_vector
 from dipaco.topology import ModuleID
+from peer.best import BEST_SUFFIX, keep_if_best
 
 OPTIMIZER_SUFFIX, RESIDUAL_SUFFIX = ".optimizer", ".residuals"
 PATHS_KEPT = 8  # with their optimizers' states, on disk: 8 bytes per parameter each
@@ -126,7 +127,7 @@ class PathWork:
         self._pending: dict[ModuleID, list[Draft]] = {}
         self._residuals: dict[ModuleID, Tensor] = {}
         directory.mkdir(parents=True, exist_ok=True)
-        self.resumed = trainer.load_optimizer(self._optimizer_file)
+        self.resumed = trainer.load_optimizer(self._file(OPTIMIZER_SUFFIX))
         trainer.seek(0)
         self._load_residuals()
 
@@ -174,7 +175,7 @@ class PathWork:
         number = self.trainer.next_batch_number
         del self.trainer
         self.trainer = make()
-        self.trainer.load_optimizer(self._optimizer_file)
+        self.trainer.load_optimizer(self._file(OPTIMIZER_SUFFIX))
         self.trainer.seek(number)
         for module, vector in parameters.items():
             self.trainer.write_module(module, vector)
@@ -271,9 +272,22 @@ class PathWork:
         self._bases[module] = _Base(step.version, step.state, step.parameters, tokens)
 
     def evaluate(self) -> Evaluation:
-        """The versions under the path, on the validation part of its shard; beside training."""
-        versions = {module: base.parameters for module, base in self._bases.items()}
-        return self.trainer.evaluate_modules(versions, self.trainer.config.rounds.eval_sequences)
+        """The versions under the path, on the validation part of its shard; beside training.
+
+        They are kept if none did better.
+        """
+        bases = dict(self._bases)
+        versions = {module: base.parameters for module, base in bases.items()}
+        rows = self.trainer.valid_rows(self.trainer.config.rounds.eval_sequences)
+        evaluation = self.trainer.evaluate_modules(versions, rows)
+        keep_if_best(
+            self._file(BEST_SUFFIX),
+            versions,
+            evaluation,
+            rows=blob_digest(rows.tobytes()),
+            round_number=min(base.version for base in bases.values()),
+        )
+        return evaluation
 
     def score(self, rows: Rows, *, seconds: float, max_batches: int) -> Tensor:
         """How well the path as it stands predicts the first of `rows` (`PathTrainer.score_rows`).
@@ -295,19 +309,14 @@ class PathWork:
         Beside training: then some moments are of one step and some of the next, which AdamW does
         not mind.
         """
-        self.trainer.save_optimizer(self._optimizer_file)
+        self.trainer.save_optimizer(self._file(OPTIMIZER_SUFFIX))
         tensors = {str(module): residual for module, residual in self._residuals.items()}
         if tensors:
-            write_atomically(self._residual_file, encode_tensors(tensors))
+            write_atomically(self._file(RESIDUAL_SUFFIX), encode_tensors(tensors))
         drop_oldest(self._directory, max_paths=PATHS_KEPT)
 
-    @property
-    def _optimizer_file(self) -> Path:
-        return self._directory / f"{self.trainer.path}{OPTIMIZER_SUFFIX}"
-
-    @property
-    def _residual_file(self) -> Path:
-        return self._directory / f"{self.trainer.path}{RESIDUAL_SUFFIX}"
+    def _file(self, suffix: str) -> Path:
+        return self._directory / f"{self.trainer.path}{suffix}"
 
     def _load_residuals(self) -> None:
         """What earlier rounds lost in compression; a missing or damaged file loses just that."""
@@ -316,7 +325,9 @@ class PathWork:
             for module in self.trainer.modules
         }
         try:
-            tensors: Mapping[str, Tensor] = decode_tensors(self._residual_file.read_bytes(), layout)
+            tensors: Mapping[str, Tensor] = decode_tensors(
+                self._file(RESIDUAL_SUFFIX).read_bytes(), layout
+            )
         except (OSError, ValueError):
             return
         self._residuals = {ModuleID.parse(name): tensor for name, tensor in tensors.items()}
@@ -329,7 +340,7 @@ def drop_oldest(directory: Path, *, max_paths: int, max_bytes: float = math.inf)
     """
     by_path: dict[str, list[Path]] = {}
     for file in directory.iterdir():
-        if file.suffix in (OPTIMIZER_SUFFIX, RESIDUAL_SUFFIX):
+        if file.suffix in (OPTIMIZER_SUFFIX, RESIDUAL_SUFFIX, BEST_SUFFIX):
             by_path.setdefault(file.stem, []).append(file)
     newest_first = sorted(
         by_path.values(), key=lambda files: max(f.stat().st_mtime_ns for f in files), reverse=True

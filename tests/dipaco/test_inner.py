@@ -199,7 +199,7 @@ def test_other_parameters_are_evaluated_beside_those_in_training(tiny: RunConfig
     trainer.train_step(0)
     trained = {module: trainer.read_module(module) for module in trainer.modules}
     assert trainer.evaluate(5) != expected
-    assert trainer.evaluate_modules(start, 5) == expected
+    assert trainer.evaluate_modules(start, trainer.valid_rows(5)) == expected
     for module in trainer.modules:
         assert torch.equal(trainer.read_module(module), trained[module])
         trainer.add_to_module(module, start[module] - trained[module])

@@ -30,7 +30,7 @@ HEAVY = "import sys; heavy = {'torch', 'hivemind', 'datasets', 'sklearn'} & set(
 @pytest.mark.parametrize(
     ("module", "command", "subcommands"),
     [
-        ("peer.cli", "main", ["join", "status", "check", "identity"]),
+        ("peer.cli", "main", ["join", "status", "check", "export", "identity"]),
         ("bootstrap.cli", "main", ["prepare", "serve", "grow", "status"]),
         ("dipaco.cli", "cli", ["train"]),
     ],
@@ -76,6 +76,7 @@ def test_the_options_are_these() -> None:
         ),
         "dipaco-peer status": ["--json", "--verbose"],
         "dipaco-peer check": sorted([*network, *volunteer, "--device", "--verbose"]),
+        "dipaco-peer export": ["--early-stopped", "--run", "--state-dir"],
         "dipaco-peer identity": ["--state-dir"],
         "dipaco-bootstrap status": ["--json", "--verbose"],
         "dipaco-bootstrap prepare": ["--device", "--threads", "--verbose"],

@@ -3,6 +3,10 @@
 import pytest
 import torch
 
+from tests.tiny_run import start, text_files, tiny
+
+__all__ = ["start", "text_files", "tiny"]
+
 
 @pytest.fixture(autouse=True)
 def light(monkeypatch: pytest.MonkeyPatch) -> None:

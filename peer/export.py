@@ -1,0 +1,117 @@
+"""A path of a run, out of what a peer has on its disk: without a network; the peer may be running.
+
+A volunteer has the modules of the path that it trains, and of those that it keeps for others; an
+operator's node has all.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dht.errors import LocalFault
+from dipaco.checkpoint import decode_state
+from dipaco.config import ModelConfig
+from dipaco.errors import BadState
+from dipaco.model import PathNet, write_module
+from dipaco.topology import ModuleID, PathID
+from peer.best import BEST_SUFFIX, read_best
+from peer.history import History
+from peer.manifest import parse_manifest
+from peer.modules import ModuleLog
+from peer.store import BlobStore
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FoundPath:
+    """A path's network, its tokenizer, and of which versions of its modules it is made."""
+
+    net: PathNet
+    tokenizer: bytes
+    round: int  # the oldest version among its modules
+
+
+class RunOnDisk:
+    """One run in a peer's state directory; nothing in it is changed."""
+
+    def __init__(self, state_dir: Path, run: str = "") -> None:
+        """`run` is the beginning of its name, needed only where there are several.
+
+        `LocalFault` if there is no such run.
+        """
+        found = sorted(d for d in (state_dir / "runs").glob(f"{run}*") if d.is_dir())
+        if len(found) != 1:
+            names = ", ".join(directory.name for directory in found) or "none"
+            raise LocalFault(
+                f"`{state_dir}` holds {names} of the runs asked for",
+                hint="name a peer's state directory with --state-dir, and one run of it with --run",
+            )
+        self._directory = found[0]
+        self._store = BlobStore(found[0] / "blobs")
+        first = next((d for d in self._store.digests() if d.startswith(found[0].name)), None)
+        raw = self._store.read(first) if first is not None else None
+        if first is None or raw is None:
+            raise LocalFault(f"`{found[0]}` lacks the run's manifest", hint=_HINT)
+        manifest = parse_manifest(raw, digest=first, sender="disk")
+        self._history = History(manifest, self._store, found[0] / "manifests")
+        self._log = ModuleLog(found[0] / "modules", self._history, self._store)
+
+    def path(self, name: str, *, early_stopped: bool = False) -> FoundPath:
+        """A path as its newest versions here make it, or as it was when it did best.
+
+        `LocalFault` if there is no such path, or not all of it is here.
+        """
+        topology = self._history.newest.topology
+        try:
+            path = PathID.parse(name)
+            modules = topology.modules_of(path)
+        except (ValueError, LookupError) as error:
+            raise LocalFault(
+                f"there is no path {name!r}",
+                hint=f"paths go from {topology.paths[0]} to {topology.paths[-1]}",
+            ) from error
+        model = self._history.newest.run_config.model
+        tokenizer = self._store.read(self._history.newest.tokenizer.digest)
+        if tokenizer is None:
+            raise LocalFault("the run's tokenizer is not here", hint=_HINT)
+        if early_stopped:
+            net, round_ = self._best(path, modules, model)
+        else:
+            net, round_ = self._newest(modules, model)
+        return FoundPath(net=net, tokenizer=tokenizer, round=round_)
+
+    def _newest(self, modules: tuple[ModuleID, ...], model: ModelConfig) -> tuple[PathNet, int]:
+        net, versions = PathNet(model), []
+        for module in modules:
+            version, raw = self._state(module)
+            try:
+                state = decode_state(raw, num_parameters=self._log.num_parameters(module))
+            except BadState as error:
+                raise LocalFault(f"module {module} is damaged", hint=_HINT) from error
+            write_module(net, self._history.newest.topology, module, state.parameters)
+            versions.append(version)
+        return net, min(versions)
+
+    def _state(self, module: ModuleID) -> tuple[int, bytes]:
+        """A module's newest version of which the state is here."""
+        for version, digest in self._log.versions_on_disk(module):
+            raw = self._store.read(digest)
+            if raw is not None:
+                return version, raw
+        raise LocalFault(f"module {module} is not here", hint=_HINT)
+
+    def _best(
+        self, path: PathID, modules: tuple[ModuleID, ...], model: ModelConfig
+    ) -> tuple[PathNet, int]:
+        best = read_best(self._directory / "paths" / f"{path}{BEST_SUFFIX}")
+        sizes = {module: self._log.num_parameters(module) for module in modules}
+        if best is None or {m: len(v) for m, v in best.parameters.items()} != sizes:
+            raise LocalFault(
+                f"this peer has not kept path {path} at its best",
+                hint="a volunteer that has trained it for a round has",
+            )
+        net = PathNet(model)
+        for module, vector in best.parameters.items():
+            write_module(net, self._history.newest.topology, module, vector)
+        return net, best.round
+
+
+_HINT = "a path is complete with the volunteer that trains it, and with the bootstrap node"
