@@ -184,8 +184,12 @@ def _variants(short: RunConfig) -> Iterator[Experiment]:
     yield from _routers(short)
     for rescale in ("rda", "sqrt"):
         yield _paths(f"2x2-{rescale}", varied(short, outer={"rescale": rescale}))
-    for wire_format in ("int4", "float32", "topk"):
+    for wire_format in ("int4", "float32"):
         yield _paths(f"2x2-{wire_format}", varied(short, outer={"wire_format": wire_format}))
+    yield _paths("2x2-topk-momentum", varied(short, outer={"wire_format": "topk"}))
+    # What SparseLoCo does: what is not sent yet takes the place of momentum.
+    topk = {"wire_format": "topk", "momentum": 0.0, "learning_rate": 1.0}
+    yield _paths("2x2-topk", varied(short, outer=topk))
     yield Experiment(name="2x2-synchronous", config=short, kind="synchronous")
     # The paper's choice, scaled down: the outer block of each level, and the embedding.
     specific = {"path_specific_blocks": [0, 3], "path_specific_embedding": True}
