@@ -254,8 +254,6 @@ class Member:
         known, result = self._results.pop(module, ("", None))
         if known != proposal.digest or (result and result.state != certificate.result):
             result = None
-        if result is not None:
-            self._begin_writing(result)
         node.log.adopt(module, [*held.chain, certificate])
         node.events.write(
             "version",
@@ -271,7 +269,7 @@ class Member:
     async def _compute(
         self, module: ModuleID, proposal: Proposal, *, sources: list[str]
     ) -> _Result | None:
-        """Reduce a proposal by ourselves.
+        """Reduce a proposal by ourselves; the new state then is on its way to the store.
 
         None if that cannot be done, or the module has gone on meanwhile.
         """
@@ -305,6 +303,7 @@ class Member:
                 return None
             except Unreachable:  # a blob rotted on disk since it was checked
                 return None
+            self._begin_writing(result)
             if log.held.get(module) is not held:
                 return None  # it may have been reduced from another version
             self._results[module] = (proposal.digest, result)
@@ -329,8 +328,9 @@ class Member:
         return _Result(index=index_of(update.encoded), update=update)
 
     def _begin_writing(self, result: _Result) -> None:
-        """Put a new version's state on disk. Neither the vote nor the version waits for that: after
-        a crash the contributions, the promise and the version before are there.
+        """Put a new state on disk. Neither the vote nor the new version waits for that: after a
+        crash the contributions, the promise and the version before are on disk. It begins before
+        the vote, so that a peer killed right after a version hardly ever comes back without it.
         """
         node = self._node
 
