@@ -87,7 +87,7 @@ class Member:
         self._on_behind = on_behind
         self._acceptor = Acceptor(node.state_dir / "promises")
         self._results: dict[ModuleID, tuple[str, _Result]] = {}  # of the proposal of that digest
-        self._writes: set[asyncio.Task[None]] = set()  # of states that are not on disk yet
+        self._writes: dict[str, asyncio.Task[None]] = {}  # of states that are not on disk yet
         self._locks: dict[ModuleID, asyncio.Lock] = {}
         self.retiring: set[ModuleID] = set()  # held still, but only until the next roster
         self._pulling: dict[ModuleID, tuple[int, float]] = {}  # slot, and until when
@@ -116,7 +116,7 @@ class Member:
         """Stop what is under way; what is being written gets there."""
         await self.courier.close()
         await self.contributions.close()
-        await asyncio.gather(*self._writes, return_exceptions=True)
+        await asyncio.gather(*self._writes.values(), return_exceptions=True)
 
     def pulls_until(self, module: ModuleID, slot: int) -> float:
         """Until when a leader that was heard of in `slot` lets members pull; 0 if there is none."""
@@ -222,8 +222,9 @@ class Member:
             self._node.events.write(
                 "diverged", module=str(module), ours=result.state, certified=certificate.result
             )
-        is_here = result is not None and result.state == certificate.result
-        if not is_here and certificate.result not in self._node.store:
+        if (writing := self._writes.get(certificate.result)) is not None:
+            await asyncio.wait({writing})  # who has a version comes back with it, even if killed
+        if certificate.result not in self._node.store:
             self._on_behind(module)
             return False
         return self._apply(module, certificate)
@@ -328,10 +329,7 @@ class Member:
         return _Result(index=index_of(update.encoded), update=update)
 
     def _begin_writing(self, result: _Result) -> None:
-        """Put a new state on disk. Neither the vote nor the new version waits for that: after a
-        crash the contributions, the promise and the version before are on disk. It begins before
-        the vote, so that a peer killed right after a version hardly ever comes back without it.
-        """
+        """Put a new state on disk. The vote does not wait for that, the new version does."""
         node = self._node
 
         async def write() -> None:
@@ -341,12 +339,13 @@ class Member:
                 node.events.write("error", where="new state", why=str(error))
             finally:
                 node.log.unwritten.discard(result.state)
+                del self._writes[result.state]
 
+        if result.state in self._writes:
+            return
         node.log.unwritten.add(result.state)
         node.log.remember(result.state, result.update.state)
-        task = asyncio.ensure_future(write())
-        self._writes.add(task)
-        task.add_done_callback(self._writes.discard)
+        self._writes[result.state] = asyncio.ensure_future(write())
 
     def _is_manifest_in_force(self, proposal: Proposal, slot: int) -> bool:
         """Whether the contributions were made under the manifest of their slot.

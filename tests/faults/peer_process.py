@@ -151,15 +151,10 @@ class PeerProcess:
         return versions
 
     def path_modules(self) -> list[str]:
-        """The modules of the path that it trains: those of the last slot it contributed to.
-
-        The event of that name comes after all commitments of a slot.
-        """
-        events = self.follow()
-        committed = [event for event in events if event["event"] == "committed"]
-        contributed = (event["slot"] for event in events if event["event"] == "contributed")
-        last = max(contributed, default=None)
-        return sorted({event["module"] for event in committed if event["slot"] == last})
+        """The modules of the path that it trains: those it ever committed to for its last path."""
+        committed = [event for event in self.follow() if event["event"] == "committed"]
+        last = committed[-1]["path"] if committed else None
+        return sorted({event["module"] for event in committed if event["path"] == last})
 
     def set_trap(self, event: str, role: Role, number: int, pids: Sequence[int]) -> None:
         (self.state_dir / FIRED_NAME).unlink(missing_ok=True)

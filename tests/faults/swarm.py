@@ -171,6 +171,11 @@ class FaultSwarm:
 
     def _provoke(self, cell: Cell, victim: PeerProcess, hit: PeerProcess) -> Fault:
         """Set the trap, and wait until it is sprung."""
+        self._until(
+            lambda: bool(self._trained_beside(hit) & {*victim.path_modules()}),
+            HEAL_SLOTS * self._slot_seconds,
+            "somebody to train beside the victim",
+        )
         p2pd = hit.p2pd.pid
         pids = {
             Target.P2PD: [p2pd],
@@ -185,8 +190,7 @@ class FaultSwarm:
         entry = victim.fired() or {}
         survivors = [peer for peer in self.everyone if peer is not hit]
         # What only the victim trained has nobody to go on with it.
-        trained = {module for peer in survivors for module in peer.path_modules()}
-        modules = trained & {*victim.path_modules(), entry.get("module", "")}
+        modules = self._trained_beside(hit) & {*victim.path_modules(), entry.get("module", "")}
         fault = Fault(
             cell=cell,
             victim=victim,
@@ -203,6 +207,11 @@ class FaultSwarm:
         if not modules:
             raise FaultError("nothing that anybody else trains was concerned")
         return fault
+
+    def _trained_beside(self, hit: PeerProcess) -> set[str]:
+        """Modules that others train."""
+        others = [peer for peer in self.everyone if peer is not hit]
+        return {module for peer in others for module in peer.path_modules()}
 
     def _recover(self, fault: Fault, outcome: Outcome) -> Outcome:
         """Wait until every module concerned has its next version among the survivors."""
