@@ -338,12 +338,10 @@ class Member:
             except (OSError, LocalFault) as error:
                 node.events.write("error", where="new state", why=str(error))
             finally:
-                node.log.unwritten.discard(result.state)
                 del self._writes[result.state]
 
         if result.state in self._writes:
             return
-        node.log.unwritten.add(result.state)
         node.log.remember(result.state, result.update.state)
         self._writes[result.state] = asyncio.ensure_future(write())
 

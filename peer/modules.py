@@ -88,7 +88,6 @@ class ModuleLog:
         self._history = history
         self._store = store
         self.held: dict[ModuleID, Held] = {}
-        self.unwritten: set[str] = set()  # states in memory, on their way to the store
         self.max_recent_bytes = MAX_RECENT_BYTES
         self._recent: OrderedDict[str, ModuleState] = OrderedDict()
         self._recent_lock = threading.Lock()
@@ -126,7 +125,7 @@ class ModuleLog:
         held = self.held.get(module)
         before = held.chain if held is not None else []
         new = Held(module=module, origin=self._history.origin(module), chain=list(chain))
-        assert new.state in self._store or new.state in self.unwritten, "a state is here first"
+        assert new.state in self._store, "a state is here first"
         for position, certificate in enumerate(chain):
             if position >= len(before) or before[position] is not certificate:
                 file = self._certificate_file(module, certificate.version)
@@ -167,7 +166,7 @@ class ModuleLog:
             self._recent[digest] = state
             self._recent.move_to_end(digest)
             total_bytes = sum(state_bytes(s.num_parameters) for s in self._recent.values())
-            evictable = [d for d in self._recent if d != digest and d not in self.unwritten]
+            evictable = [d for d in self._recent if d != digest]
             for oldest in evictable:
                 if total_bytes <= self.max_recent_bytes:
                     break
