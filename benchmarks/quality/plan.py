@@ -107,6 +107,8 @@ _GPU = {
 }
 _VARIANT = {"inner": {"batch_sequences": 8}, "rounds": {"num_rounds": 10}}
 """A quarter of the tokens, because there are many variants."""
+_SPECIFIC = {"path_specific_blocks": [0, 3], "path_specific_embedding": True}
+"""The paper's choice, scaled down: the outer block of each level, and the embedding."""
 
 
 def base_config(size: Size, text: Path | None) -> RunConfig:
@@ -166,6 +168,11 @@ def _main(base: RunConfig) -> Iterator[Experiment]:
     yield _paths("2x2", base, options=Options(early_stopping=True), reroute=(16, 32, 64))
     yield _paths("flat-4", _flat(base), options=Options(early_stopping=True))
     yield _paths("1x1", _single(base), reroute=())
+    stopped: dict[str, Any] = {"options": Options(early_stopping=True), "reroute": (16, 32, 64)}
+    four = varied(base, topology={"levels": [4, 4]})
+    yield _paths("4x4", four, **stopped)
+    yield _paths("4x4-specific", varied(four, topology=_SPECIFIC), **stopped)
+    yield Experiment(name="2x2-synchronous", config=base, kind="synchronous")
 
 
 def _single(config: RunConfig) -> RunConfig:
@@ -190,16 +197,13 @@ def _variants(short: RunConfig) -> Iterator[Experiment]:
     # What SparseLoCo does: what is not sent yet takes the place of momentum.
     topk = {"wire_format": "topk", "momentum": 0.0, "learning_rate": 1.0}
     yield _paths("2x2-topk", varied(short, outer=topk))
-    yield Experiment(name="2x2-synchronous", config=short, kind="synchronous")
-    # The paper's choice, scaled down: the outer block of each level, and the embedding.
-    specific = {"path_specific_blocks": [0, 3], "path_specific_embedding": True}
-    yield _paths("2x2-specific", varied(short, topology=specific))
+    yield Experiment(name="2x2-synchronous-short", config=short, kind="synchronous")
+    yield _paths("2x2-specific", varied(short, topology=_SPECIFIC))
     num_steps = short.rounds.total_steps
     for inner_steps in (10, 200, 50, 100):
         schedule = {"num_rounds": num_steps // inner_steps, "inner_steps": inner_steps}
         yield _paths(f"2x2-inner-{inner_steps}", varied(short, rounds=schedule))
-    four = varied(short, topology={"levels": [4, 4]})
-    yield _paths("4x4-short", four, options=Options(early_stopping=True), reroute=(16, 32, 64))
+    yield _paths("4x4-short", varied(short, topology={"levels": [4, 4]}))
     yield _paths("2x2-float16", varied(short, outer={"wire_format": "float16"}))
 
 
