@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dipaco.codec import MAX_BFLOAT16, Bodies, bfloat16s
+from dipaco.codec import MAX_BFLOAT16, Bodies, Codec, bfloat16s
 from dipaco.tensors import Layout
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _LEAST_SCALE = 2.0**-100  # 127.5 / scale stays finite, and no decoded value is denormal
 
 
-class Int8Codec:
+class Int8Codec(Codec):
     """Blocks of 256 values of 8 bits with a float32 scale."""
 
     block_values = 256  # one 4-byte scale per 256 bytes costs 1.6 %; larger ones lose small values
@@ -63,7 +63,7 @@ class Int8Codec:
         return scratch[: stop - start]
 
 
-class Int4Codec:
+class Int4Codec(Codec):
     """Blocks of 64 values of 4 bits with a bfloat16 scale."""
 
     block_values = 64  # one 2-byte scale per 32 bytes costs 6 %; with 128 errors grow by 4 to 20 %
@@ -91,7 +91,7 @@ class Int4Codec:
         for blocks, first, last in ((values, 0, whole), (rest, whole, num_blocks)):
             kernels.encode_int4(
                 blocks,
-                _code_of_step(),
+                _codes_of_steps(),
                 np.float32(_LEAST_SCALE),
                 packed[first * self.block_values // 2 :],
                 scales[first:last],
@@ -109,12 +109,44 @@ class Int4Codec:
         """See `Codec`."""
         from dipaco import kernels
 
+        values = scratch[: stop - start]
+        packed, scales = self._blocks(bodies, start, stop)
+        kernels.decode_int4(packed, scales, _pairs(), values)
+        return values
+
+    def add_part(
+        self,
+        bodies: Bodies,
+        start: int,
+        stop: int,
+        factor: np.float32,
+        total: "Floats",
+        scratch: "Floats",
+    ) -> None:
+        """See `Codec`. Values are in registers only."""
+        from dipaco import kernels
+
+        packed, scales = self._blocks(bodies, start, stop)
+        kernels.add_int4(packed, scales, _pairs(), factor, total[: stop - start])
+
+    def sum_of_squares(self, bodies: Bodies, num_values: int) -> float | None:
+        """See `Codec`. The squares of a block's table values add up as integers, exactly.
+
+        Values are not rounded to float32 for this. Of an odd number of values the last byte has
+        half a place that stands for none, and counts for nothing.
+        """
+        from dipaco import kernels
+
+        packed, scales = self._blocks(bodies, 0, num_values)
+        total: float = kernels.sum_of_squares_int4(packed, scales, _squares_of_pairs(), num_values)
+        return total / _TABLE_UNIT**2
+
+    def _blocks(self, bodies: Bodies, start: int, stop: int) -> "tuple[NDArray[np.uint8], Floats]":
+        """Packed values from `start` to `stop`, and the scales of their blocks."""
         packed = np.frombuffer(bodies["values"][start // 2 : (stop + 1) // 2], np.uint8)
         num_blocks = math.ceil((stop - start) / self.block_values)
         first_block = start // self.block_values
-        scales = bfloat16s(bodies["scales"], first_block, first_block + num_blocks)
-        kernels.decode_int4(packed, scales, four_bit_table().numpy(), scratch)
-        return scratch[: stop - start]
+        return packed, bfloat16s(bodies["scales"], first_block, first_block + num_blocks)
 
 
 @cache
@@ -142,15 +174,40 @@ def four_bit_table() -> Tensor:
     normal values. What they lose of an outer gradient is 7 to 8 % of its norm; of nf4 it is 9 %,
     of 15 even steps 7 to 10 %, of powers of two 18 %.
     """
-    units = [-224, -179, -142, -110, -80, -53, -26, 0, 25, 50, 77, 104, 133, 166, 205, 256]
-    return torch.tensor(units, dtype=torch.float32) / 256
+    return torch.tensor(_TABLE_UNITS, dtype=torch.float32) / _TABLE_UNIT
+
+
+_TABLE_UNITS = (-224, -179, -142, -110, -80, -53, -26, 0, 25, 50, 77, 104, 133, 166, 205, 256)
+_TABLE_UNIT = 256  # of these make 1
 
 
 @cache
-def _code_of_step() -> "NDArray[np.uint8]":
-    """The 4-bit code of each of 256 even steps from -1 to 1."""
+def _pairs() -> "NDArray[np.float64]":
+    """The two float32 values that each byte stands for, as the 8 bytes that they are.
+
+    One load for both; no arithmetic is done on these as float64.
+    """
+    table = four_bit_table().numpy()
+    codes = np.arange(256)
+    values = np.stack([table[codes & 15], table[codes >> 4]], axis=1)
+    return values.reshape(-1).view(np.float64)
+
+
+@cache
+def _squares_of_pairs() -> "NDArray[np.int32]":
+    """For each byte the squares of its two table values, in units, added up; then of its first."""
+    units = np.array(_TABLE_UNITS, np.int32)
+    codes = np.arange(256)
+    low = units[codes & 15] ** 2
+    return np.stack([low + units[codes >> 4] ** 2, low])
+
+
+@cache
+def _codes_of_steps() -> "NDArray[np.uint8]":
+    """The byte of two 4-bit codes for each pair of 256 even steps from -1 to 1."""
     table = four_bit_table()
     middles = (torch.arange(256) - 127.5) / 127.5
-    codes = torch.bucketize(middles, (table[1:] + table[:-1]) / 2)
-    found: NDArray[np.uint8] = codes.to(torch.uint8).numpy()
+    codes = torch.bucketize(middles, (table[1:] + table[:-1]) / 2).numpy()
+    pairs = np.arange(2**16, dtype=np.uint16).view(np.uint8).reshape(-1, 2)
+    found: NDArray[np.uint8] = (codes[pairs[:, 0]] | codes[pairs[:, 1]] << 4).astype(np.uint8)
     return found

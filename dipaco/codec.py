@@ -30,7 +30,7 @@ Bodies = Mapping[str, memoryview]
 
 
 class Codec(Protocol):
-    """One wire format."""
+    """One wire format. What has a body here is for formats that know nothing quicker."""
 
     def layout(self, num_values: int) -> Layout:
         """Of what tensors an encoded vector is made."""
@@ -49,12 +49,36 @@ class Codec(Protocol):
         In `scratch`, which has room for a whole part, or a view of the bytes themselves.
         """
 
+    def add_part(
+        self,
+        bodies: Bodies,
+        start: int,
+        stop: int,
+        factor: np.float32,
+        total: "Floats",
+        scratch: "Floats",
+    ) -> None:
+        """Add values `start` to `stop` times `factor` to `total`.
+
+        The same bits in every format: value, product and sum are rounded once each.
+        """
+        from dipaco import kernels
+
+        kernels.add_multiplied(self.part(bodies, start, stop, scratch), factor, total)
+
+    def sum_of_squares(self, bodies: Bodies, num_values: int) -> float | None:
+        """Of all values, the same bits on every machine, and not finite if a value is not.
+
+        None if it takes every value to know: then `dipaco.gradient.exact_norm` does.
+        """
+        return None
+
 
 _MAX_FLOAT16 = 65504.0
 MAX_BFLOAT16 = torch.finfo(torch.bfloat16).max
 
 
-class PlainCodec:
+class PlainCodec(Codec):
     """float32 or float16 values as they are."""
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -66,9 +90,15 @@ class PlainCodec:
 
     def encode(self, vector: Tensor) -> dict[str, Tensor]:
         """See `Codec`."""
-        if self._dtype is torch.float16:
-            vector = vector.clamp(-_MAX_FLOAT16, _MAX_FLOAT16)
-        return {"values": vector.to(self._dtype)}
+        if self._dtype is torch.float32:
+            return {"values": vector}
+        halves = torch.empty(len(vector), dtype=self._dtype)
+        clamped = torch.empty(PART_VALUES)
+        for start in range(0, len(vector), PART_VALUES):
+            part = vector[start : start + PART_VALUES]
+            some = torch.clamp(part, -_MAX_FLOAT16, _MAX_FLOAT16, out=clamped[: len(part)])
+            halves[start : start + len(part)] = some
+        return {"values": halves}
 
     def check(self, bodies: Bodies, num_values: int) -> None:
         """See `Codec`."""

@@ -54,7 +54,8 @@ class EncodedGradient:
     @cached_property
     def norm(self) -> float:
         """The exact norm; BadContribution if a value is not finite."""
-        norm = exact_norm(self)
+        squares = self._codec.sum_of_squares(self._bodies, self.num_values)
+        norm = exact_norm(self) if squares is None else math.sqrt(squares)
         if not math.isfinite(norm):
             raise BadContribution("not an outer gradient: a value is not finite")
         return norm
@@ -66,6 +67,12 @@ class EncodedGradient:
     def part(self, start: int, stop: int, scratch: "Floats") -> "Floats":
         """See `Gradient`."""
         return self._codec.part(self._bodies, start, stop, scratch)
+
+    def add_part(
+        self, start: int, stop: int, factor: np.float32, total: "Floats", scratch: "Floats"
+    ) -> None:
+        """See `Gradient`."""
+        self._codec.add_part(self._bodies, start, stop, factor, total, scratch)
 
 
 def encode(vector: Tensor, wire_format: WireFormat) -> bytes:

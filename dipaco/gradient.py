@@ -27,10 +27,15 @@ class Gradient(Protocol):
 
     @property
     def norm(self) -> float:
-        """Its `exact_norm`."""
+        """Its Euclidean norm, the same bits on every machine."""
 
     def part(self, start: int, stop: int, scratch: "Floats") -> "Floats":
         """Values `start` to `stop`, as `Codec.part` gives them."""
+
+    def add_part(
+        self, start: int, stop: int, factor: np.float32, total: "Floats", scratch: "Floats"
+    ) -> None:
+        """Add values `start` to `stop` times `factor` to `total`, as `Codec.add_part` does."""
 
 
 class TensorGradient:
@@ -54,6 +59,14 @@ class TensorGradient:
     def part(self, start: int, stop: int, scratch: "Floats") -> "Floats":
         """See `Gradient`."""
         return self._values[start:stop]
+
+    def add_part(
+        self, start: int, stop: int, factor: np.float32, total: "Floats", scratch: "Floats"
+    ) -> None:
+        """See `Gradient`."""
+        from dipaco import kernels
+
+        kernels.add_multiplied(self._values[start:stop], factor, total)
 
 
 class NormSum:

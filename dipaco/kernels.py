@@ -26,19 +26,71 @@ _compiled_without_nan = njit(nogil=True, cache=True, error_model="numpy", fastma
 
 @_compiled
 def decode_int4(
-    packed: "NDArray[np.uint8]", scales: "Floats", table: "Floats", out: "Floats"
+    packed: "NDArray[np.uint8]", scales: "Floats", pairs: "NDArray[np.float64]", out: "Floats"
 ) -> None:
     """Two values per byte, the low half first, times the scale of their block of 64.
 
-    `out` has room for 2 values per byte, `scales` is float32.
+    `pairs` has both values of each byte, as 8 bytes; `scales` is float32. Bytes may hold one value
+    more than `out` does.
     """
+    some = np.empty(64, np.float32)
+    some_pairs = some.view(np.float64)
     for block in range(len(scales)):
         scale = scales[block]
-        some = packed[32 * block : 32 * block + 32]
+        bytes_of_block = packed[32 * block : 32 * block + 32]
         values = out[64 * block : 64 * block + 64]
+        for i in range(len(bytes_of_block)):
+            some_pairs[i] = pairs[bytes_of_block[i]]
+        for i in range(len(values)):
+            values[i] = some[i] * scale
+
+
+@_compiled
+def add_int4(
+    packed: "NDArray[np.uint8]",
+    scales: "Floats",
+    pairs: "NDArray[np.float64]",
+    factor: np.float32,
+    total: "Floats",
+) -> None:
+    """`decode_int4`, then `add_multiplied`, without going through memory."""
+    some = np.empty(64, np.float32)
+    some_pairs = some.view(np.float64)
+    for block in range(len(scales)):
+        scale = scales[block]
+        bytes_of_block = packed[32 * block : 32 * block + 32]
+        sums = total[64 * block : 64 * block + 64]
+        for i in range(len(bytes_of_block)):
+            some_pairs[i] = pairs[bytes_of_block[i]]
+        for i in range(len(sums)):
+            value = some[i] * scale
+            product = value * factor
+            sums[i] += product
+
+
+@_compiled
+def sum_of_squares_int4(
+    packed: "NDArray[np.uint8]",
+    scales: "Floats",
+    squares: "NDArray[np.int32]",
+    num_values: int,
+) -> float:
+    """Of all values, in units of the table: exact within a block, then block after block.
+
+    `squares` has those of both values of each byte together, and of the first one alone.
+    """
+    total = 0.0
+    for block in range(len(scales)):
+        some = packed[32 * block : 32 * block + 32]
+        units = np.int32(0)
         for i in range(len(some)):
-            values[2 * i] = table[some[i] & 15] * scale
-            values[2 * i + 1] = table[some[i] >> 4] * scale
+            units += squares[0, some[i]]
+        if block == len(scales) - 1 and num_values % 2:
+            last = some[len(some) - 1]
+            units += squares[1, last] - squares[0, last]
+        scale = np.float64(scales[block])
+        total += scale * scale * np.float64(units)
+    return total
 
 
 @_compiled
@@ -64,21 +116,28 @@ def look_up(codes: "NDArray[np.uint16]", table: "Floats", out: "Floats") -> None
 @_compiled_without_nan
 def encode_int4(
     values: "Floats",
-    code_of_step: "NDArray[np.uint8]",
+    codes_of_steps: "NDArray[np.uint8]",
     least_scale: np.float32,
     packed: "NDArray[np.uint8]",
     scales: "Floats",
 ) -> None:
-    """Round blocks of 64 values: to 256 even steps of the value of largest magnitude, whose codes
-    are given. `values` is whole blocks.
+    """Round blocks of 64 values: to 256 even steps of the value of largest magnitude. The byte for
+    each pair of steps is given. `values` is whole blocks.
     """
     steps = np.empty(64, np.uint8)
+    pairs_of_steps = steps.view(np.uint16)
+    highs = np.empty(16, np.float32)
+    lows = np.empty(16, np.float32)
     for block in range(len(scales)):
         some = values[64 * block : 64 * block + 64]
-        high = low = some[0]
-        for i in range(64):
-            high = max(high, some[i])
-            low = min(low, some[i])
+        # In 16 lanes first: the compiler makes vectors of that, and none of one long maximum.
+        for i in range(16):
+            highs[i] = max(max(some[i], some[16 + i]), max(some[32 + i], some[48 + i]))
+            lows[i] = min(min(some[i], some[16 + i]), min(some[32 + i], some[48 + i]))
+        high, low = highs[0], lows[0]
+        for i in range(1, 16):
+            high = max(high, highs[i])
+            low = min(low, lows[i])
         scale = high if high >= -low else low
         if abs(scale) < least_scale:
             scale = np.float32(0.0)
@@ -88,14 +147,7 @@ def encode_int4(
             steps[i] = np.uint8(np.int32(some[i] * factor + np.float32(128.0)))
         bytes_of_block = packed[32 * block : 32 * block + 32]
         for i in range(32):
-            bytes_of_block[i] = code_of_step[steps[2 * i]] | code_of_step[steps[2 * i + 1]] << 4
-
-
-@_compiled
-def multiply(values: "Floats", factor: np.float32, out: "Floats") -> None:
-    """`out` = `values` * `factor`."""
-    for i in range(len(values)):
-        out[i] = values[i] * factor
+            bytes_of_block[i] = codes_of_steps[pairs_of_steps[i]]
 
 
 @_compiled

@@ -185,15 +185,12 @@ def _sums(
     gradients: Sequence[Gradient], factors: Sequence[float]
 ) -> "Iterator[tuple[slice, Floats]]":
     """The sum of the gradients times their factors, part by part, in memory that is used again."""
-    from dipaco import kernels
-
     total, scratch = (np.empty(PART_VALUES, np.float32) for _ in range(2))
     rounded = [np.float32(as_float32(factor)) for factor in factors]
     for part in _parts(gradients[0].num_values):
-        add = kernels.multiply
+        total[:] = 0.0
         for gradient, factor in zip(gradients, rounded, strict=True):
-            add(gradient.part(part.start, part.stop, scratch), factor, total)
-            add = kernels.add_multiplied
+            gradient.add_part(part.start, part.stop, factor, total, scratch)
         yield part, total[: part.stop - part.start]
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dipaco.codec import MAX_BFLOAT16, PART_VALUES, Bodies, bfloat16s
+from dipaco.codec import MAX_BFLOAT16, PART_VALUES, Bodies, Codec, bfloat16s
 from dipaco.tensors import Layout
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
 
 
-class TopKCodec:
+class TopKCodec(Codec):
     """The largest 64 of every 4096 values, with 2 bits each.
 
     A kept value is its sign and whether it is above or below the middle of what is kept: two

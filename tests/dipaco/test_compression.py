@@ -1,6 +1,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from bitsandbytes.functional import QuantState, create_dynamic_map, dequantize_blockwise
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from dipaco.blocks import Int4Codec, Int8Codec, dynamic_table, four_bit_table
 from dipaco.checkpoint import ModuleState
+from dipaco.codec import PART_VALUES
 from dipaco.compression import (
     EncodedGradient,
     WireFormat,
@@ -99,6 +101,24 @@ def test_four_bits_stand_for_the_same_values_everywhere() -> None:
     pairs = [value for byte in range(256) for value in (table[byte % 16], table[byte // 16])]
     expected = torch.tensor(pairs) * scales.float().repeat_interleave(64)
     assert torch.equal(decoded, expected)
+
+
+@pytest.mark.parametrize("wire_format", FORMATS)
+@pytest.mark.parametrize("size", [1, 63, 127, 128, 5001, 2**16, 2**17 + 1])
+def test_adding_up_and_measuring_agree_with_the_values(wire_format: WireFormat, size: int) -> None:
+    """What a format does without its single values, against these."""
+    vector = a_vector(size, seed=size)
+    raw = encode(vector, wire_format)
+    decoded = decode(raw, wire_format, num_parameters=size).numpy()
+    gradient = EncodedGradient(raw, wire_format, num_parameters=size)
+    assert gradient.norm == pytest.approx(float(np.linalg.norm(decoded.astype(np.float64))))
+    total, scratch = (np.full(PART_VALUES, 0.5, np.float32) for _ in range(2))
+    factor = np.float32(0.3)
+    for start in range(0, size, PART_VALUES):
+        values = decoded[start : start + PART_VALUES]
+        expected = total[: len(values)] + values * factor
+        gradient.add_part(start, start + len(values), factor, total, scratch)
+        assert (total[: len(values)] == expected).all()
 
 
 def test_four_bits_lose_little_of_values_with_heavy_tails() -> None:
