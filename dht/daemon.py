@@ -56,6 +56,16 @@ class DaemonConfig:
         return self.client_mode or bool(self.trusted_relays)
 
 
+_ENVIRONMENT = {
+    "GOLOG_LOG_LEVEL": "error",
+    # One thread carries some hundred MB/s, and takes a third less of the processor than several
+    # that wake one another for every 32 KiB. It also decides which of p2pd's two relay services
+    # answers, the one that registers last: that of the flags, which relays 4 GiB in 30 minutes, and
+    # hardly ever the one with go-libp2p's defaults, 128 KiB in 2 minutes, too little for a blob.
+    "GOMAXPROCS": "1",
+}
+
+
 class Daemon:
     """A p2pd that runs with one identity. Made by `Daemon.start`; must be closed.
 
@@ -129,7 +139,7 @@ class Daemon:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
-                env={**os.environ, "GOLOG_LOG_LEVEL": "error", **_environment(self.config)},
+                env={**os.environ, **_ENVIRONMENT},
                 start_new_session=True,
                 preexec_fn=_die_with_parent(),
             )
@@ -255,16 +265,6 @@ def _flags(config: DaemonConfig, *, identity_file: Path, socket_file: Path) -> l
         for name, value in values.items()
         if value != ""
     ]
-
-
-def _environment(config: DaemonConfig) -> dict[str, str]:
-    """p2pd starts two relay services, and the one that registers last answers.
-
-    One is that of the flags, which relays 4 GiB in 30 minutes; the other has go-libp2p's defaults,
-    128 KiB in 2 minutes, enough to say something but not to send a blob. The second is nearly
-    always the first when there is but one thread.
-    """
-    return {"GOMAXPROCS": "1"} if config.relay_service else {}
 
 
 def _p2pd_file() -> str:
