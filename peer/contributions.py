@@ -10,9 +10,7 @@ checked. They stay on disk, and are mapped into memory: adding them up reads the
 import asyncio
 from collections.abc import Callable, Iterable, Iterator
 
-import numpy as np
-
-from dht.errors import BadMessage, LocalFault, PeerFault, SwarmError, Unreachable
+from dht.errors import BadMessage, LocalFault, PeerFault, SwarmError
 from dipaco.compression import EncodedGradient, encoded_bytes
 from dipaco.errors import DipacoError
 from dipaco.topology import ModuleID, PathID
@@ -21,6 +19,7 @@ from peer.changes import Changes
 from peer.manifest import Manifest
 from peer.messages import MAX_CONTRIBUTIONS, Commitment
 from peer.node import Node
+from peer.reduction import mapped_gradient
 
 SLOTS_KEPT = 2  # older commitments are forgotten, and their blobs deleted
 MAX_COUNTED = 16  # contributions that one version is made of
@@ -96,16 +95,11 @@ class Contributions:
         """Map the blob of a commitment. Raises `BadContribution` if it is not an outer gradient of
         its module, `Unreachable` if it is not here.
         """
-        file = self._node.store.intact_file(commitment.blob)
-        if file is None:
-            raise Unreachable(f"contribution {commitment.blob[:12]} is not on disk, or damaged")
-        manifest = self._node.history.get(commitment.manifest)
+        node = self._node
+        manifest = node.history.get(commitment.manifest)
         assert manifest is not None, "bytes are pulled only under a manifest that is here"
-        return EncodedGradient(
-            np.memmap(file, dtype=np.uint8, mode="r").data,
-            manifest.run_config.outer.wire_format,
-            num_parameters=self._node.log.num_parameters(ModuleID.parse(commitment.module)),
-        )
+        num_parameters = node.log.num_parameters(ModuleID.parse(commitment.module))
+        return mapped_gradient(commitment, node.store, manifest, num_parameters=num_parameters)
 
     async def obtain(
         self, commitments: Iterable[Commitment], sources: Iterable[str], timeout_seconds: float

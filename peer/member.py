@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from dht.errors import BadMessage, LocalFault, PeerFault, Unreachable
 from dipaco.digest import BlobIndex, index_of
 from dipaco.errors import BadState
-from dipaco.outer import OuterUpdate, apply_contributions, contribution_weights
-from dipaco.topology import ModuleID, PathID
+from dipaco.outer import OuterUpdate
+from dipaco.topology import ModuleID
 from peer.acceptor import Acceptor
 from peer.certificate import (
     check_certificate,
@@ -48,6 +48,7 @@ from peer.messages import (
 )
 from peer.modules import Held
 from peer.node import Node
+from peer.reduction import reduce
 
 CHAIN_PROTOCOL = "/dipaco/chain/1"
 
@@ -87,7 +88,7 @@ class Member:
         self._on_behind = on_behind
         self._acceptor = Acceptor(node.state_dir / "promises")
         self._results: dict[ModuleID, tuple[str, _Result]] = {}  # of the proposal of that digest
-        self._writes: dict[str, asyncio.Task[None]] = {}  # of states that are not on disk yet
+        self._flushes: dict[str, asyncio.Task[None]] = {}  # of states that are not on disk yet
         self._locks: dict[ModuleID, asyncio.Lock] = {}
         self.retiring: set[ModuleID] = set()  # held still, but only until the next roster
         self._pulling: dict[ModuleID, tuple[int, float]] = {}  # slot, and until when
@@ -116,7 +117,7 @@ class Member:
         """Stop what is under way; what is being written gets there."""
         await self.courier.close()
         await self.contributions.close()
-        await asyncio.gather(*self._writes.values(), return_exceptions=True)
+        await asyncio.gather(*self._flushes.values(), return_exceptions=True)
 
     def pulls_until(self, module: ModuleID, slot: int) -> float:
         """Until when a leader that was heard of in `slot` lets members pull; 0 if there is none."""
@@ -128,6 +129,7 @@ class Member:
 
     def caught_up(self, module: ModuleID, certificate: Certificate) -> None:
         """Tell whoever waits that the module was brought forward from outside the round."""
+        self._forget_result(module, but=certificate.result)
         self._on_version(module, certificate)
         self.changes.notify()
 
@@ -222,8 +224,10 @@ class Member:
             self._node.events.write(
                 "diverged", module=str(module), ours=result.state, certified=certificate.result
             )
-        if (writing := self._writes.get(certificate.result)) is not None:
-            await asyncio.wait({writing})  # who has a version comes back with it, even if killed
+        # Who is killed now comes back with this version: what it was made of is on the disk, with
+        # the version before once that is there. So the disk is one version behind at most.
+        if (flush := self._flushes.get(held.state)) is not None:
+            await asyncio.wait({flush})
         if certificate.result not in self._node.store:
             self._on_behind(module)
             return False
@@ -251,11 +255,14 @@ class Member:
         held = node.log.held[module]
         if held.version != certificate.version - 1:  # somebody was faster while we computed
             return held.version == certificate.version
-        proposal = certificate.proposal
-        known, result = self._results.pop(module, ("", None))
-        if known != proposal.digest or (result and result.state != certificate.result):
+        proposal, state = certificate.proposal, certificate.result
+        _, result = self._results.get(module, ("", None))
+        if result is not None and result.state != state:
             result = None
+        self._forget_result(module, but=state)
         node.log.adopt(module, [*held.chain, certificate])
+        if state not in self._flushes:
+            self._flushes[state] = asyncio.ensure_future(self._flush(state))
         node.events.write(
             "version",
             **facts(certificate),
@@ -270,7 +277,7 @@ class Member:
     async def _compute(
         self, module: ModuleID, proposal: Proposal, *, sources: list[str]
     ) -> _Result | None:
-        """Reduce a proposal by ourselves; the new state then is on its way to the store.
+        """Reduce a proposal by ourselves; the new state then is in the store.
 
         None if that cannot be done, or the module has gone on meanwhile.
         """
@@ -304,46 +311,45 @@ class Member:
                 return None
             except Unreachable:  # a blob rotted on disk since it was checked
                 return None
-            self._begin_writing(result)
             if log.held.get(module) is not held:
                 return None  # it may have been reduced from another version
-            self._results[module] = (proposal.digest, result)
-            return result
+            return result if self._keep(module, proposal.digest, result) else None
 
     def _reduce(self, module: ModuleID, proposal: Proposal) -> _Result:
-        """Paper, Algorithm 1 lines 13-14, contribution by contribution in the proposal's order."""
         node = self._node
         manifest = node.history.get(proposal.manifest)
         assert manifest is not None, "contributions are pulled only under a manifest that is here"
-        outer = manifest.run_config.outer
-        paths = [PathID.parse(c.path) for c in proposal.contributions]
-        weights = contribution_weights(
-            [(path, c.tokens) for path, c in zip(paths, proposal.contributions, strict=True)],
-            manifest.shard_tokens,
-        )
-
         gradients = [self.contributions.gradient(c) for c in proposal.contributions]
-        before = node.log.load_state(module)
-        weighted = zip(weights, gradients, strict=True)
-        update = apply_contributions(before, weighted, len(set(paths)), outer)
+        update = reduce(proposal, node.log.load_state(module), gradients, manifest)
         return _Result(index=index_of(update.encoded), update=update)
 
-    def _begin_writing(self, result: _Result) -> None:
-        """Put a new state on disk. The vote does not wait for that, the new version does."""
+    def _keep(self, module: ModuleID, proposal: str, result: _Result) -> bool:
+        """Have what a proposal comes to in the store, in memory until it is certified."""
         node = self._node
-
-        async def write() -> None:
-            try:
-                await node.offload(lambda: node.store.put(result.index, result.update.encoded))
-            except (OSError, LocalFault) as error:
-                node.events.write("error", where="new state", why=str(error))
-            finally:
-                del self._writes[result.state]
-
-        if result.state in self._writes:
-            return
+        self._forget_result(module, but=result.state)
+        try:
+            node.store.hold(result.index, result.update.encoded)
+        except LocalFault as error:  # at its limit
+            node.events.write("error", where="new state", why=str(error))
+            return False
         node.log.remember(result.state, result.update.state)
-        self._writes[result.state] = asyncio.ensure_future(write())
+        self._results[module] = (proposal, result)
+        return True
+
+    def _forget_result(self, module: ModuleID, *, but: str) -> None:
+        """Drop the state that an earlier proposal would have made, unless it is `but`."""
+        _, before = self._results.pop(module, ("", None))
+        if before is not None and before.state != but:
+            self._node.store.remove(before.state)
+
+    async def _flush(self, state: str) -> None:
+        node = self._node
+        try:
+            await node.offload(lambda: node.store.flush(state))
+        except OSError as error:
+            node.events.write("error", where="new state", why=str(error))
+        finally:
+            del self._flushes[state]
 
     def _is_manifest_in_force(self, proposal: Proposal, slot: int) -> bool:
         """Whether the contributions were made under the manifest of their slot.

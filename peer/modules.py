@@ -1,8 +1,9 @@
 """The modules that a peer holds, each a replicated log: a chain of certificates and one state.
 
 On disk a module is a directory of certificates, one file per version, and the blob that the newest
-one names. The newest certificate with an intact state makes a version current: a state that a crash
-kept from being written, or that turns out truncated, leaves the version before it in place.
+one names. A state that a crash kept from being written, or that turns out truncated, is computed
+again from the version before and the contributions, while these are here; else the newest
+certificate with an intact state makes a version current.
 """
 
 import math
@@ -12,14 +13,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dht.errors import BadMessage
+from dht.errors import BadMessage, LocalFault, Unreachable
 from dipaco.checkpoint import ModuleState, decode_state, state_bytes, write_atomically
-from dipaco.errors import BadState
+from dipaco.digest import index_of
+from dipaco.errors import BadState, DipacoError
 from dipaco.model import num_parameters
 from dipaco.topology import ModuleID, PathID
 from peer.history import History
 from peer.manifest import Origin
 from peer.messages import Certificate
+from peer.reduction import mapped_gradient, reduce
 from peer.store import BlobStore
 
 MAX_RECENT_BYTES = 2**30  # of states kept in memory by default; one is, whatever its size
@@ -101,15 +104,44 @@ class ModuleLog:
         """Take up what the disk has of `module`; None if there is no intact version of it."""
         origin = self._history.origin(module)
         chain = self._read_chain(module, origin)
-        while True:
-            held = Held(module=module, origin=origin, chain=chain)
-            if self._store.read(held.state) is not None:
-                self.held[module] = held
-                return held
-            if not chain:
-                return None
-            self._certificate_file(module, chain[-1].version).unlink()
-            chain = chain[:-1]
+        held = Held(module=module, origin=origin, chain=list(chain))
+        while (raw := self._store.read(held.state)) is None:
+            if not held.chain:
+                break
+            held.chain.pop()
+        else:
+            self._take_again(held, raw, chain[len(held.chain) :])
+            self.held[module] = held
+        for certificate in chain[len(held.chain) :]:
+            self._certificate_file(module, certificate.version).unlink()
+        return self.held.get(module)
+
+    def _take_again(self, held: Held, raw: bytes, missing: Iterable[Certificate]) -> None:
+        """Compute states that are not here from `raw`, that of `held`, as far as that can be done.
+
+        What comes out has the digest that the certificate names, or does not count.
+        """
+        num_parameters = self.num_parameters(held.module)
+        try:
+            for certificate in missing:
+                proposal = certificate.proposal
+                if (manifest := self._history.get(proposal.manifest)) is None:
+                    return
+                gradients = [
+                    mapped_gradient(c, self._store, manifest, num_parameters=num_parameters)
+                    for c in proposal.contributions
+                ]
+                for gradient in gradients:
+                    gradient.check()
+                before = decode_state(raw, num_parameters=num_parameters)
+                raw = bytes(reduce(proposal, before, gradients, manifest).encoded)
+                index = index_of(raw)
+                if index.digest != certificate.result:
+                    return
+                self._store.put(index, raw)
+                held.chain.append(certificate)
+        except (DipacoError, Unreachable, LocalFault):
+            return
 
     def versions_on_disk(self, module: ModuleID) -> list[tuple[int, str]]:
         """Every version of `module` that was held here, and the digest of its state, newest first.

@@ -28,6 +28,7 @@ class BlobStore:
         self._indexes: dict[str, BlobIndex] = {}
         self._parts: dict[str, PartialBlob] = {}  # downloads under way, whose chunks are served
         self._written: set[str] = set()  # by this object, chunk by chunk verified or just hashed
+        self._unwritten: dict[str, memoryview] = {}  # blobs that are on their way to the disk
         directory.mkdir(parents=True, exist_ok=True)
 
     def file(self, digest: str) -> Path:
@@ -35,7 +36,8 @@ class BlobStore:
         return self._directory / digest
 
     def __contains__(self, digest: str) -> bool:
-        return self.file(digest).exists() and self.index(digest) is not None
+        is_here = digest in self._unwritten or self.file(digest).exists()
+        return is_here and self.index(digest) is not None
 
     def digests(self) -> list[str]:
         """The digests of all complete blobs, sorted."""
@@ -46,6 +48,7 @@ class BlobStore:
         """What all files take, with the rest of what is being downloaded."""
         parts = list(self._parts.values())
         coming = sum(len(part.missing) for part in parts) * CHUNK_BYTES
+        coming += sum(len(data) for data in list(self._unwritten.values()))
         with os.scandir(self._directory) as entries:
             return coming + sum(_allocated_bytes(entry) for entry in entries)
 
@@ -63,6 +66,30 @@ class BlobStore:
             self._write(self.file(index.digest), data)
             self._indexes[index.digest] = index
             self._written.add(index.digest)
+
+    def hold(self, index: BlobIndex, data: memoryview) -> None:
+        """`put` at once, but only in memory until `flush`. Nobody may write into `data` any more.
+
+        Raises `LocalFault` at the store's limit.
+        """
+        if index.digest not in self:
+            self._require_room(index.size)
+            self._indexes[index.digest] = index
+            self._unwritten[index.digest] = data
+
+    def flush(self, digest: str) -> None:
+        """Write a blob that is held in memory to the disk, on any thread; OSError if that fails.
+
+        Then it stays in memory, until it is removed.
+        """
+        index, data = self._indexes.get(digest), self._unwritten.get(digest)
+        if index is None or data is None:
+            return
+        self._write(self._index_file(digest), index.to_bytes())
+        self._write(self.file(digest), data)
+        self._written.add(digest)
+        if self._unwritten.pop(digest, None) is None:
+            self.remove(digest)  # meanwhile it was
 
     def add_file(self, file: Path) -> str:
         """Keep a file's content without reading it into memory; the file must not change later."""
@@ -103,6 +130,8 @@ class BlobStore:
     def read(self, digest: str) -> bytes | None:
         """The whole blob, verified; None if it is absent. A blob that rotted on disk is deleted."""
         index = self.index(digest)
+        if (held := self._unwritten.get(digest)) is not None:
+            return bytes(held)
         try:
             data = self.file(digest).read_bytes()
         except FileNotFoundError:
@@ -115,7 +144,8 @@ class BlobStore:
     def intact_file(self, digest: str) -> Path | None:
         """Where the blob lies, verified without reading it into memory; None as `read`.
 
-        What was written since the start is taken to be as it was written.
+        What was written since the start is taken to be as it was written. One that is held in
+        memory is not on disk yet.
         """
         index, file = self.index(digest), self.file(digest)
         if digest in self._written and file.exists():
@@ -135,7 +165,7 @@ class BlobStore:
         if index is None:
             return ()
         all_chunks = range(len(index.chunk_digests))
-        if self.file(digest).exists():
+        if digest in self:
             return all_chunks
         part = self._parts.get(digest)
         return () if part is None else set(all_chunks) - part.missing
@@ -145,9 +175,12 @@ class BlobStore:
         index = self.index(digest)
         if index is None or not 0 <= chunk < len(index.chunk_digests):
             return None
+        start = chunk * CHUNK_BYTES
+        if (held := self._unwritten.get(digest)) is not None:
+            return bytes(held[start : start + CHUNK_BYTES])
         try:
             with self.file(digest).open("rb") as file:
-                file.seek(chunk * CHUNK_BYTES)
+                file.seek(start)
                 data = file.read(CHUNK_BYTES)
         except FileNotFoundError:
             part = self._parts.get(digest)
@@ -161,6 +194,7 @@ class BlobStore:
         """Forget a blob, whole or in part."""
         self._indexes.pop(digest, None)
         self._written.discard(digest)
+        self._unwritten.pop(digest, None)
         for file in (self.file(digest), self._index_file(digest), self._part_file(digest)):
             file.unlink(missing_ok=True)
 

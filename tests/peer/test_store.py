@@ -41,6 +41,33 @@ def test_a_blob_that_rotted_on_disk_is_gone_rather_than_wrong(
     assert digest not in store
 
 
+def test_a_blob_in_memory_is_there_for_everyone_and_gets_to_the_disk(
+    store: BlobStore, tmp_path: Path
+) -> None:
+    index = index_of(BLOB)
+    store.hold(index, memoryview(BLOB))
+    assert index.digest in store
+    assert store.read(index.digest) == BLOB
+    assert list(store.chunks(index.digest)) == [0, 1, 2]
+    assert store.read_chunk(index.digest, 2) == b"tail"
+    assert store.used_bytes == len(BLOB)
+    assert index.digest not in BlobStore(tmp_path)
+    store.flush(index.digest)
+    assert BlobStore(tmp_path).read(index.digest) == BLOB
+    store.flush(index.digest)  # nothing to do
+
+
+def test_a_blob_that_is_removed_before_it_is_written_stays_away(
+    store: BlobStore, tmp_path: Path
+) -> None:
+    index = index_of(BLOB)
+    store.hold(index, memoryview(BLOB))
+    store.remove(index.digest)
+    store.flush(index.digest)
+    assert index.digest not in store
+    assert store.digests() == []
+
+
 def test_a_download_resumes_with_what_was_intact(store: BlobStore, tmp_path: Path) -> None:
     index = index_of(BLOB)
     part = store.open_part(index)

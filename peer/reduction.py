@@ -1,0 +1,52 @@
+"""From a version of a module and agreed contributions to the next one: the same bits everywhere.
+
+Done for a vote, for a certificate, and by whoever comes back after a crash and finds certificates
+on its disk whose states had not got there.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from dht.errors import Unreachable
+from dipaco.checkpoint import ModuleState
+from dipaco.compression import EncodedGradient
+from dipaco.outer import OuterUpdate, apply_contributions, contribution_weights
+from dipaco.topology import PathID
+from peer.manifest import Manifest
+from peer.messages import Commitment, Proposal
+from peer.store import BlobStore
+
+
+def mapped_gradient(
+    commitment: Commitment, store: BlobStore, manifest: Manifest, *, num_parameters: int
+) -> EncodedGradient:
+    """The outer gradient of a commitment, mapped from the disk; its values are not checked.
+
+    `manifest` is the one that the commitment names. Raises `BadContribution` if the blob is not an
+    outer gradient of its module, `Unreachable` if it is not here.
+    """
+    file = store.intact_file(commitment.blob)
+    if file is None:
+        raise Unreachable(f"contribution {commitment.blob[:12]} is not on disk, or damaged")
+    return EncodedGradient(
+        np.memmap(file, dtype=np.uint8, mode="r").data,
+        manifest.run_config.outer.wire_format,
+        num_parameters=num_parameters,
+    )
+
+
+def reduce(
+    proposal: Proposal,
+    before: ModuleState,
+    gradients: Sequence[EncodedGradient],
+    manifest: Manifest,
+) -> OuterUpdate:
+    """Paper, Algorithm 1 lines 13-14: contribution by contribution, in the proposal's order."""
+    paths = [PathID.parse(c.path) for c in proposal.contributions]
+    weights = contribution_weights(
+        [(path, c.tokens) for path, c in zip(paths, proposal.contributions, strict=True)],
+        manifest.shard_tokens,
+    )
+    weighted = zip(weights, gradients, strict=True)
+    return apply_contributions(before, weighted, len(set(paths)), manifest.run_config.outer)
