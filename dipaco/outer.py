@@ -28,6 +28,7 @@ from dipaco.codec import PART_VALUES
 from dipaco.compression import EncodedGradient, encode
 from dipaco.config import OuterConfig, Rescale
 from dipaco.gradient import Gradient, NormSum, TensorGradient
+from dipaco.tensors import new_vector
 from dipaco.topology import PathID
 
 if TYPE_CHECKING:
@@ -131,7 +132,9 @@ def apply_contributions(
     2604.21428): the result points where the weighted directions do and is as long as the weighted
     average of the norms, however much the gradients agree.
     """
-    weights, gradients = _fitting(contributions, state)
+    weights, gradients = _fitting(contributions)
+    if gradients[0].num_values != state.num_parameters:
+        raise ValueError("an outer gradient and its module differ in length")
     norms = [gradient.norm for gradient in gradients]
     clips = clip_factors(norms, config.clip_norm)
     mean_norm = sum(w * norm * clip for w, norm, clip in zip(weights, norms, clips, strict=True))
@@ -160,10 +163,27 @@ def apply_contributions(
     )
 
 
+def average(
+    contributions: Sequence[tuple[float, Tensor | Gradient]], *, clip_norm: float
+) -> Tensor:
+    """The weighted sum of (weight, outer gradient) pairs, clipped as in an outer step.
+
+    ValueError if there are none, or if their lengths differ.
+    """
+    weights, gradients = _fitting(contributions)
+    clips = clip_factors([gradient.norm for gradient in gradients], clip_norm)
+    factors = [weight * clip for weight, clip in zip(weights, clips, strict=True)]
+    result = new_vector(gradients[0].num_values)
+    values = result.numpy()
+    for part, total in _sums(gradients, factors):
+        values[part] = total
+    return result
+
+
 def _fitting(
-    contributions: Iterable[tuple[float, Tensor | Gradient]], state: ModuleState
+    contributions: Iterable[tuple[float, Tensor | Gradient]],
 ) -> tuple[list[float], list[Gradient]]:
-    """Weights and gradients; ValueError if there are none, or if one is of another length."""
+    """Weights and gradients; ValueError if there are none, or if their lengths differ."""
     pairs = list(contributions)
     gradients = [
         TensorGradient(gradient) if isinstance(gradient, Tensor) else gradient
@@ -171,8 +191,8 @@ def _fitting(
     ]
     if not pairs:
         raise ValueError("nothing to reduce")
-    if any(gradient.num_values != state.num_parameters for gradient in gradients):
-        raise ValueError("an outer gradient and its module differ in length")
+    if len({gradient.num_values for gradient in gradients}) > 1:
+        raise ValueError("outer gradients of different length")
     return [weight for weight, _ in pairs], gradients
 
 

@@ -41,7 +41,7 @@ def check_proposal(proposal: Proposal, *, sender: str) -> None:
         if not condition:
             raise BadMessage(sender, f"proposal for {proposal.module}: {why}")
 
-    peers = [commitment.peer for commitment in proposal.contributions]
+    peers = proposal.contributors
     require(len(set(peers)) == len(peers), "a peer contributes twice")
     ordered = sorted(proposal.contributions, key=contribution_order)
     require(list(proposal.contributions) == ordered, "contributions out of order")
@@ -147,7 +147,8 @@ def facts(certificate: Certificate) -> dict[str, Any]:
         "attempt": ballot.attempt,
         "leader": ballot.leader,
         "trained_slot": proposal.slot,
-        "contributors": [commitment.peer for commitment in proposal.contributions],
+        "contributors": proposal.contributors,
+        "merged": sum(bool(commitment.merged) for commitment in proposal.contributions),
         "voters": [vote.peer for vote in certificate.votes],
         "roster": len(proposal.roster),
         "rebuilt": proposal.rebuilt,
@@ -157,12 +158,17 @@ def facts(certificate: Certificate) -> dict[str, Any]:
 def counted(commitments: Iterable[Commitment], limit: int) -> list[Commitment]:
     """At most `limit` commitments, in the order in which they are added up.
 
-    Every path's largest first, then every path's second, and so on, those with more tokens before
-    others. What is left out is not lost: its peer goes on from there, and offers more next time.
+    A merged one goes before what it is made of, and nothing counts twice. Then every path's largest
+    first, then every path's second, and so on, those with more tokens before others. What is left
+    out is not lost: its peer goes on from there, and offers more next time.
     """
     by_path: dict[str, list[Commitment]] = {}
-    for commitment in sorted(commitments, key=lambda c: (-c.tokens, c.peer)):
-        by_path.setdefault(commitment.path, []).append(commitment)
+    there: set[str] = set()
+    for commitment in sorted(commitments, key=lambda c: (-len(c.merged), -c.tokens, c.peer)):
+        peers = {part.peer for part in commitment.parts}
+        if there.isdisjoint(peers):
+            there |= peers
+            by_path.setdefault(commitment.path, []).append(commitment)
     ranked = [
         (rank, -commitment.tokens, commitment.peer, commitment)
         for on_path in by_path.values()

@@ -2,15 +2,18 @@
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from dipaco.compression import EncodedGradient
 from dipaco.topology import ModuleID, PathID
 from peer.courier import MESSAGE_TIMEOUT_SECONDS, Kind
 from peer.heads import Heads
 from peer.member import Member
-from peer.messages import Commitment, CommitRequest, Done, sign
+from peer.messages import Commitment, CommitRequest, Done, Part, sign
 from peer.node import Node
 from peer.path_work import Offer
+
+_SAME_IN_ALL_PARTS = {"manifest", "module", "slot", "base_version", "base_state", "path"}
 
 
 class Committer:
@@ -44,20 +47,40 @@ class Committer:
             self._member.contributions.add_own(commitment, gradient)
         return commitments
 
+    async def prepare_merged(self, parts: Sequence[Commitment], raw: bytes) -> Commitment:
+        """Put the average of `parts`, our own among them, into the store, and sign for it."""
+        commitment, gradient = await self._node.offload(
+            lambda: self._signed(
+                raw,
+                **parts[0].model_dump(include=_SAME_IN_ALL_PARTS),
+                tokens=sum(part.tokens for part in parts),
+                merged=tuple(Part(peer=part.peer, blob=part.blob) for part in parts),
+            )
+        )
+        self._member.contributions.add_own(commitment, gradient)
+        return commitment
+
     def _keep(self, offer: Offer, *, path: PathID, slot: int) -> tuple[Commitment, EncodedGradient]:
-        node = self._node
-        commitment = Commitment(
-            peer=node.peer_id,
-            run=node.run,
-            manifest=node.history.at(slot).digest,
+        return self._signed(
+            offer.raw,
+            manifest=self._node.history.at(slot).digest,
             module=str(offer.module),
             slot=slot,
             base_version=offer.base_version,
             base_state=offer.base_state,
             path=str(path),
             tokens=offer.tokens,
-            blob=node.store.add(offer.raw),
-            blob_bytes=len(offer.raw),
+        )
+
+    def _signed(self, raw: bytes, **fields: Any) -> tuple[Commitment, EncodedGradient]:
+        """Our commitment to these bytes, which are in the store then."""
+        node = self._node
+        commitment = Commitment(
+            peer=node.peer_id,
+            run=node.run,
+            blob=node.store.add(raw),
+            blob_bytes=len(raw),
+            **fields,
         )
         commitment = sign(commitment, node.identity)
         return commitment, self._member.contributions.open(commitment)

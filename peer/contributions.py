@@ -8,7 +8,7 @@ checked. They stay on disk, and are mapped into memory: adding them up reads the
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from dht.errors import BadMessage, LocalFault, PeerFault, SwarmError
 from dipaco.compression import EncodedGradient, encoded_bytes
@@ -17,9 +17,9 @@ from dipaco.topology import ModuleID, PathID
 from peer.certificate import contribution_order
 from peer.changes import Changes
 from peer.manifest import Manifest
-from peer.messages import MAX_CONTRIBUTIONS, Commitment
+from peer.messages import MAX_CONTRIBUTIONS, Commitment, Member
 from peer.node import Node
-from peer.reduction import mapped_gradient
+from peer.reduction import format_of, mapped_gradient
 
 SLOTS_KEPT = 2  # older commitments are forgotten, and their blobs deleted
 MAX_COUNTED = 16  # contributions that one version is made of
@@ -35,7 +35,8 @@ class Contributions:
         self._node = node
         self._changes = changes
         self._on_manifest = on_manifest
-        self._known: dict[tuple[str, int], dict[str, Commitment]] = {}
+        # By module and slot, then by signer and whether it is a merged one.
+        self._known: dict[tuple[str, int], dict[tuple[str, bool], Commitment]] = {}
         self._gradients: dict[str, EncodedGradient] = {}  # by digest of the commitment
         self._pulls: dict[str, asyncio.Task[None]] = {}
         self._logged: set[tuple[str, int]] = set()  # whose first pull is in the event log
@@ -58,36 +59,47 @@ class Contributions:
 
         False if it was made under another manifest than the one in force in its slot. Raises
         `BadMessage` naming the sender if it is not what its signer could rightly send. Of more
-        commitments than a round counts, only those are pulled that a leader asks for.
+        commitments than a round counts, only merged ones are pulled, and those that a leader asks
+        for.
         """
         manifest = self._checked(commitment, sender)
         if manifest is None or manifest is not self._node.history.at(commitment.slot):
             return False
         known = self._known.setdefault((commitment.module, commitment.slot), {})
-        first = known.get(commitment.peer)
+        key = commitment.peer, bool(commitment.merged)
+        first = known.get(key)
         if first is not None and first != commitment:
             raise BadMessage(
                 commitment.peer, "committed twice, differently, to one module and slot"
             )
         if first is None:
-            if len(known) >= MAX_CONTRIBUTIONS:
+            if sum(merged == key[1] for _, merged in known) >= MAX_CONTRIBUTIONS:
                 raise BadMessage(sender, "more commitments than a round can hold")
-            known[commitment.peer] = commitment
+            check_parts(commitment, known)
+            known[key] = commitment
             self._changes.notify()
-        if is_asked_for or len(known) <= MAX_COUNTED:
+        is_crowded = len(known) > MAX_COUNTED or self._is_crowded(commitment)
+        if is_asked_for or commitment.merged or not is_crowded:
             self._pull(commitment, [commitment.peer, sender, *self._group(commitment)])
         return True
 
     def _group(self, commitment: Commitment) -> list[str]:
         """Who pulls the same bytes, so that a slow uplink sends them about once."""
+        return [seat.peer for seat in self._seats(commitment)]
+
+    def _is_crowded(self, commitment: Commitment) -> bool:
+        """Whether more are expected to contribute than a version counts."""
+        return sum(seat.path is not None for seat in self._seats(commitment)) > MAX_COUNTED
+
+    def _seats(self, commitment: Commitment) -> tuple[Member, ...]:
         held = self._node.log.held.get(ModuleID.parse(commitment.module))
         certificate = held.certificate if held is not None else None
-        return [seat.peer for seat in certificate.proposal.next_roster] if certificate else []
+        return certificate.proposal.next_roster if certificate else ()
 
     def add_own(self, commitment: Commitment, gradient: EncodedGradient) -> None:
         """Remember our own contribution, whose blob is in the store."""
         known = self._known.setdefault((commitment.module, commitment.slot), {})
-        known[commitment.peer] = commitment
+        known[commitment.peer, bool(commitment.merged)] = commitment
         self._gradients[commitment.digest] = gradient
         self._changes.notify()
 
@@ -165,7 +177,7 @@ class Contributions:
             raise BadMessage(
                 sender, "commitment to a module or path that does not exist"
             ) from error
-        wire_format = manifest.run_config.outer.wire_format
+        wire_format = format_of(commitment, manifest)
         size = encoded_bytes(wire_format, node.log.num_parameters(module)) if on_path else 0
         if commitment.blob_bytes != size:
             raise BadMessage(sender, "commitment that does not fit the run")
@@ -215,3 +227,27 @@ class Contributions:
         if key not in self._logged:
             self._logged.add(key)
             self._node.events.write("pulling", module=commitment.module, slot=commitment.slot)
+
+
+def check_parts(commitment: Commitment, known: Mapping[tuple[str, bool], Commitment]) -> None:
+    """Raise `BadMessage` if a merged commitment contradicts itself, or what is `known` here.
+
+    What it is the average of is not checked: that only who has all parts could.
+    """
+    if not commitment.merged:
+        return
+    peers = {part.peer for part in commitment.merged}
+    parts = [(part, known.get((part.peer, False))) for part in commitment.merged]
+    if commitment.peer not in peers or not 1 < len(peers) == len(parts):
+        raise BadMessage(commitment.peer, "merged what it may not")
+    for part, single in parts:
+        if single is not None and (single.blob, single.path, single.base_state) != (
+            part.blob,
+            commitment.path,
+            commitment.base_state,
+        ):
+            raise BadMessage(commitment.peer, "merged what nobody has committed to")
+    singles = [single for _, single in parts if single is not None]
+    tokens = sum(single.tokens for single in singles)
+    if tokens > commitment.tokens or (len(singles) == len(parts) and tokens != commitment.tokens):
+        raise BadMessage(commitment.peer, "merged another number of tokens")

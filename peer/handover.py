@@ -150,8 +150,8 @@ def predecessors(
         for certificate in held.chain:
             for commitment in certificate.proposal.contributions:
                 if commitment.path == str(path):
-                    known = slots.get(commitment.peer, -1)
-                    slots[commitment.peer] = max(known, commitment.slot)
+                    for part in commitment.parts:
+                        slots[part.peer] = max(slots.get(part.peer, -1), commitment.slot)
     own = slots.pop(peer, -1) if has_own else -1
     slots.pop(peer, None)
     asked = [other for other in slots if own < 0 or slots[other] - own >= CURRENT_SLOTS]

@@ -77,8 +77,8 @@ class Keeper:
             on_manifest=self._on_manifest,
         )
         self.presence = Presence(node, retiring=self.member.retiring)
-        self.rounds = Rounds(node, self.member, self.heads)
         self.committer = Committer(node, self.member, self.heads)
+        self.rounds = Rounds(node, self.member, self.heads, self.committer)
         self.catch_up = CatchUp(node, self.member, self.heads, providers)
 
     @asynccontextmanager

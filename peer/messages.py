@@ -21,6 +21,7 @@ PROTOCOL_VERSION = 1
 MAX_MESSAGE_BYTES = 256 * 1024
 MAX_ROSTER = 64
 MAX_CONTRIBUTIONS = 64
+MAX_KNOWN = 2 * MAX_CONTRIBUTIONS  # commitments to one round, with those that merge others
 MAX_WAIT_SECONDS = 60.0  # that a leader may ask a member to take before it answers
 MAX_TOKENS = 2**53  # beyond this a JSON number is no longer exact everywhere
 
@@ -91,10 +92,19 @@ def sign(message: S, identity: Identity) -> S:
     return message.model_copy(update={"signature": signature})
 
 
+class Part(Message):
+    """A contribution that has been averaged into a merged one."""
+
+    peer: PeerName
+    blob: Digest
+
+
 class Commitment(SignedMessage):
     """A trainer's promise of one contribution: which bytes, to which version, of what weight.
 
     Sent to the module's group before anyone sees the bytes. The first for a (module, slot) counts.
+    One with `merged` promises the average of what several peers of a path have committed to, its
+    signer among them, instead of these; `tokens` are those of all.
     """
 
     run: Digest
@@ -107,6 +117,12 @@ class Commitment(SignedMessage):
     tokens: Tokens  # trained since that state
     blob: Digest
     blob_bytes: Annotated[int, Field(ge=1, le=2**40)]
+    merged: Annotated[tuple[Part, ...], Field(max_length=MAX_CONTRIBUTIONS)] = ()
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Whose contributions this counts, and which."""
+        return self.merged or (Part(peer=self.peer, blob=self.blob),)
 
 
 class Member(Message):
@@ -157,6 +173,11 @@ class Proposal(Hashed):
     def manifest(self) -> str:
         """Digest of the manifest by which its contributions are weighed."""
         return self.contributions[0].manifest
+
+    @property
+    def contributors(self) -> list[str]:
+        """Everyone who trained what is counted, those of merged contributions too."""
+        return [part.peer for commitment in self.contributions for part in commitment.parts]
 
     @property
     def tokens(self) -> int:
@@ -217,8 +238,8 @@ class HaveReply(Message):
 
     promised: bool
     leaving: bool = False  # wants no seat in the next roster
-    held: Annotated[tuple[Digest, ...], Field(max_length=MAX_CONTRIBUTIONS)]  # commitment digests
-    commitments: Annotated[tuple[Commitment, ...], Field(max_length=MAX_CONTRIBUTIONS)]
+    held: Annotated[tuple[Digest, ...], Field(max_length=MAX_KNOWN)]  # commitment digests
+    commitments: Annotated[tuple[Commitment, ...], Field(max_length=MAX_KNOWN)]
     accepted: Proposal | None = None
     accepted_ballot: Ballot | None = None
     certificate: Certificate | None = None  # the member is already past this version

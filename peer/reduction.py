@@ -10,12 +10,26 @@ import numpy as np
 
 from dht.errors import Unreachable
 from dipaco.checkpoint import ModuleState
-from dipaco.compression import EncodedGradient
+from dipaco.compression import EncodedGradient, WireFormat
 from dipaco.outer import OuterUpdate, apply_contributions, contribution_weights
 from dipaco.topology import PathID
 from peer.manifest import Manifest
 from peer.messages import Commitment, Proposal
 from peer.store import BlobStore
+
+
+def merged_format(wire_format: WireFormat) -> WireFormat:
+    """How the average of several encoded outer gradients travels.
+
+    With 8 bits at least: nobody has a residual of what is lost once more.
+    """
+    return wire_format if wire_format in ("float32", "float16") else "int8"
+
+
+def format_of(commitment: Commitment, manifest: Manifest) -> WireFormat:
+    """How the bytes of a commitment are encoded; `manifest` is the one that it names."""
+    wire_format = manifest.run_config.outer.wire_format
+    return merged_format(wire_format) if commitment.merged else wire_format
 
 
 def mapped_gradient(
@@ -31,7 +45,7 @@ def mapped_gradient(
         raise Unreachable(f"contribution {commitment.blob[:12]} is not on disk, or damaged")
     return EncodedGradient(
         np.memmap(file, dtype=np.uint8, mode="r").data,
-        manifest.run_config.outer.wire_format,
+        format_of(commitment, manifest),
         num_parameters=num_parameters,
     )
 

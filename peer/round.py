@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from dipaco.topology import ModuleID
 from peer.certificate import counted, may_rebuild, quorum_votes, roster_of
+from peer.committer import Committer
 from peer.contributions import MAX_COUNTED
 from peer.courier import MESSAGE_TIMEOUT_SECONDS, Kind
 from peer.heads import Heads
@@ -20,6 +21,7 @@ from peer.member import (
     PULL_SHARE,
     Member,
 )
+from peer.merging import Merging
 from peer.messages import (
     MAX_ROSTER,
     MAX_WAIT_SECONDS,
@@ -41,6 +43,7 @@ from peer.node import Node
 
 ATTEMPTS_PER_SLOT = 3  # each a quarter of a slot; the last quarter is left for pulling the result
 COLLECT_SHARE = 0.3  # of an attempt: how long after the slot's end commitments are waited for
+MERGE_SHARE = 0.4  # of an attempt: how long it may then take to merge some, in a crowded round
 HAVE_SHARE = 0.4  # of an attempt: how long members may take to pull what they miss
 EXACT_ATTEMPTS = 2  # of an exact run, in which a contribution that is late is waited for
 PULL_SLACK = 2.0  # times what the bytes should take by the best line: others may be slower
@@ -70,10 +73,11 @@ def agreed_contributions(
 class Rounds:
     """Runs the rounds of every module that this peer holds."""
 
-    def __init__(self, node: Node, member: Member, heads: Heads) -> None:
+    def __init__(self, node: Node, member: Member, heads: Heads, committer: Committer) -> None:
         self._node = node
         self._member = member
         self._heads = heads
+        self._merging = Merging(node, member, committer)
         self._slot_seconds = node.history.first.run_config.rounds.round_seconds
         self.attempt_seconds = min(MAX_WAIT_SECONDS, self._slot_seconds / (ATTEMPTS_PER_SLOT + 1))
 
@@ -81,7 +85,11 @@ class Rounds:
         """See one slot of one module through: lead when it is our turn, until it has a version."""
         node = self._node
         round_end = node.history.round_end(module, slot)
-        await self._collect(module, slot, until=round_end + COLLECT_SHARE * self.attempt_seconds)
+        until = round_end + COLLECT_SHARE * self.attempt_seconds
+        await self._collect(module, slot, until=until)
+        if (held := node.log.held.get(module)) is not None:
+            until += MERGE_SHARE * self.attempt_seconds
+            await self._merging.attend(held, slot, until=until)
         for attempt in range(ATTEMPTS_PER_SLOT):
             if await self._is_done_before(module, slot, attempt):
                 return
@@ -144,7 +152,7 @@ class Rounds:
         holders = self._heads.holders(held.module, held.version)
         expected |= {head.peer for head in holders if head.path is not None}
         if held.certificate is not None:
-            expected |= {c.peer for c in held.certificate.proposal.contributions}
+            expected.update(held.certificate.proposal.contributors)
         return expected
 
     async def _roster(self, held: Held, slot: int, attempt: int) -> tuple[tuple[Seat, ...], bool]:
@@ -317,7 +325,7 @@ class Rounds:
         if not self._node.history.at(proposal.slot).run_config.rounds.blocking:
             return []
         trainers = {seat.peer for seat in proposal.next_roster if seat.path is not None}
-        there = {commitment.peer for commitment in proposal.contributions}
+        there = set(proposal.contributors)
         base = proposal.contributions[0].base_state
         known = [c for reply in promises.values() for c in reply.commitments]
         overtaken = {commitment.peer for commitment in known if commitment.base_state != base}
@@ -334,7 +342,7 @@ class Rounds:
             slot=ballot.slot,
             attempt=ballot.attempt,
             proposal=proposal.digest,
-            contributors=[commitment.peer for commitment in proposal.contributions],
+            contributors=proposal.contributors,
         )
         request = ProposeRequest(ballot=ballot, proposal=proposal)
         own = self._member.vote(proposal, ballot, sender=self._node.peer_id)
@@ -379,7 +387,7 @@ class Rounds:
             certificate=certificate.digest,
         )
         peers = {seat.peer for seat in (*proposal.roster, *proposal.next_roster)}
-        peers |= {commitment.peer for commitment in proposal.contributions}
+        peers.update(proposal.contributors)
         request = CertifyRequest(certificate=certificate)
         others = dict.fromkeys(peers - {self._node.peer_id}, request)
         await self._member.courier.ask_all(Done, others, Kind.CERTIFY, MESSAGE_TIMEOUT_SECONDS)

@@ -584,7 +584,7 @@ class Volunteer:
 
     def _commits(self) -> int:
         return sum(
-            any(c.peer == self._node.peer_id for c in certificate.proposal.contributions)
+            self._node.peer_id in certificate.proposal.contributors
             for certificate in self._node.log.held[self._rarest_module()].chain
         )
 
@@ -605,9 +605,10 @@ def _is_decided(held: Held, slot: int) -> bool:
 def _counted_blob(certificates: Sequence[Certificate], peer: str) -> str | None:
     """The last contribution of `peer` that these certificates contain."""
     blobs = [
-        commitment.blob
+        part.blob
         for certificate in certificates
         for commitment in certificate.proposal.contributions
-        if commitment.peer == peer
+        for part in commitment.parts
+        if part.peer == peer
     ]
     return blobs[-1] if blobs else None

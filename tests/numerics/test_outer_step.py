@@ -12,6 +12,7 @@ from dipaco.gradient import TensorGradient, exact_norm
 from dipaco.outer import (
     apply_contributions,
     as_float32,
+    average,
     contribution_weights,
     outer_step,
     rescale_factor,
@@ -78,6 +79,30 @@ def test_plain_averaging_is_a_special_case() -> None:
     contributions = [(0.25, old - parameters) for parameters in new]
     state = apply_contributions(ModuleState.initial(old), contributions, 4, config).state
     assert torch.allclose(state.parameters, torch.stack(new).mean(0), atol=1e-6)
+
+
+def test_averaging_some_of_a_path_first_changes_nothing_but_rounding() -> None:
+    """Five peers on two paths, three of one of them merged into one contribution."""
+    gradients = vectors(5)
+    who = [(PATHS[0], 7), (PATHS[0], 30), (PATHS[0], 10), (PATHS[0], 5), (PATHS[1], 9)]
+    shards = {PATHS[0]: 100, PATHS[1]: 300}
+    zeros, config = ModuleState.initial(torch.zeros(1000)), OuterConfig(clip_norm=0.0)
+    weights = contribution_weights(who, shards)
+    direct = apply_contributions(zeros, zip(weights, gradients, strict=True), 2, config)
+    three = [(tokens / 47, g) for (_, tokens), g in zip(who[:3], gradients[:3], strict=True)]
+    merged = average(three, clip_norm=config.clip_norm)
+    weights = contribution_weights([(PATHS[0], 47), *who[3:]], shards)
+    left = zip(weights, [merged, *gradients[3:]], strict=True)
+    update = apply_contributions(zeros, left, 2, config)
+    assert torch.allclose(update.state.parameters, direct.state.parameters, atol=1e-6)
+
+
+def test_an_average_is_clipped_like_an_outer_step() -> None:
+    units = list(torch.eye(3))
+    weighted = [(1 / 3, units[0]), (1 / 3, units[1]), (1 / 3, 300 * units[2])]
+    assert torch.allclose(average(weighted, clip_norm=3.0), torch.tensor([1.0, 1, 3]) / 3)
+    with pytest.raises(ValueError, match="length"):
+        average([(0.5, units[0]), (0.5, torch.zeros(4))], clip_norm=3.0)
 
 
 def test_rescaling_multiplies_the_average_by_the_root_of_the_number_of_paths() -> None:

@@ -255,12 +255,50 @@ def test_a_partition_from_the_start_heals_to_one_history(tmp_path: Path) -> None
     run_virtual(scenario())
 
 
-def test_what_a_crowded_round_leaves_out_the_next_ones_count(
+@pytest.mark.parametrize("wire_format", ["float32", "int4"])
+def test_in_a_crowded_round_some_merge_and_everyone_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wire_format: str
+) -> None:
+    """Five peers on one path, of which a version has room for two: all of them are counted."""
+    crowd(monkeypatch, max_counted=2)
+    config = little_config(num_rounds=4, blocking=False, wire_format=wire_format)
+    config = replace(config, topology=TopologyConfig(levels=(1,)))
+
+    async def scenario() -> None:
+        async with lab(tmp_path, config, start_in=15.0) as place:
+            peers = [await place.bootstrap()]
+            peers += [await place.join(f"peer{n}", step_seconds=2.0) for n in range(5)]
+            await place.until(lambda: finished(peers), within=8 * ROUND, what="four rounds")
+            chain = peers[0].keeper.node.log.held[ModuleID(0, 0)].chain
+            everyone = {peer.peer_id for peer in peers[1:]}
+            for made in chain:
+                assert len(made.proposal.contributions) == 2
+                assert set(made.proposal.contributors) == everyone
+            slots = [made.proposal.slot for made in chain]
+            trained = [
+                [e["tokens"] for e in peer.seen("contributed") if e["slot"] == slots[-1]]
+                for peer in peers[1:]
+            ]
+            assert sum(made.proposal.tokens for made in chain) == sum(map(sum, trained))
+            assert all(len(states) == 1 for states in certified_states(peers).values())
+        for verdict in check_logs(tmp_path):
+            assert not verdict.violations
+
+    run_virtual(scenario())
+
+
+def test_what_a_silent_peer_should_have_merged_the_next_rounds_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Four peers on one path, of which a version counts two: nothing that was trained is lost."""
-    monkeypatch.setattr("peer.round.MAX_COUNTED", 2)
-    monkeypatch.setattr("peer.contributions.MAX_COUNTED", 2)
+    """Nobody merges: a version counts two of four, and nothing that was trained is lost."""
+    crowd(monkeypatch, max_counted=2)
+    silent = 0
+
+    async def merge(*_: object) -> None:
+        nonlocal silent
+        silent += 1
+
+    monkeypatch.setattr("peer.merging.Merging._merge", merge)
     config = little_config(num_rounds=5, blocking=False)
     config = replace(config, topology=TopologyConfig(levels=(1,)))
 
@@ -271,6 +309,7 @@ def test_what_a_crowded_round_leaves_out_the_next_ones_count(
             await place.until(lambda: finished(peers), within=8 * ROUND, what="five rounds")
             chain = peers[0].keeper.node.log.held[ModuleID(0, 0)].chain
             counts = Counter(c.peer for made in chain for c in made.proposal.contributions)
+            assert silent > 0
             assert all(len(made.proposal.contributions) <= 2 for made in chain)
             assert set(counts) == {peer.peer_id for peer in peers[1:]}
             waited = [c.tokens for c in chain[-1].proposal.contributions]
@@ -278,6 +317,11 @@ def test_what_a_crowded_round_leaves_out_the_next_ones_count(
             assert all(len(states) == 1 for states in certified_states(peers).values())
 
     run_virtual(scenario())
+
+
+def crowd(monkeypatch: pytest.MonkeyPatch, *, max_counted: int) -> None:
+    for module in ("round", "contributions", "merging"):
+        monkeypatch.setattr(f"peer.{module}.MAX_COUNTED", max_counted)
 
 
 def test_staggered_levels_contribute_one_after_another_and_all_advance(tmp_path: Path) -> None:
@@ -311,7 +355,7 @@ def test_staggered_levels_contribute_one_after_another_and_all_advance(tmp_path:
     run_virtual(scenario())
 
 
-@pytest.mark.parametrize("num_peers", [8, 16])
+@pytest.mark.parametrize("num_peers", [8, 16, 20])
 def test_a_large_group_agrees_and_goes_on_when_a_member_dies(
     tmp_path: Path, num_peers: int
 ) -> None:
