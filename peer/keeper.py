@@ -95,6 +95,7 @@ class Keeper:
         self.start(self._do_duties(), "duties")
         self.start(self._watch_manifests(), "manifests")
         self.start(self._renew(), "presence")
+        await self.guard(self._take_seats(), "seats")
         try:
             yield
         finally:
@@ -110,6 +111,18 @@ class Keeper:
         found = await asyncio.gather(*(self._hold(module) for module in modules))
         self._held_changed.notify()
         return all(found)
+
+    async def _take_seats(self) -> None:
+        """After a restart: hold what we have a seat in, whatever we are going to train.
+
+        Else we would count for its quorum until the next roster, and could not vote.
+        """
+        node = self.node
+        since_slot = node.slot - RETIRE_SLOTS
+        seated = await node.offload(
+            lambda: node.log.seats_on_disk(node.peer_id, since_slot=since_slot)
+        )
+        await self.hold(seated)
 
     def own(self, modules: Iterable[ModuleID], shard: PathID) -> None:
         """Modules and shard that this peer trains on: never dropped while it does."""

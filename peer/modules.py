@@ -143,6 +143,23 @@ class ModuleLog:
         except (DipacoError, Unreachable, LocalFault):
             return
 
+    def seats_on_disk(self, peer: str, *, since_slot: int) -> list[ModuleID]:
+        """Modules in which `peer` has a seat by the newest certificate that is here.
+
+        Only by one of `since_slot` or later. Changes nothing.
+        """
+        seated = []
+        for module in self._history.newest.topology.modules:
+            files = sorted((self._directory / str(module)).glob("*.json"))
+            try:
+                newest = Certificate.from_bytes(files[-1].read_bytes(), sender="disk")
+            except (IndexError, BadMessage):
+                continue  # none, or a damaged one, which `open` sees to
+            seats = newest.proposal.next_roster
+            if newest.proposal.slot >= since_slot and peer in {seat.peer for seat in seats}:
+                seated.append(module)
+        return seated
+
     def versions_on_disk(self, module: ModuleID) -> list[tuple[int, str]]:
         """Every version of `module` that was held here, and the digest of its state, newest first.
 
