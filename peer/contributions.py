@@ -77,11 +77,24 @@ class Contributions:
                 raise BadMessage(sender, "more commitments than a round can hold")
             check_parts(commitment, known)
             known[key] = commitment
+            self._give_up_before(commitment)
             self._changes.notify()
         is_crowded = len(known) > MAX_COUNTED or self._is_crowded(commitment)
         if is_asked_for or commitment.merged or not is_crowded:
             self._pull(commitment, [commitment.peer, sender, *self._group(commitment)])
         return True
+
+    def _give_up_before(self, commitment: Commitment) -> None:
+        """Stop pulling what the same peer offered in earlier slots: it is in the new one, too.
+
+        On a slow line they would be in each other's way. Whoever proposes one again pulls it again.
+        """
+        key = commitment.peer, bool(commitment.merged)
+        for (module, slot), known in self._known.items():
+            if module == commitment.module and slot < commitment.slot and key in known:
+                pull = self._pulls.get(known[key].digest)
+                if pull is not None:
+                    pull.cancel()
 
     def _group(self, commitment: Commitment) -> list[str]:
         """Who pulls the same bytes, so that a slow uplink sends them about once."""

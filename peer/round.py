@@ -46,7 +46,7 @@ COLLECT_SHARE = 0.3  # of an attempt: how long after the slot's end commitments 
 MERGE_SHARE = 0.4  # of an attempt: how long it may then take to merge some, in a crowded round
 HAVE_SHARE = 0.4  # of an attempt: how long members may take to pull what they miss
 EXACT_ATTEMPTS = 2  # of an exact run, in which a contribution that is late is waited for
-PULL_SLACK = 2.0  # times what the bytes should take by the best line: others may be slower
+PULL_SLACK = 2.0  # times what the bytes should take: lines are shared with others
 ANSWER_SHARE = 0.2  # of an attempt: how long they may take to answer beyond that
 VOTE_SHARE = 0.3  # of an attempt: how long its leader has from then on, before another one begins
 
@@ -68,6 +68,23 @@ def agreed_contributions(
     """
     holders = Counter(digest for digests in held for digest in set(digests))
     return tuple(counted((c for c in commitments if holders[c.digest] >= quorum), MAX_COUNTED))
+
+
+def pull_seconds(
+    num_bytes: Mapping[str, int], rates: Mapping[str, float], *, limit_seconds: float
+) -> float:
+    """How long to wait for so many bytes of each peer; 0 if no bandwidth (bytes/s) is known.
+
+    All of them have to come through a member's own line, for which the best rate stands, and each
+    through the slower one of its sender, at the same time. A line that would take longer than
+    `limit_seconds` is not waited for.
+    """
+    if not rates:
+        return 0.0
+    own_seconds = sum(num_bytes.values()) / max(rates.values())
+    senders = [num_bytes[peer] / rate for peer, rate in rates.items()]
+    seconds = max([own_seconds, *(s for s in senders if s <= limit_seconds)])
+    return min(limit_seconds, PULL_SLACK * seconds)
 
 
 class Rounds:
@@ -214,8 +231,7 @@ class Rounds:
         """Who of the roster promises the ballot, and holds what.
 
         Who does not answer in time is not waited for. Who does and still pulls (it has used up its
-        time) is asked again, for as long as the bytes should take by the bandwidth that this peer
-        has measured.
+        time) is asked again, for as long as the bytes should take by what this peer has measured.
         """
         wanted = tuple(counted(known, MAX_COUNTED))
         digests = {commitment.digest for commitment in wanted}
@@ -235,11 +251,12 @@ class Rounds:
     def _pull_seconds(self, commitments: Sequence[Commitment]) -> float:
         """How long after the slot's end members may go on pulling."""
         sources = self._node.blobs.sources
-        rates = [rate for c in commitments if (rate := sources.bytes_per_second(c.peer))]
-        if not rates:
-            return 0.0
-        num_bytes = sum(commitment.blob_bytes for commitment in commitments)
-        return min(PULL_SHARE * self._slot_seconds, PULL_SLACK * num_bytes / max(rates))
+        rates = {c.peer: rate for c in commitments if (rate := sources.bytes_per_second(c.peer))}
+        return pull_seconds(
+            {c.peer: c.blob_bytes for c in commitments},
+            rates,
+            limit_seconds=PULL_SHARE * self._slot_seconds,
+        )
 
     async def _ask_have(
         self, held: Held, ballot: Ballot, peers: Sequence[str], wanted: tuple[Commitment, ...]
