@@ -77,15 +77,24 @@ def _baseline(name: str) -> str:
         return "dense-small"
     if "-seed-" in name:
         return f"dense-seed-{name.rpartition('-seed-')[2]}"
-    main = ("dense", "2x2", "4x4", "flat-4", "1x1")
-    return "dense" if name in main else "dense-short"
+    return "dense" if name in _MAIN else "dense-short"
 
 
 def _cell(found: Figures, key: str) -> str:
     return f"{found[key]:.2f}" if key in found else ""
 
 
-_MAIN = ("dense", "1x1", "flat-4", "2x2", "4x4")
+_MAIN = ("dense", "1x1", "flat-4", "2x2", "4x4", "4x4-specific", "2x2-synchronous")
+_ROUTERS = {
+    "2x2-short": "k-means",
+    "2x2-product-kmeans": "product k-means",
+    "2x2-discriminative": "discriminative",
+    "2x2-tiny-lm": "tiny language models",
+    "2x2-hash": "hash",
+    "2x2": "k-means, all steps",
+}
+_CONFUSION_PATHS = 4
+_DARK = 0.6  # a share from which on black cannot be read
 _SHORT = ("dense-short", "dense-4x", "1x1-short", "diloco-4", "2x2-short", "2x4-short", "4x4-short")
 
 
@@ -126,43 +135,55 @@ def _plot_curves(figures: dict[str, Figures], file: Path, names: tuple[str, ...]
 
 
 def _plot_shards(figures: dict[str, Figures], file: Path) -> None:
+    """Each router's shards by size, against equal ones."""
     import matplotlib.pyplot as plt
 
     shown = {
-        name: sorted(found["shard_tokens"], reverse=True)
-        for name, found in figures.items()
-        if len(found.get("shard_tokens", [])) in (4, 8, 16)
+        title: sorted(figures[name]["shard_tokens"], reverse=True)
+        for name, title in _ROUTERS.items()
+        if name in figures
     }
     if not shown:
         return
-    figure, axis = plt.subplots(figsize=(9, 4.5), layout="constrained")
-    for name, tokens in shown.items():
-        axis.plot(range(1, len(tokens) + 1), [n / 1e6 for n in tokens], marker=".", label=name)
-    axis.set_xlabel("shard, by size")
-    axis.set_ylabel("million tokens")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize="small")
+    figure, axes = plt.subplots(
+        1, len(shown), figsize=(2.6 * len(shown), 3.2), sharey=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for axis, (title, tokens) in zip(axes[0], shown.items(), strict=True):
+        axis.bar(range(1, len(tokens) + 1), [100 * n / sum(tokens) for n in tokens])
+        axis.axhline(100 / len(tokens), color="black", linewidth=1, linestyle="dashed")
+        axis.set_title(title, fontsize="medium")
+        axis.set_xlabel("shard, by size")
+    axes[0][0].set_ylabel("share of the tokens, %")
     figure.savefig(file, dpi=100)
     plt.close(figure)
 
 
 def _plot_confusion(figures: dict[str, Figures], file: Path) -> None:
+    """Of the test sequences that a path predicts best: where each router sends them."""
     import matplotlib.pyplot as plt
 
     shown = {
-        name: found["confusion"]
-        for name, found in figures.items()
-        if len(found.get("confusion", [])) == 4
+        title: figures[name]["confusion"]
+        for name, title in _ROUTERS.items()
+        if len(figures.get(name, {}).get("confusion", [])) == _CONFUSION_PATHS
     }
     if not shown:
         return
     figure, axes = plt.subplots(
-        1, len(shown), figsize=(3.2 * len(shown), 3.6), squeeze=False, layout="constrained"
+        1, len(shown), figsize=(2.6 * len(shown), 3.2), squeeze=False, layout="constrained"
     )
-    for axis, (name, counts) in zip(axes[0], shown.items(), strict=True):
-        axis.imshow(counts, cmap="Blues")
-        axis.set_title(name, fontsize="small")
+    for axis, (title, counts) in zip(axes[0], shown.items(), strict=True):
+        shares = [[n / max(1, sum(row)) for n in row] for row in counts]
+        axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        for row, of_path in enumerate(shares):
+            for column, share in enumerate(of_path):
+                color = "white" if share > _DARK else "black"
+                axis.text(column, row, f"{100 * share:.0f}", ha="center", va="center", color=color)
+        axis.set_title(title, fontsize="medium")
         axis.set_xlabel("path by the router")
-        axis.set_ylabel("path that predicts best")
+        axis.set_xticks(range(len(shares)))
+        axis.set_yticks(range(len(shares)))
+    axes[0][0].set_ylabel("path that predicts best")
     figure.savefig(file, dpi=100)
     plt.close(figure)
