@@ -106,13 +106,6 @@ def decode_int8(
             values[i] = table[some[i]] * scale
 
 
-@_compiled
-def look_up(codes: "NDArray[np.uint16]", table: "Floats", out: "Floats") -> None:
-    """The values of a table."""
-    for i in range(len(codes)):
-        out[i] = table[codes[i]]
-
-
 @_compiled_without_nan
 def encode_int4(
     values: "Floats",
