@@ -75,6 +75,7 @@ class Tally:
     resent_bytes: int = 0
     chunks_begun_again: int = 0
     most_resent_chunks_per_cut: float = 0.0
+    over_one_chunk: int = 0  # fetches that carried more than that again per cut
 
 
 async def fetch(
@@ -109,6 +110,7 @@ async def fetch(
         tally.chunks_begun_again += server.store.num_read - begun - num_chunks
         per_cut = resent / CHUNK_BYTES / cuts
         tally.most_resent_chunks_per_cut = max(tally.most_resent_chunks_per_cut, per_cut)
+        tally.over_one_chunk += per_cut > 1
 
 
 async def serve(
@@ -175,6 +177,7 @@ async def measure(num_fetches: int, seed: int) -> dict[str, Any]:
         "wrong_bytes_refused": bad_blobs,
         "resent_chunks_per_cut": round(tally.resent_bytes / CHUNK_BYTES / max(1, tally.cuts), 3),
         "most_resent_chunks_per_cut": round(tally.most_resent_chunks_per_cut, 3),
+        "fetches_over_one_chunk_per_cut": tally.over_one_chunk,
         "chunks_begun_again_per_cut": round(tally.chunks_begun_again / max(1, tally.cuts), 3),
         "seconds": round(seconds, 1),
     }

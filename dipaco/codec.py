@@ -109,8 +109,8 @@ class PlainCodec(Codec):
         body = bodies["values"][start * size : stop * size]
         if self._dtype is torch.float32:
             return np.frombuffer(body, np.float32)
-        # By torch, which has the processor's instruction for it. It takes no memory that it might
-        # not write into, and a part is copied in no time. Every half is a float32, so this is exact.
+        # By torch, which has the processor's instruction for it; this is exact, since every half is
+        # a float32. It takes no memory that is read-only, and a part is copied in no time.
         halves = torch.from_numpy(np.frombuffer(body, np.float16).copy())
         values = scratch[: stop - start]
         torch.from_numpy(values).copy_(halves)

@@ -1,10 +1,11 @@
 """The download of one blob from several sources at once.
 
 Each source is asked for a run of chunks, short enough that all end at about the same time, and
-asked again shortly before it is done. It chooses out of more chunks than it is to send; those are
-not asked of others meanwhile, so that nothing comes twice until the end: then an idle source is
-asked for what a much slower one still owes, and the first answer wins. Chunks that came before a
-stream was cut stay. A source without anything for us is asked again a little later.
+asked again shortly before it is done. Nobody else is asked while those that are will be done in no
+time, since every request costs something. A source chooses out of more chunks than it is to send;
+those are not asked of others meanwhile, so that nothing comes twice until the end: then an idle
+source is asked for what a much slower one still owes, and the first answer wins. Chunks that came
+before a stream was cut stay. A source without anything for us is asked again a little later.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ MAX_PAUSE_SECONDS = 2.0
 PATIENCE_SECONDS = 10.0  # with sources that all lack the rest, and nothing under way
 STALL_SECONDS = 60.0  # without a chunk: the sources are none, however many there are
 CHUNK_SECONDS = 1.0  # of a source whose bandwidth is not known
+SHORT_SECONDS = 2.0  # that all the rest will take: then nobody else is asked
 HEDGE = 3.0  # an idle source takes over a chunk that it would bring so many times sooner
 HEDGE_SECONDS = 0.25  # between two looks at whether it would
 
@@ -167,7 +169,8 @@ class Download:
             if source.ready_time > now:
                 look_seconds = min(look_seconds, source.ready_time - now)
             elif _has_room(source) and (source.runs or num_active < MAX_SOURCES):
-                request = self._request(source, alive, now)
+                is_needed = bool(source.runs) or not self._is_nearly_done(alive, now)
+                request = self._request(source, alive, now) if is_needed else None
                 if request is None:
                     look_seconds = min(look_seconds, HEDGE_SECONDS)
                 else:
@@ -198,6 +201,18 @@ class Download:
         ):
             num_missing = len(self._part.missing)
             raise Unreachable(f"{num_missing} chunks of {self._digest[:12]} found nowhere")
+
+    def _is_nearly_done(self, alive: list[_Source], now: float) -> bool:
+        """Whether those that are asked will be done in no time, as far as they answer."""
+        busy = [
+            source
+            for source in alive
+            if any(now - run.last_time < HEDGE_SECONDS for run in source.runs)
+        ]
+        if self._part is None:
+            return bool(busy)
+        rates = [self._known.bytes_per_second(source.peer) or 0.0 for source in busy]
+        return len(self._part.missing) * CHUNK_BYTES < SHORT_SECONDS * sum(rates)
 
     def _request(self, source: _Source, alive: list[_Source], now: float) -> BlobRequest | None:
         """What to ask `source` for; None if nothing now."""
@@ -235,6 +250,8 @@ class Download:
         """How many chunks to ask for: its share of what is left, and no more than a run."""
         rate = self._known.bytes_per_second(source.peer)
         run = FIRST_RUN_CHUNKS if rate is None else round(rate * RUN_SECONDS / CHUNK_BYTES)
+        if rate is not None and num_free * CHUNK_BYTES < SHORT_SECONDS * rate:
+            return min(run, num_free, MAX_CHUNKS_PER_REQUEST)  # nobody else will be asked
         useful = [s for s in alive if s is source or s.runs or s.ready_time <= now][:MAX_SOURCES]
         seconds = {s.peer: self._chunk_seconds(s) for s in useful}
         speed = sum(1 / seconds[s.peer] for s in useful)

@@ -76,15 +76,16 @@ class Sources:
 
     def ranked(self, peers: Sequence[str], now: float) -> list[str]:
         """The best first: without faults, then fast, then as given. One never measured counts as
-        average. Whom to skip for now comes last: it is for who has no other.
+        average, and of two that are less than about twice as fast as one another neither is better.
+        Whom to skip for now comes last: it is for who has no other.
         """
         known = [rate for peer in peers if (rate := self.bytes_per_second(peer)) is not None]
         average = statistics.median(known) if known else 0.0
 
-        def rank(peer: str) -> tuple[bool, int, float]:
+        def rank(peer: str) -> tuple[bool, int, int]:
             source = self._sources.get(peer, _Source())
             rate = average if source.bytes_per_second is None else source.bytes_per_second
-            return source.skipped_until > now, source.num_faults, -rate
+            return source.skipped_until > now, source.num_faults, -round(math.log2(max(rate, 1.0)))
 
         return sorted(dict.fromkeys(peers), key=rank)
 
