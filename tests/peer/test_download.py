@@ -123,6 +123,33 @@ def test_a_slow_uplink_sends_its_blob_about_once(peers: Peers) -> None:
     run_virtual(scenario())
 
 
+@pytest.mark.parametrize("is_cut_off", [False, True])
+def test_what_is_here_in_no_time_is_asked_of_one_source_unless_that_is_silent(
+    peers: Peers, is_cut_off: bool
+) -> None:
+    async def scenario() -> None:
+        names = ["first", "second", "third"]
+        fast = Line(bandwidth_bytes_per_second=NUM_CHUNKS * CHUNK_BYTES, latency_seconds=0.01)
+        await peers.start("client", line=Line())
+        for name in names:
+            await peers.start(name, has_it=True, line=fast)
+            peers.clients["client"].sources.brought(name, len(BLOB), 1.0)
+        if is_cut_off:
+            peers.network.partition({"client"}, {"first"})
+        seconds = await peers.fetch("client", *names)
+        sent = [peers.sent_blobs(name) > 0 for name in names]
+        if is_cut_off:
+            assert peers.network.faults["partition"]
+            assert sent[0] is False
+            assert any(sent[1:])
+            assert seconds < MIN_FRAME_TIMEOUT_SECONDS
+        else:
+            assert sent == [True, False, False]
+            assert seconds < 1.2
+
+    run_virtual(scenario())
+
+
 def test_what_nobody_has_all_of_is_given_up(peers: Peers) -> None:
     async def scenario() -> None:
         await peers.start("origin", has_it=True)
