@@ -54,7 +54,7 @@ from peer.providers import Providers
 from peer.session import make_node, open_network
 
 NUM_ROUNDS = 6
-ROUND_SECONDS_PER_PEER = 4.0  # all of them reduce on this machine's few cores
+ROUND_SECONDS_PER_PEER = 2.5  # all of them reduce on this machine's few cores
 START_IN_SECONDS = 25.0  # for all processes to start
 LOOPBACK = ("/ip4/127.0.0.1/tcp/0",)
 
