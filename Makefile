@@ -25,7 +25,7 @@ test: $(READY) ## Run all tests.
 	$(BIN)/python -m pytest -m "not swarm" --numprocesses 2
 	$(BIN)/python -m pytest -m swarm
 
-faults: $(READY) ## Kill and stop real peers at every stage of a round; about twenty minutes.
+faults: $(READY) ## Kill and stop real peers at every stage of a round; a quarter of an hour.
 	$(BIN)/python -m tests.faults
 
 check: $(READY) ## Lint, format, types, import rules.
