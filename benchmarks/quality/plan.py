@@ -208,21 +208,20 @@ def _variants(short: RunConfig) -> Iterator[Experiment]:
 
 
 def _routers(short: RunConfig) -> Iterator[Experiment]:
-    # More router data than the others have: a classifier of 128 columns needs some.
-    phase = {
-        "method": "discriminative",
-        "phases": [short.rounds.num_rounds // 3],
-        "router_fraction": 0.15,
-    }
+    # All of them on the same text and dense start, which depend on how much router data there is: a
+    # classifier of 128 columns needs more than the other trainings keep for it.
+    fair = varied(short, routing={"router_fraction": 0.15})
+    phases = {"method": "discriminative", "phases": [short.rounds.num_rounds // 3]}
     yield _paths(
         "2x2-discriminative",
-        varied(short, routing=phase),
+        varied(fair, routing=phases),
         reroute=(16, 32, 64),
         token_router_steps=300,
     )
-    for method in ("product_kmeans", "hash", "tiny_lm"):
-        routed = varied(short, routing={"method": method})
+    for method in ("kmeans", "product_kmeans", "hash", "tiny_lm"):
+        routed = varied(fair, routing={"method": method})
         yield _paths(f"2x2-{method.replace('_', '-')}", routed)
+    yield _dense("dense-routers", fair)
     yield _paths("2x2-overlap", varied(short, routing={"overlap": 2}))
 
 

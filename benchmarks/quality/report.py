@@ -77,6 +77,8 @@ def _baseline(name: str) -> str:
         return "dense-small"
     if "-seed-" in name:
         return f"dense-seed-{name.rpartition('-seed-')[2]}"
+    if name in _ROUTERS:
+        return "dense-routers"
     return "dense" if name in _MAIN else "dense-short"
 
 
@@ -86,12 +88,11 @@ def _cell(found: Figures, key: str) -> str:
 
 _MAIN = ("dense", "1x1", "flat-4", "2x2", "4x4", "4x4-specific", "2x2-synchronous")
 _ROUTERS = {
-    "2x2-short": "k-means",
+    "2x2-kmeans": "k-means",
     "2x2-product-kmeans": "product k-means",
     "2x2-discriminative": "discriminative",
     "2x2-tiny-lm": "tiny language models",
     "2x2-hash": "hash",
-    "2x2": "k-means, all steps",
 }
 _CONFUSION_PATHS = 4
 _DARK = 0.6  # a share from which on black cannot be read
