@@ -8,6 +8,7 @@ checked. They stay on disk, and are mapped into memory: adding them up reads the
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from dht.errors import BadMessage, LocalFault, PeerFault, SwarmError
@@ -39,6 +40,7 @@ class Contributions:
         self._known: dict[tuple[str, int], dict[tuple[str, bool], Commitment]] = {}
         self._gradients: dict[str, EncodedGradient] = {}  # by digest of the commitment
         self._pulls: dict[str, asyncio.Task[None]] = {}
+        self._needed: Counter[str] = Counter()  # digests of commitments that `obtain` waits for
         self._logged: set[tuple[str, int]] = set()  # whose first pull is in the event log
         self._slots = asyncio.Semaphore(MAX_PULLS)
 
@@ -87,14 +89,14 @@ class Contributions:
     def _give_up_before(self, commitment: Commitment) -> None:
         """Stop pulling what the same peer offered in earlier slots: it is in the new one, too.
 
-        On a slow line they would be in each other's way. Whoever proposes one again pulls it again.
+        On a slow line they would be in each other's way. What was agreed on meanwhile is needed.
         """
         key = commitment.peer, bool(commitment.merged)
         for (module, slot), known in self._known.items():
             if module == commitment.module and slot < commitment.slot and key in known:
-                pull = self._pulls.get(known[key].digest)
-                if pull is not None:
-                    pull.cancel()
+                digest = known[key].digest
+                if digest in self._pulls and digest not in self._needed:
+                    self._pulls[digest].cancel()
 
     def _group(self, commitment: Commitment) -> list[str]:
         """Who pulls the same bytes, so that a slow uplink sends them about once."""
@@ -135,15 +137,20 @@ class Contributions:
             if self._checked(commitment, commitment.peer) is None:
                 return False
             self._pull(commitment, [commitment.peer, *sources])
-        return await self._changes.until(
-            lambda: (
-                len(self.held(wanted)) == len(wanted)
-                or not any(
-                    c.digest in self._pulls for c in wanted if c.digest not in self._gradients
-                )
-            ),
-            timeout_seconds,
-        ) and len(self.held(wanted)) == len(wanted)
+        needed = Counter(commitment.digest for commitment in wanted)
+        self._needed += needed
+        try:
+            return await self._changes.until(
+                lambda: (
+                    len(self.held(wanted)) == len(wanted)
+                    or not any(
+                        c.digest in self._pulls for c in wanted if c.digest not in self._gradients
+                    )
+                ),
+                timeout_seconds,
+            ) and len(self.held(wanted)) == len(wanted)
+        finally:
+            self._needed -= needed
 
     def forget_before(self, slot: int) -> None:
         """Drop what no round will ask for any more."""

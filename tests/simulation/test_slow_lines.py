@@ -63,7 +63,10 @@ def test_a_slow_uplink_counts_if_its_bytes_can_come_in_time_and_delays_nobody_el
     run_virtual(scenario())
 
 
-def test_what_is_offered_anew_is_not_pulled_in_its_old_form_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_needed", [False, True])
+def test_what_is_offered_anew_is_not_pulled_in_its_old_form_too_unless_it_was_agreed_on(
+    tmp_path: Path, is_needed: bool
+) -> None:
     """Two offers of one peer, and a line over which neither comes."""
 
     async def scenario() -> None:
@@ -80,12 +83,16 @@ def test_what_is_offered_anew_is_not_pulled_in_its_old_form_too(tmp_path: Path) 
                     pulling.remove(digest)
 
             keeper.node.blobs.fetch = fetch  # type: ignore[method-assign]
-            for slot in (0, 1):
-                keeper.member.contributions.add(
-                    offer(place, slot=slot), sender=OFFERER.peer_id, is_asked_for=False
-                )
-                await asyncio.sleep(0.1)
-                assert pulling == [f"{slot:064x}"]
+            contributions = keeper.member.contributions
+            offers = [offer(place, slot=slot) for slot in (0, 1)]
+            contributions.add(offers[0], sender=OFFERER.peer_id, is_asked_for=False)
+            need = asyncio.create_task(contributions.obtain(offers[:is_needed], [], 9.0))
+            await asyncio.sleep(0.1)
+            assert pulling == [offers[0].blob]
+            contributions.add(offers[1], sender=OFFERER.peer_id, is_asked_for=False)
+            await asyncio.sleep(0.1)
+            assert pulling == [o.blob for o in offers[0 if is_needed else 1 :]]
+            assert await need is not is_needed
 
     run_virtual(scenario())
 
