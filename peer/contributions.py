@@ -59,10 +59,10 @@ class Contributions:
     def add(self, commitment: Commitment, *, sender: str, is_asked_for: bool) -> bool:
         """Check a commitment, remember it, and begin to pull its bytes.
 
-        False if it was made under another manifest than the one in force in its slot. Raises
-        `BadMessage` naming the sender if it is not what its signer could rightly send. Of more
-        commitments than a round counts, only merged ones are pulled, and those that a leader asks
-        for.
+        False if it was made under another manifest than the one in force in its slot, or is a
+        merged one of which a version's worth is here already. Raises `BadMessage` naming the sender
+        if it is not what its signer could rightly send. Of more commitments than a round counts,
+        only merged ones are pulled, and those that a leader asks for.
         """
         manifest = self._checked(commitment, sender)
         if manifest is None or manifest is not self._node.history.at(commitment.slot):
@@ -75,7 +75,10 @@ class Contributions:
                 commitment.peer, "committed twice, differently, to one module and slot"
             )
         if first is None:
-            if sum(merged == key[1] for _, merged in known) >= MAX_CONTRIBUTIONS:
+            num_alike = sum(merged == key[1] for _, merged in known)
+            if commitment.merged and num_alike >= MAX_COUNTED:
+                return False  # no version counts more; and all that is known fits one message
+            if num_alike >= MAX_CONTRIBUTIONS:
                 raise BadMessage(sender, "more commitments than a round can hold")
             check_parts(commitment, known)
             known[key] = commitment

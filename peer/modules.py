@@ -140,7 +140,7 @@ class ModuleLog:
                     return
                 self._store.put(index, raw)
                 held.chain.append(certificate)
-        except (DipacoError, Unreachable, LocalFault):
+        except (DipacoError, Unreachable, LocalFault, OSError):  # a full disk, for one
             return
 
     def seats_on_disk(self, peer: str, *, since_slot: int) -> list[ModuleID]:

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from dipaco.topology import ModuleID
 from peer.history import History
 from peer.modules import ModuleLog
@@ -60,7 +62,17 @@ def test_everyone_is_killed_with_states_in_memory_and_no_version_is_lost(tmp_pat
     run_virtual(scenario())
 
 
-def test_without_the_contributions_the_version_before_is_taken(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fault", ["contribution gone", "disk full"])
+def test_what_cannot_be_computed_again_leaves_the_version_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    full = 0
+
+    def put(*_: object) -> None:
+        nonlocal full
+        full += 1
+        raise OSError("no space left on device")
+
     async def scenario() -> None:
         config = little_config(num_rounds=100, round_seconds=ROUND, wire_format="int4")
         async with lab(tmp_path, config) as place:
@@ -78,10 +90,15 @@ def test_without_the_contributions_the_version_before_is_taken(tmp_path: Path) -
             certificate = node.log.held[module].certificate
             assert certificate is not None
             await place.kill("peer0")
-            store = BlobStore(place.directory / "peer0" / "blobs")
-            store.remove(certificate.proposal.contributions[0].blob)
-            again = reopened(place, peer).open(module)
+            log = reopened(place, peer)
+            if fault == "disk full":
+                monkeypatch.setattr(BlobStore, "put", put)
+            else:
+                store = BlobStore(place.directory / "peer0" / "blobs")
+                store.remove(certificate.proposal.contributions[0].blob)
+            again = log.open(module)
             assert again is not None
             assert again.version == certificate.version - 1
+            assert full == (fault == "disk full")
 
     run_virtual(scenario())
