@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from dipaco.imports import heavy_imports
 from peer.cli import status
 from peer.command_line import CONTEXT_SETTINGS, network_options, one_line_errors, run_async
 
@@ -128,9 +129,10 @@ def serve(directory: Path, start_in: float, quiet: bool, verbose: int, **options
     Prints the line to hand to volunteers. Ctrl-C leaves in good order; the run goes on without
     this node as long as volunteers are there.
     """
-    from bootstrap.node import serve as serve_run
-    from peer.config import PeerConfig
-    from peer.display import Display
+    with heavy_imports():
+        from bootstrap.node import serve as serve_run
+        from peer.config import PeerConfig
+        from peer.display import Display
 
     given = {name: value for name, value in options.items() if value not in (None, ())}
     config = PeerConfig(**{"state_dir": directory, **given})

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dipaco.codec import MAX_BFLOAT16, Bodies, Codec, bfloat16s
+from dipaco.imports import bitsandbytes
 from dipaco.tensors import Layout
 
 if TYPE_CHECKING:
@@ -40,11 +41,7 @@ class Int8Codec(Codec):
 
     def encode(self, vector: Tensor) -> dict[str, Tensor]:
         """See `Codec`."""
-        # The package, not its `functional`: that one is there before the kernels are, and a thread
-        # that asks for it while another one still imports the package would find none.
-        import bitsandbytes
-
-        values, state = bitsandbytes.functional.quantize_blockwise(
+        values, state = bitsandbytes().functional.quantize_blockwise(
             vector, code=dynamic_table(), blocksize=self.block_values
         )
         return {"values": values.view(-1), "scales": state.absmax.view(-1)}

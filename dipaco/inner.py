@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from dipaco.checkpoint import write_atomically
 from dipaco.config import InnerConfig, RunConfig
 from dipaco.evaluate import IGNORED, NOTHING, Evaluation, evaluate, targets_of, token_nll
+from dipaco.imports import bitsandbytes
 from dipaco.model import PathNet, add_to_module, read_module, write_module
 from dipaco.moments import Moments
 from dipaco.shards import Rows, Shard
@@ -420,8 +421,8 @@ def new_optimizer(
     ]
     betas = (config.beta1, config.beta2)
     if name == "adamw8bit":
-        from bitsandbytes.optim import AdamW8bit
-
-        optimizer: torch.optim.Optimizer = AdamW8bit(groups, lr=0.0, betas=betas)
+        optimizer: torch.optim.Optimizer = bitsandbytes().optim.AdamW8bit(
+            groups, lr=0.0, betas=betas
+        )
         return optimizer
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)

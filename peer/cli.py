@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from dipaco.imports import heavy_imports
 from peer.command_line import (
     CONTEXT_SETTINGS,
     limit_options,
@@ -54,8 +55,9 @@ def join(address: tuple[str, ...], quiet: bool, verbose: int, **options: Any) ->
     Ctrl-C leaves in good order; a second Ctrl-C leaves at once. With the same --state-dir you
     continue where you left off.
     """
-    from peer.display import Display
-    from peer.join import join as join_run
+    with heavy_imports():
+        from peer.display import Display
+        from peer.join import join as join_run
 
     run_async(join_run(_config(address, **options), Display(quiet=quiet, verbosity=verbose)))
 

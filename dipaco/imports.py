@@ -1,0 +1,36 @@
+"""Imports that need care."""
+
+import gc
+import importlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+
+@contextmanager
+def heavy_imports() -> Iterator[None]:
+    """Import in the body what a long-running program stands on, and stays for as long as it runs.
+
+    The garbage collector would look through those 400,000 objects again and again: while they are
+    imported, which takes a third longer then, and later for 0.2 s at a time, in which nothing else
+    of Python runs. It never looks at what is there when the body is left.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def bitsandbytes() -> ModuleType:
+    """The package of that name, on any thread.
+
+    On a CPU its import warns that a kernel is missing for products of 4-bit matrices, which
+    nothing here computes.
+    """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # The package, not one of its modules: those are there before the kernels are, and a thread
+    # that asks for one while another thread still imports the package would find none.
+    return importlib.import_module("bitsandbytes")
