@@ -295,16 +295,5 @@ def _batches(documents: Iterable[tuple[Split, str]]) -> Iterator[list[tuple[Spli
         yield batch
 
 
-def _read_tokenizer(checkpoint: Path) -> bytes:
-    file = checkpoint / "tokenizer.json"
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise ConfigError(
-            f"cannot read {file}: {error.strerror}",
-            hint="dense_start.checkpoint names the directory of a Llama with its tokenizer",
-        ) from error
-
-
 def _json(value: object) -> bytes:
     return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
