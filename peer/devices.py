@@ -12,7 +12,7 @@ from dipaco.topology import PathID, Topology
 from peer.config import PeerConfig
 from peer.limits import path_parameters
 from peer.manifest import Manifest
-from peer.volunteer import TrainerFactory
+from peer.path_source import TrainerFactory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +45,7 @@ def choose_device(config: PeerConfig, run: RunConfig, topology: Topology) -> Dev
 
 
 def trainer_factory(choice: DeviceChoice) -> TrainerFactory:
-    """A `volunteer.TrainerFactory` for this device."""
+    """A `path_source.TrainerFactory` for this device."""
 
     def make(manifest: Manifest, path: PathID, shard: Shard) -> PathTrainer:
         return PathTrainer(

@@ -6,30 +6,25 @@ time of training is in the event log of each slot.
 """
 
 import asyncio
-import time
-from collections import defaultdict
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
 from dht.errors import LocalFault, SwarmError, Unreachable
-from dipaco.checkpoint import ModuleState
 from dipaco.config import RunConfig
-from dipaco.errors import DipacoError
-from dipaco.inner import PathTrainer
 from dipaco.outer import warm_up
-from dipaco.shards import Shard
 from dipaco.topology import ModuleID, PathID
 from peer.assignment import Snapshot, assign_paths, joining_order
-from peer.handover import Handover, predecessors
+from peer.beside import Beside
 from peer.keeper import Keeper
-from peer.manifest import Manifest
 from peer.messages import Certificate
 from peer.modules import Held, counted_tokens
 from peer.node import Offload
+from peer.path_source import Footing, PathSource, TrainerFactory
 from peer.path_work import Draft, PathWork, Rebasing
 from peer.scoring import Scoring
+from peer.tally import Tally
 
 BURST_SECONDS = 0.5  # of inner steps between two looks at the clock and at new versions
 SCORING_SHARE = 0.5  # of a burst, after each burst while a phase of the routing is due
@@ -39,9 +34,6 @@ SETTLE_SECONDS = 1.0  # between two looks at who else is there, before the run s
 
 T = TypeVar("T")
 
-TrainerFactory = Callable[[Manifest, PathID, Shard], PathTrainer]
-"""Makes the trainer of (manifest, path, shard) on this machine's device."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pace:
@@ -49,15 +41,6 @@ class Pace:
 
     burst_seconds: float = BURST_SECONDS
     burst_steps: int = 1_000_000
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Footing:
-    """What the work was set up with."""
-
-    manifest: Manifest
-    shard: Shard
-    shard_digest: str
 
 
 class Volunteer:
@@ -75,24 +58,18 @@ class Volunteer:
         self.keeper = keeper
         self.stop = asyncio.Event()
         self._node = keeper.node
-        self._make_trainer = make_trainer
         self._train_in = train_in or keeper.node.offload
         self._pace = pace or Pace()
         self._scoring = Scoring(keeper.node, keeper.presence)
-        self._paths_dir = keeper.node.state_dir / "paths"
-        self._handover = Handover(keeper.node, self._paths_dir)
+        self._source = PathSource(keeper, make_trainer)
         self._snapshot = keeper.snapshot  # by which paths were chosen last
         self._plan: Mapping[str, PathID] = {}  # who trains what in the next slot
         self._work: PathWork | None = None
-        self._footing: _Footing | None = None
-        self._first_step_time: float | None = None
+        self._footing: Footing | None = None
         self._step_seconds = 0.0  # how long an inner step takes, by the latest ones
-        self._steps = 0
-        self._tokens = 0
+        self._tally = Tally()
         self._evaluated_round = -1
-        # Since the first step, by what was done in the time of training.
-        self._seconds: defaultdict[str, float] = defaultdict(float)
-        self._beside: set[asyncio.Task[None]] = set()  # what goes on beside it
+        self._beside = Beside()
         self._rebasings: dict[ModuleID, asyncio.Task[Rebasing]] = {}
         self._is_saved = True
 
@@ -102,7 +79,7 @@ class Volunteer:
 
     async def run(self) -> None:
         """Take a path and train it, changing it when the swarm needs another more."""
-        await self._handover.serve()
+        await self._source.serve()
         await self._settle()
         outer = self._config.outer
         self.keeper.start(self._node.offload(lambda: warm_up(outer)), "compiler")
@@ -115,7 +92,8 @@ class Volunteer:
                 await self._follow_manifest()
             await self._pause_work()
         finally:
-            for task in [*self._beside, *self._rebasings.values()]:
+            self._beside.cancel()
+            for task in self._rebasings.values():
                 task.cancel()
         if is_over:
             self._node.events.write("finished", round=self._the_work().round)
@@ -181,103 +159,41 @@ class Volunteer:
         )
 
     async def _take(self, path: PathID) -> None:
-        """Fetch what a path needs, announce it, and put its modules under a trainer."""
-        node, keeper = self._node, self.keeper
-        manifest = node.manifest
-        modules = manifest.topology.modules_of(path)
-        ref = manifest.shard(path).blob
-        await keeper.presence.change_path(path)
-        await keeper.providers.obtain(ref)
-        keeper.own(modules, path)
-        if not await keeper.hold(modules):
-            raise Unreachable(f"a module of path {path} has no holder that answers")
-        shard = await node.offload(lambda: self._read_shard(path, ref.digest))
-        work = await node.offload(
-            lambda: PathWork(self._make_trainer(manifest, path, shard), self._paths_dir)
-        )
-        for module in modules:
-            held = node.log.held[module]
-            state = await self._state(module)
-            work.begin(module, held.version, held.state, state)
-            await keeper.presence.publish_head(module)
+        """Train this path from now on."""
+        work, footing = await self._source.take(path)
         await self._pause_work()
-        self._work = work
-        self._footing = _Footing(manifest=manifest, shard=shard, shard_digest=ref.digest)
+        self._work, self._footing = work, footing
         self._find_place(under_way=self._under_way(path))
         self._evaluated_round = work.round
-        node.events.write(
+        self._node.events.write(
             "path",
             path=str(path),
             round=work.round,
             first_batch=work.trainer.next_batch_number,
             resumed=work.resumed,
-            manifest=manifest.version,
-            shard_sequences=len(shard.train),
+            manifest=footing.manifest.version,
+            shard_sequences=len(footing.shard.train),
         )
-        keeper.start(self._take_over(work), "handover")
-
-    async def _take_over(self, work: PathWork) -> None:
-        """Go on with the optimizer's state of who trained this path before, if it can be had."""
-        node, trainer = self._node, work.trainer
-        if trainer.optimizer_name != "adamw":
-            return
-        peers = predecessors(
-            trainer.path,
-            [node.log.held[module] for module in trainer.modules],
-            announced=self._snapshot.training,
-            peer=node.peer_id,
-            slot=node.slot,
-            has_own=work.resumed,
-        )
-        work.handed_over = await self._handover.take(
-            trainer.path,
-            peers,
-            num_parameters=sum(map(node.log.num_parameters, trainer.modules)),
-            config=trainer.config.inner,
-        )
+        self.keeper.start(self._source.take_over(work, self._snapshot.training), "handover")
 
     async def _follow_manifest(self) -> None:
-        """Go on under the manifest in force now: by its settings, on the shard that it names.
-
-        A shard that is not here yet is not waited for: the old one serves for another slot.
-        """
+        """Go on under the manifest in force now: by its settings, on the shard that it names."""
         node, work, footing = self._node, self._work, self._footing
         if work is None or footing is None or self.stop.is_set() or self._is_finished():
             return
-        manifest, path = node.manifest, work.trainer.path
-        ref = manifest.shard(path).blob
-        shard, shard_digest = footing.shard, footing.shard_digest
-        if ref.digest != shard_digest:
-            try:
-                shard = await node.offload(lambda: self._read_shard(path, ref.digest))
-                shard_digest = ref.digest
-            except Unreachable:
-                self.keeper.start(self.keeper.providers.obtain(ref), f"shard of {path}")
-        if manifest is footing.manifest and shard is footing.shard:
+        path = work.trainer.path
+        self._footing = await self._source.footing_now(path, footing)
+        if self._footing is footing:
             return
-        make = partial(self._make_trainer, manifest, path, shard)
         await self._pause_work()
-        await node.offload(lambda: work.change_trainer(make))
-        self._footing = _Footing(manifest=manifest, shard=shard, shard_digest=shard_digest)
+        await self._source.stand_on(work, self._footing)
         node.events.write(
             "manifest in force",
-            version=manifest.version,
+            version=self._footing.manifest.version,
             slot=node.slot,
             path=str(path),
-            shard=shard_digest,
+            shard=self._footing.shard_digest,
         )
-
-    def _read_shard(self, path: PathID, digest: str) -> Shard:
-        file = self._node.store.intact_file(digest)
-        if file is None:
-            raise Unreachable(f"the shard of path {path} is not on disk, or damaged")
-        model = self._config.model
-        try:
-            return Shard.load(
-                file, path=path, sequence_tokens=model.sequence_tokens, vocab_size=model.vocab_size
-            )
-        except DipacoError as error:
-            raise Unreachable(str(error)) from error
 
     def _find_place(self, *, under_way: int = 0) -> None:
         """Go on in the shard where the path's trainers, whoever they were, have got to."""
@@ -304,7 +220,7 @@ class Volunteer:
     async def _train_slot(self, slot: int) -> None:
         """Inner steps through a slot, and one contribution per module when its round ends."""
         node, modules = self._node, self._the_work().trainer.modules
-        tokens_before = self._tokens
+        tokens_before = self._tally.tokens
         steps = 0
         self._find_place()
         self.keeper.start(self._make_plan(slot), "path choice")
@@ -318,7 +234,7 @@ class Volunteer:
             await self._offer(slot, [module for module in modules if ends[module] == end])
         if self.stop.is_set() or self._is_finished() or self._the_work().is_counted:
             return
-        self.keeper.presence.progress.slot_tokens = self._tokens - tokens_before
+        self.keeper.presence.progress.slot_tokens = self._tally.tokens - tokens_before
         await self._end_slot(slot)
         if self._config.rounds.blocking:
             await self._await_versions(slot)
@@ -330,7 +246,7 @@ class Volunteer:
         """
         node, rounds = self._node, self._config.rounds
         while not self.stop.is_set() and node.now() < end - self._step_seconds * (steps > 0):
-            self._look_beside()
+            self._beside.look()
             await self._apply_versions()
             self._save()
             if self._is_finished():
@@ -375,17 +291,18 @@ class Volunteer:
     async def _burst(self, max_steps: int, first_step: int, end: float) -> int:
         work, node = self._the_work(), self._node
         seconds = max(0.0, min(self._pace.burst_seconds, end - node.now()))
-        if self._first_step_time is None:
-            self._first_step_time = node.now()
+        if self._tally.begin(node.now()):
             node.events.write("first step", path=str(work.trainer.path))
         before, begin_time = work.train_seconds, node.now()
         steps = await self._train_in(
             lambda: work.train(seconds=seconds, max_steps=max_steps, first_step=first_step)
         )
         self._step_seconds = (node.now() - begin_time) / steps
-        self._seconds["inner steps"] += work.train_seconds - before
-        self._steps += steps
-        self._tokens += steps * work.trainer.tokens_per_step
+        self._tally.trained(
+            steps=steps,
+            tokens=steps * work.trainer.tokens_per_step,
+            seconds=work.train_seconds - before,
+        )
         return steps
 
     async def _offer(self, slot: int, modules: Sequence[ModuleID]) -> None:
@@ -393,7 +310,7 @@ class Volunteer:
         work = self._the_work()
         config = self._node.history.at(slot).run_config
         drafts = await self._instead("outer gradients", lambda: work.drafts(config, modules))
-        self._do_beside(self._commit(drafts, work.trainer.path, slot))
+        self._beside.do(self._commit(drafts, work.trainer.path, slot))
 
     async def _commit(self, drafts: Sequence[Draft], path: PathID, slot: int) -> None:
         """Commit to outer gradients before anyone sees them."""
@@ -403,16 +320,16 @@ class Volunteer:
 
     async def _end_slot(self, slot: int) -> None:
         """Say what was trained, and keep what the next start of an exact run needs."""
-        node, work = self._node, self._the_work()
+        node, work, tally = self._node, self._the_work(), self._tally
         node.events.write(
             "contributed",
             slot=slot,
             path=str(work.trainer.path),
-            steps=self._steps,
-            tokens=self._tokens,
+            steps=tally.steps,
+            tokens=tally.tokens,
             loss=work.last_loss,
-            inner_share=round(self._inner_share(), 4),
-            seconds={what: round(seconds, 3) for what, seconds in self._seconds.items()},
+            inner_share=round(tally.inner_share(node.now()), 4),
+            seconds={what: round(seconds, 3) for what, seconds in tally.seconds.items()},
             sent_bytes=node.transport.traffic.wire_sent_bytes,
             received_bytes=node.transport.traffic.wire_received_bytes,
         )
@@ -425,33 +342,19 @@ class Volunteer:
         """Once a slot, when what others wait for is done, keep what the next start needs."""
         if not self._is_saved and not self._beside:
             self._is_saved = True
-            self._do_beside(self._node.offload(self._the_work().save))
+            self._beside.do(self._node.offload(self._the_work().save))
 
     async def _instead(self, what: str, function: Callable[[], T]) -> T:
         """Do something in the time of inner steps, and note how long that took."""
-        begin = time.monotonic()
-        result = await self._node.offload(function)
-        self._seconds[what] += time.monotonic() - begin
-        return result
-
-    def _do_beside(self, coroutine: Coroutine[object, object, None]) -> None:
-        """Do something while training goes on, which ends with an error if this does."""
-        self._beside.add(asyncio.ensure_future(coroutine))
-
-    def _look_beside(self) -> None:
-        """Forget what is done; raises what went wrong."""
-        for task in [task for task in self._beside if task.done()]:
-            self._beside.discard(task)
-            task.result()
+        with self._tally.instead(what):
+            return await self._node.offload(function)
 
     async def _pause_work(self) -> None:
         """Let everything beside come to its end, and keep what the next start needs."""
         for task in self._rebasings.values():
             task.cancel()
         self._rebasings.clear()
-        while self._beside:
-            await asyncio.wait(self._beside)
-            self._look_beside()
+        await self._beside.finish()
         if self._work is not None:
             await self._node.offload(self._work.save)
             self._is_saved = True
@@ -496,26 +399,27 @@ class Volunteer:
                     await self._instead("new versions", partial(work.rebase, step))
         if work.round > self._evaluated_round:
             self._evaluated_round = work.round
-            self._do_beside(self._evaluate(work.round))
+            self._beside.do(self._evaluate(work.round))
 
     async def _prepare_rebasing(self, module: ModuleID) -> Rebasing:
         node, work = self._node, self._the_work()
         held = node.log.held[module]
         counted = _counted_blob(held.after(work.version(module)), node.peer_id)
-        state = await self._state(module)
+        state = await self._source.state(module)
         return await node.offload(
             lambda: work.rebasing(module, held.version, held.state, state, counted=counted)
         )
 
     async def _evaluate(self, round_number: int) -> None:
-        node, work, progress = self._node, self._the_work(), self.keeper.presence.progress
+        node, work, tally = self._node, self._the_work(), self._tally
+        progress = self.keeper.presence.progress
         evaluation = await node.offload(work.evaluate)
         progress.round = round_number
-        progress.step = self._steps
-        progress.tokens = self._tokens
+        progress.step = tally.steps
+        progress.tokens = tally.tokens
         progress.path_tokens = self._path_tokens()
         progress.commits = self._commits()
-        progress.inner_share = self._inner_share()
+        progress.inner_share = tally.inner_share(node.now())
         progress.loss = work.last_loss
         progress.valid_nll = evaluation.nll_sum
         progress.valid_tokens = evaluation.num_tokens
@@ -525,10 +429,10 @@ class Volunteer:
             path=str(work.trainer.path),
             loss=work.last_loss,
             perplexity=evaluation.perplexity,
-            steps=self._steps,
-            tokens=self._tokens,
-            inner_share=round(self._inner_share(), 4),
-            tokens_per_second=round(self._tokens / max(self._seconds["inner steps"], 1e-9)),
+            steps=tally.steps,
+            tokens=tally.tokens,
+            inner_share=round(tally.inner_share(node.now()), 4),
+            tokens_per_second=tally.tokens_per_second,
             sent_bytes=node.transport.traffic.wire_sent_bytes,
             received_bytes=node.transport.traffic.wire_received_bytes,
         )
@@ -550,26 +454,12 @@ class Volunteer:
                 self.keeper.own(work.trainer.modules, former)
                 await self.keeper.presence.change_path(former)
 
-    async def _state(self, module: ModuleID) -> ModuleState:
-        node = self._node
-        try:
-            return await node.offload(lambda: node.log.load_state(module))
-        except DipacoError as error:
-            raise Unreachable(str(error)) from error
-
     def _is_finished(self) -> bool:
         return self._work is not None and self._work.round >= self._config.rounds.num_rounds
 
     def _the_work(self) -> PathWork:
         assert self._work is not None, "a path is taken before anything is done on it"
         return self._work
-
-    def _inner_share(self) -> float:
-        """Share of the wall time since the first inner step that was spent in inner steps."""
-        if self._first_step_time is None:
-            return 0.0
-        elapsed = self._node.now() - self._first_step_time
-        return min(1.0, self._seconds["inner steps"] / elapsed) if elapsed > 0 else 0.0
 
     def _rarest_module(self) -> ModuleID:
         """The path's module with the fewest other paths."""
