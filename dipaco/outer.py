@@ -45,7 +45,7 @@ class Contribution:
 
     path: PathID
     tokens: int
-    gradient: Tensor
+    gradient: Gradient
 
 
 def contribution_weights(

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from dipaco.checkpoint import ModuleState, state_digest
-from dipaco.compression import compress_with_feedback, decode
+from dipaco.compression import EncodedGradient, compress_with_feedback
 from dipaco.config import RunConfig
 from dipaco.discriminative import fit_linear_router
 from dipaco.errors import ConfigError
@@ -36,10 +36,14 @@ States = dict[ModuleID, ModuleState]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReferenceResult:
-    """The last version of every module, its digest, and evaluations before and after."""
+    """The last version of every module, its digest, and evaluations before and after.
+
+    `sharding` is the one of the last round, on whose validation rows `at_end` is.
+    """
 
     states: States
     digests: dict[ModuleID, str]
+    sharding: Sharding
     at_start: Evaluations
     at_end: Evaluations
 
@@ -117,6 +121,7 @@ def train(  # noqa: PLR0913 - what to train, then what to do meanwhile
     return ReferenceResult(
         states=states,
         digests={module: state_digest(state) for module, state in states.items()},
+        sharding=training.sharding(max(0, num_rounds - 1), states),
         at_start=reports[0].evaluations,
         at_end=reports[-1].evaluations,
     )
@@ -236,17 +241,28 @@ class _Training:
         trainer = self._trainer(path, sharding.shard(path), states)
         evaluation = trainer.evaluate(self._config.rounds.eval_sequences)
         if self._options.early_stopping:
-            # After a new sharding, what was measured before is of other data.
-            phase = max(
-                (p for p in self._config.routing.phases if p <= files.number - 1), default=0
-            )
-            before = [
-                r.evaluations[path].perplexity for r in reports if r.round > phase or not phase
-            ]
+            before = self._comparable(path, files, reports)
             if evaluation.perplexity <= min(before, default=float("inf")):
                 parameters = {module: states[module].parameters for module in trainer.modules}
                 files.write_early_stopped(path, parameters)
         return evaluation
+
+    def _comparable(
+        self, path: PathID, files: RoundFiles, reports: list[RoundReport]
+    ) -> list[float]:
+        """Perplexities of a path in earlier rounds, of which the best is the one that was kept.
+
+        After a new sharding, what was measured before is of other data, also where it is still the
+        last figure of a path that has not trained since.
+        """
+        if not files.has_early_stopped(path):
+            return []
+        phase = max((p for p in self._config.routing.phases if p <= files.number - 1), default=0)
+        return [
+            report.evaluations[path].perplexity
+            for report in reports
+            if not phase or (report.round > phase and path in report.losses)
+        ]
 
     def _trainer(self, path: PathID, shard: Shard, states: States) -> PathTrainer:
         trainer = PathTrainer(self._config, self._start.topology, path, shard, device=self._device)
@@ -256,8 +272,8 @@ class _Training:
 
     def _outer_gradients(
         self, trainer: PathTrainer, states: States, files: RoundFiles, seat: tuple[PathID, int]
-    ) -> dict[ModuleID, torch.Tensor]:
-        """Old minus new, as it arrives after the wire."""
+    ) -> dict[ModuleID, EncodedGradient]:
+        """Old minus new, as it arrives after the wire, on disk."""
         wire_format = self._config.outer.wire_format
         residuals = files.residuals(*seat)
         gradients = {}
@@ -266,7 +282,9 @@ class _Training:
             raw, residual = compress_with_feedback(gradient, residuals.get(module), wire_format)
             if residual is not None:
                 residuals[module] = residual
-            gradients[module] = decode(raw, wire_format, num_parameters=gradient.numel())
+            gradients[module] = EncodedGradient(
+                files.put_aside(*seat, module, raw), wire_format, num_parameters=gradient.numel()
+            )
         files.write_residuals(*seat, residuals)
         return gradients
 
@@ -326,15 +344,18 @@ def dense_trainer(
     return trainer
 
 
-def evaluate_dense(start: Start, dense: PathTrainer) -> Evaluations:
+def evaluate_dense(sharding: Sharding, dense: PathTrainer) -> Evaluations:
     """The dense model on the sequences that each path is evaluated on."""
-    num_rows = start.config.rounds.eval_sequences
+    num_rows = sharding.config.rounds.eval_sequences
     return {
-        path: dense.evaluate_rows(start.shard(path).valid[:num_rows])
-        for path in start.topology.paths
+        path: dense.evaluate_rows(sharding.shard(path).valid[:num_rows])
+        for path in sharding.shard_tokens
     }
 
 
 def total(evaluations: Evaluations) -> Evaluation:
-    """The whole model: every sequence through the path that the router gives it."""
+    """The whole model: every sequence through the path that the router gives it.
+
+    Where shards have more validation rows than `rounds.eval_sequences`, each path counts alike.
+    """
     return sum(evaluations.values(), NOTHING)

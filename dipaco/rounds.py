@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -118,6 +119,16 @@ class RoundFiles:
         tensors = {str(module): vector for module, vector in parameters.items()}
         write_atomically(self._early_stopped_file(path), encode_tensors(tensors))
 
+    def has_early_stopped(self, path: PathID) -> bool:
+        """Whether a path was kept as it did best so far."""
+        return self._early_stopped_file(path).exists()
+
+    def put_aside(self, path: PathID, replica: int, module: ModuleID, raw: bytes) -> memoryview:
+        """Keep an encoded outer gradient on disk until the round is complete; returns it mapped."""
+        file = self.directory / _ASIDE / f"{path}-{replica}-{module}.safetensors"
+        write_atomically(file, raw)
+        return np.memmap(file, dtype=np.uint8, mode="r").data
+
     def reports(self) -> list[RoundReport]:
         """What was reported of every round so far."""
         try:
@@ -146,6 +157,7 @@ class RoundFiles:
 
 _ROUND = "round-"
 _PARTIAL = ".partial"
+_ASIDE = "contributions"  # of a round that is not complete
 _FOLDERS = ("modules", "optimizers", "residuals", "early-stopped")
 _HINT = "delete that folder to train from the start"
 
@@ -174,9 +186,10 @@ def next_round(directory: Path, config: RunConfig) -> Iterator[RoundFiles]:
         partial.mkdir()
     else:
         shutil.copytree(before.directory, partial, copy_function=os.link)
-    for folder in _FOLDERS:
+    for folder in (*_FOLDERS, _ASIDE):
         (partial / folder).mkdir(exist_ok=True)
     yield RoundFiles(partial, config)
+    shutil.rmtree(partial / _ASIDE)
     partial.rename(partial.with_name(partial.name.removesuffix(_PARTIAL)))
     if before is not None:
         shutil.rmtree(before.directory)

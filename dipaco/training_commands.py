@@ -136,7 +136,7 @@ def _train(
     dense = reference.train_dense(
         start, rounds.total_steps, device=device, on_step=lambda step: progress.advance(task)
     )
-    return result, reference.evaluate_dense(start, dense)
+    return result, reference.evaluate_dense(result.sharding, dense)
 
 
 _MANY_PATHS = 8  # more do not fit on a line
@@ -167,14 +167,14 @@ def _print_tables(start: "Start", result: "ReferenceResult", dense: "Evaluations
     columns = {"start": result.at_start, "end": result.at_end}
     if dense is not None:
         columns["dense"] = dense
-    scored = columns.values()
+    scored, shard_tokens = columns.values(), result.sharding.shard_tokens
     table = Table("path", "shard tokens", *columns, title="validation perplexity")
     for path in start.topology.paths:
         cells = [f"{evaluations[path].perplexity:.2f}" for evaluations in scored]
-        table.add_row(str(path), f"{start.shard_tokens[path]:,}", *cells)
+        table.add_row(str(path), f"{shard_tokens[path]:,}", *cells)
     table.add_section()
     cells = [f"{total(evaluations).perplexity:.2f}" for evaluations in scored]
-    table.add_row("all", f"{sum(start.shard_tokens.values()):,}", *cells)
+    table.add_row("all", f"{sum(shard_tokens.values()):,}", *cells)
     console.print(table)
     # Folded, not cut: a digest is data.
     modules = Table("module", "blocks", Column("digest", overflow="fold"), title="modules")

@@ -293,7 +293,7 @@ class Demo:
         ) as progress:
             task = progress.add_task("dense", total=steps)
             dense = train_dense(self._start, steps, on_step=lambda step: progress.advance(task))
-        return evaluate_dense(self._start, dense)
+        return evaluate_dense(self._start.sharding, dense)
 
 
 def newest_versions(volunteers: list[Volunteer]) -> dict[str, int]:

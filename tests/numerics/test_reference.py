@@ -100,8 +100,8 @@ def test_path_specific_modules_take_outer_steps_too(start: Start, tmp_path: Path
 def test_the_dense_model_is_scored_on_the_same_tokens(
     start: Start, result: ReferenceResult
 ) -> None:
-    dense = evaluate_dense(start, train_dense(start, 12))
+    dense = evaluate_dense(start.sharding, train_dense(start, 12))
     assert total(dense).num_tokens == total(result.at_start).num_tokens
     assert total(dense).perplexity < total(result.at_start).perplexity
-    untrained = evaluate_dense(start, train_dense(start, 0))
+    untrained = evaluate_dense(start.sharding, train_dense(start, 0))
     assert total(untrained).nll_sum == pytest.approx(total(result.at_start).nll_sum, rel=1e-6)

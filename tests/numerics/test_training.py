@@ -1,5 +1,6 @@
 """The parts of the loop on one machine beyond Algorithm 1: resuming, phases, turns, evaluation."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dipaco.config import RoutingConfig, RunConfig, TopologyConfig
+from dipaco.config import InnerConfig, RoutingConfig, RunConfig, TopologyConfig
 from dipaco.errors import ConfigError
 from dipaco.evaluate import Evaluation
 from dipaco.preparation import prepare_start
@@ -139,20 +140,63 @@ def test_paths_side_by_side_end_where_they_end_one_after_another(
     assert total(together.at_end).perplexity == pytest.approx(total(alone.at_end).perplexity, 1e-3)
 
 
+def harmful(start: Start) -> InnerConfig:
+    """Inner steps that make a path worse, so that an earlier round was better."""
+    return replace(start.config.inner, learning_rate=0.1)
+
+
+def kept_perplexity(trained: TrainedModel, number: int) -> float:
+    """Of the early-stopped path of that number, on the validation rows of its shard."""
+    path = trained.start.topology.paths[number]
+    rows = trained.sharding.shard(path).valid[: trained.config.rounds.eval_sequences]
+    found = evaluate_choices(
+        lambda _: trained.net(number, early_stopped=True),
+        rows,
+        np.zeros((len(rows), 1), dtype=np.int64),
+        at=[trained.config.routing.prefix_tokens],
+        model=trained.config.model,
+    )
+    return whole(found).perplexity
+
+
 def test_early_stopping_keeps_each_path_at_its_best(trained: TrainedModel) -> None:
     reports = trained.files.reports()
     for number, path in enumerate(trained.start.topology.paths):
         best = min(report.evaluations[path].perplexity for report in reports[2:])
-        rows = trained.sharding.shard(path).valid[: trained.config.rounds.eval_sequences]
-        net = trained.net(number, early_stopped=True)
-        found = evaluate_choices(
-            lambda number, net=net: net,  # type: ignore[misc]
-            rows,
-            np.zeros((len(rows), 1), dtype=np.int64),
-            at=[trained.config.routing.prefix_tokens],
-            model=trained.config.model,
-        )
-        assert whole(found).perplexity == pytest.approx(best, rel=1e-5)
+        assert kept_perplexity(trained, number) == pytest.approx(best, rel=1e-5)
+
+
+def test_early_stopping_forgets_what_was_measured_on_another_shard(
+    phased: Start, tmp_path: Path
+) -> None:
+    """Also where only some paths train in a round, and keep their last figures meanwhile."""
+    directory = Path(shutil.copytree(phased.directory, tmp_path / "start"))
+    rounds = replace(phased.config.rounds, paths_per_round=1)
+    routing = replace(phased.config.routing, phases=(4,))
+    config = replace(phased.config, rounds=rounds, routing=routing, inner=harmful(phased))
+    some = prepare_start(config, directory)
+    files = training_directory(directory, some.config)
+    train(some, files, num_rounds=8, options=Options(early_stopping=True))
+    trained = TrainedModel.load(directory)
+    reports = trained.files.reports()
+    was_better_before = False
+    for number, path in enumerate(some.topology.paths):
+        before, after = (r.evaluations[path].perplexity for r in reports if path in r.losses)
+        was_better_before = was_better_before or before < after
+        assert kept_perplexity(trained, number) == pytest.approx(after, rel=1e-5)
+    assert was_better_before, "nothing was there to be forgotten"
+
+
+def test_early_stopping_may_begin_in_a_later_round(start: Start, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(start.directory, tmp_path / "start"))
+    start = prepare_start(replace(start.config, inner=harmful(start)), directory)
+    files = training_directory(directory, start.config)
+    for num_rounds, early_stopping in ((1, False), (2, True)):
+        options = Options(early_stopping=early_stopping)
+        train(start, files, num_rounds=num_rounds, options=options)
+    trained = TrainedModel.load(directory)
+    for number in range(start.topology.num_paths):
+        trained.net(number, early_stopped=True)
 
 
 def test_rerouting_scores_every_token_once(trained: TrainedModel) -> None:
