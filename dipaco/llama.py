@@ -106,7 +106,10 @@ def export_llama(net: PathNet, tokenizer_bytes: bytes, directory: Path) -> None:
             f"model.width is {config.width}, for {config.num_heads} heads",
             hint="transformers accepts only multiples of model.num_heads, whatever the head width",
         )
-    special = _special_tokens(json.loads(tokenizer_bytes))
+    text_tokenizer = json.loads(tokenizer_bytes)
+    special = _special_tokens(text_tokenizer)
+    # What would put a first token before every text, as many Llamas have it: no path has seen one.
+    text_tokenizer["post_processor"] = None
     tokens = {"eos_token_id": config.end_token, "pad_token_id": config.pad_token}
     llama = {
         "architectures": [_ARCHITECTURE],
@@ -130,7 +133,7 @@ def export_llama(net: PathNet, tokenizer_bytes: bytes, directory: Path) -> None:
     files = {
         CONFIG_FILE: _json(llama),
         WEIGHTS_FILE: safetensors.torch.save(tensors, metadata={"format": "pt"}),
-        TOKENIZER_FILE: tokenizer_bytes,
+        TOKENIZER_FILE: _json(text_tokenizer),
         TOKENIZER_CONFIG_FILE: _json(tokenizer),
         GENERATION_CONFIG_FILE: _json(tokens),
     }

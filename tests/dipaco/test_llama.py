@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer as Backend
 
 from dipaco.config import ModelConfig
 from dipaco.errors import ConfigError
@@ -52,6 +53,36 @@ def a_net(tokenizer: Tokenizer, **shape: Any) -> PathNet:
         for parameter in net.parameters():
             parameter.mul_(4.0)  # so that the likeliest token is not a matter of the last bit
     return net
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_exported_tokenizer_puts_nothing_before_a_text(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """As those of many Llamas do, which a run may start from; its paths are trained without."""
+    from transformers import AutoTokenizer
+
+    values = json.loads(tokenizer.to_bytes())
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    values["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, text],
+        "pair": [text, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<|endoftext|>"]}},
+    }  # fmt: skip
+    raw = json.dumps(values).encode()
+    assert Backend.from_str(raw.decode()).encode("some words").ids[0] == 0
+    net = a_net(tokenizer)
+    config = net.config
+    theirs = Tokenizer.from_bytes(
+        raw,
+        vocab_size=config.vocab_size,
+        end_token=config.end_token,
+        pad_token=config.pad_token,
+    )
+    export_llama(net, theirs.to_bytes(), tmp_path / "llama")
+    found = AutoTokenizer.from_pretrained(tmp_path / "llama")("some words")["input_ids"]
+    assert found == tokenizer.encode("some words")
 
 
 @pytest.fixture
