@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dipaco.checkpoint import write_atomically
@@ -34,6 +35,7 @@ from dipaco.token_router import TokenRouter, train_token_router
 from dipaco.topology import PathID
 
 TOKEN_ROUTER_FILE = "token-router.safetensors"
+_SCORED_ROWS = 1024  # at a time
 
 
 def training_directory(directory: Path, config: RunConfig) -> Path:
@@ -214,25 +216,37 @@ def train_token_router_of(
     rows = model.start.rows("router")
     if not len(rows):
         raise ConfigError("there is no router data", hint="raise routing.router_fraction")
-    num_paths = model.config.topology.num_paths
-    scores_NTP = np.empty((*rows.shape, num_paths), dtype=np.float32)
-    tokens_NT = torch.from_numpy(rows.astype(np.int64)).to(model.device)
-    for number in range(num_paths):
-        nll_NT = token_nll(
-            model.net(number),
-            tokens_NT,
-            prefix_tokens=model.config.routing.prefix_tokens,
-            model=model.config.model,
+    scores_file = model.token_router_file.with_suffix(".scores")
+    try:
+        router = train_token_router(
+            model.start.net().to(model.device),
+            rows,
+            _scores(model, rows, scores_file, progress),
+            config=model.config,
+            num_steps=num_steps,
+            on_progress=lambda done, total: progress("token-level router", done, total),
         )
-        scores_NTP[:, :, number] = -nll_NT.numpy()
-        progress("router data", number + 1, num_paths)
-    router = train_token_router(
-        model.start.net().to(model.device),
-        rows,
-        scores_NTP,
-        config=model.config,
-        num_steps=num_steps,
-        on_progress=lambda done, total: progress("token-level router", done, total),
-    )
+    finally:
+        scores_file.unlink(missing_ok=True)
     write_atomically(model.token_router_file, router.to_bytes())
     return router
+
+
+def _scores(model: TrainedModel, rows: Rows, file: Path, progress: Progress) -> NDArray[np.float32]:
+    """Log-likelihoods [N, T, P] of the tokens under each path, in `file`: they may be many."""
+    num_paths = model.config.topology.num_paths
+    shape = (*rows.shape, num_paths)
+    scores_NTP = np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=shape)
+    for number in range(num_paths):
+        net = model.net(number)
+        for start in range(0, len(rows), _SCORED_ROWS):
+            part = slice(start, start + _SCORED_ROWS)
+            nll_BT = token_nll(
+                net,
+                torch.from_numpy(rows[part].astype(np.int64)).to(model.device),
+                prefix_tokens=model.config.routing.prefix_tokens,
+                model=model.config.model,
+            )
+            scores_NTP[part, :, number] = -nll_BT.numpy()
+        progress("router data", number + 1, num_paths)
+    return scores_NTP
