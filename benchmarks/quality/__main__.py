@@ -74,7 +74,7 @@ def main(  # noqa: PLR0913 - one parameter per option
         task = progress.add_task("preparing", total=sum(e.tokens for e in plan) / 1e6)
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
             bases = dict(base_of(e.config) for e in plan)
-            waiting = [pool.submit(prepare_base, c, work / name) for name, c in bases.items()]
+            waiting = [pool.submit(prepare_base, c, work / n, device) for n, c in bases.items()]
             for done in waiting:
                 done.result()
             futures: dict[Future[Figures], Experiment] = {

@@ -92,11 +92,11 @@ _TINY = {
 _GPU = {
     "model": {
         "vocab_size": 8192,
-        "width": 512,
+        "width": 576,
         "num_blocks": 8,
-        "num_heads": 8,
-        "num_kv_heads": 4,
-        "ffn_width": 1408,
+        "num_heads": 9,
+        "num_kv_heads": 3,
+        "ffn_width": 1536,
         "sequence_tokens": 512,
         "head_width": 0,
     },
@@ -107,8 +107,6 @@ _GPU = {
 }
 _VARIANT = {"inner": {"batch_sequences": 8}, "rounds": {"num_rounds": 10}}
 """A quarter of the tokens, because there are many variants."""
-_SPECIFIC = {"path_specific_blocks": [0, 3], "path_specific_embedding": True}
-"""The paper's choice, scaled down: the outer block of each level, and the embedding."""
 
 
 def base_config(size: Size, text: Path | None) -> RunConfig:
@@ -163,6 +161,19 @@ def _flat(config: RunConfig) -> RunConfig:
     )
 
 
+def _specific(config: RunConfig) -> RunConfig:
+    """The paper's choice: the first and last block of both levels, and the embedding.
+
+    Of four blocks only the outer two, which leaves each level one to share.
+    """
+    num_blocks = config.model.num_blocks
+    first_and_last = {0, num_blocks // 2 - 1, num_blocks // 2, num_blocks - 1}
+    blocks = sorted(first_and_last) if num_blocks > len(first_and_last) else [0, num_blocks - 1]
+    return varied(
+        config, topology={"path_specific_blocks": blocks, "path_specific_embedding": True}
+    )
+
+
 def _main(base: RunConfig) -> Iterator[Experiment]:
     yield _dense("dense", base)
     yield _paths("2x2", base, options=Options(early_stopping=True), reroute=(16, 32, 64))
@@ -171,8 +182,11 @@ def _main(base: RunConfig) -> Iterator[Experiment]:
     stopped: dict[str, Any] = {"options": Options(early_stopping=True), "reroute": (16, 32, 64)}
     four = varied(base, topology={"levels": [4, 4]})
     yield _paths("4x4", four, **stopped)
-    yield _paths("4x4-specific", varied(four, topology=_SPECIFIC), **stopped)
+    yield _paths("4x4-specific", _specific(four), **stopped)
     yield Experiment(name="2x2-synchronous", config=base, kind="synchronous")
+    # How much of it is due to several paths, and to the router.
+    yield _paths("diloco-4-main", _single(base), options=Options(replicas=4), reroute=())
+    yield _paths("2x2-hash-main", varied(base, routing={"method": "hash"}))
 
 
 def _single(config: RunConfig) -> RunConfig:
@@ -198,7 +212,7 @@ def _variants(short: RunConfig) -> Iterator[Experiment]:
     topk = {"wire_format": "topk", "momentum": 0.0, "learning_rate": 1.0}
     yield _paths("2x2-topk", varied(short, outer=topk))
     yield Experiment(name="2x2-synchronous-short", config=short, kind="synchronous")
-    yield _paths("2x2-specific", varied(short, topology=_SPECIFIC))
+    yield _paths("2x2-specific", _specific(short))
     num_steps = short.rounds.total_steps
     for inner_steps in (10, 200, 50, 100):
         schedule = {"num_rounds": num_steps // inner_steps, "inner_steps": inner_steps}

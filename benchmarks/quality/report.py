@@ -86,7 +86,10 @@ def _cell(found: Figures, key: str) -> str:
     return f"{found[key]:.2f}" if key in found else ""
 
 
-_MAIN = ("dense", "1x1", "flat-4", "2x2", "4x4", "4x4-specific", "2x2-synchronous")
+_MAIN = (
+    "dense", "1x1", "diloco-4-main", "flat-4", "2x2-hash-main", "2x2", "4x4", "4x4-specific",
+    "2x2-synchronous",
+)  # fmt: skip
 _ROUTERS = {
     "2x2-kmeans": "k-means",
     "2x2-product-kmeans": "product k-means",

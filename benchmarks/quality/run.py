@@ -21,7 +21,7 @@ from dipaco.config import RunConfig
 from dipaco.inner import PathTrainer
 from dipaco.model import PathNet
 from dipaco.preparation import prepare_start
-from dipaco.reference import dense_trainer, total, train
+from dipaco.reference import dense_trainer, train
 from dipaco.rerouting import boundaries, choices_of_router, evaluate_choices, whole
 from dipaco.rounds import RoundReport
 from dipaco.routing import ranking
@@ -42,10 +42,10 @@ _MAX_CONFUSION_PATHS = 8
 Figures = dict[str, Any]
 
 
-def prepare_base(config: RunConfig, directory: Path) -> None:
+def prepare_base(config: RunConfig, directory: Path, device: str) -> None:
     """What experiments on one text and seed have in common: up to the dense start."""
     torch.set_num_threads(1)
-    prepare_start(config, directory)
+    prepare_start(config, directory, device=device)
 
 
 def run(experiment: Experiment, base: Path, directory: Path, device: str) -> Figures:
@@ -108,11 +108,14 @@ def _paths(experiment: Experiment, start: Start, device: str) -> Figures:
     config = experiment.config
     curve = _Curve(experiment, device)
     ratios: list[float] = []
+    shown = sample(start, "valid", CURVE_SEQUENCES)
+
+    def perplexity() -> float:
+        """Of the sequences that every curve is about, each through the path of its prefix."""
+        return whole(evaluate_model(TrainedModel.load(start.directory, device), shown)).perplexity
 
     def on_round(report: RoundReport) -> None:
-        curve.add(
-            report.round * config.rounds.inner_steps, lambda: total(report.evaluations).perplexity
-        )
+        curve.add(report.round * config.rounds.inner_steps, perplexity)
         ratios.append(float(np.mean(list(report.norm_ratios.values()))))
 
     train(
@@ -203,21 +206,25 @@ def _dense(experiment: Experiment, start: Start, device: str) -> Figures:
 
 def _synchronous(experiment: Experiment, start: Start, device: str) -> Figures:
     curve = _Curve(experiment, device)
-    nets = train_synchronously(start, experiment.num_steps)
+    nets = train_synchronously(start, experiment.num_steps, device)
     seconds = curve.seconds
     rows = sample(start, "test", TEST_SEQUENCES)
     return {
-        "ppl": _synchronous_perplexity(start, nets, rows, every=0),
-        "ppl_rerouted_32": _synchronous_perplexity(start, nets, rows, every=32),
+        "ppl": _synchronous_perplexity(start, nets, rows, every=0, device=device),
+        "ppl_rerouted_32": _synchronous_perplexity(start, nets, rows, every=32, device=device),
         "train_seconds": seconds,
         "curve": [],
     }
 
 
-def _synchronous_perplexity(start: Start, nets: list[PathNet], rows: Rows, *, every: int) -> float:
+def _synchronous_perplexity(
+    start: Start, nets: list[PathNet], rows: Rows, *, every: int, device: str
+) -> float:
     prefix_tokens, model = start.config.routing.prefix_tokens, start.config.model
     at = boundaries(prefix_tokens=prefix_tokens, sequence_tokens=model.sequence_tokens, every=every)
-    features = start.feature_extractor()
+    features = start.feature_extractor(device)
     choices = choices_of_router(start.router(), rows, features, prefix_tokens=prefix_tokens, at=at)
-    scored = evaluate_choices(lambda number: nets[number], rows, choices, at=at, model=model)
+    scored = evaluate_choices(
+        lambda number: nets[number], rows, choices, at=at, model=model, device=device
+    )
     return whole(scored).perplexity

@@ -13,11 +13,12 @@ from dipaco.start import Start
 from dipaco.topology import ModuleID
 
 
-def train_synchronously(start: Start, num_steps: int) -> list[PathNet]:
+def train_synchronously(start: Start, num_steps: int, device: str) -> list[PathNet]:
     """The networks of all paths after `num_steps` common steps of one AdamW."""
+    on_gpu = torch.device(device).type == "cuda"
     config, topology = start.config, start.topology
     shared: dict[tuple[ModuleID, str], torch.nn.Parameter] = {}
-    nets = [_net_of(start, number, shared) for number in range(topology.num_paths)]
+    nets = [_net_of(start, n, shared).to(device) for n in range(topology.num_paths)]
     batches = [
         Batches(
             start.shard(path).train,
@@ -42,9 +43,10 @@ def train_synchronously(start: Start, num_steps: int) -> list[PathNet]:
                 config.inner, position_steps=step, total_steps=num_steps, fresh_steps=step
             )
         for net, source in zip(nets, batches, strict=True):
-            tokens = source.batch(step)
+            tokens = source.batch(step).to(device)
             targets = targets_of(tokens, prefix_tokens=1, pad=config.model.pad_token)
-            logits = net(tokens)
+            with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu):
+                logits = net(tokens).float()
             F.cross_entropy(
                 logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED
             ).backward()
