@@ -17,7 +17,7 @@ from dht.records import Head
 from dipaco.checkpoint import decode_state, state_bytes
 from dipaco.errors import BadState
 from dipaco.topology import ModuleID
-from peer.certificate import check_chain, facts, wins
+from peer.certificate import check_chain, check_is_past, facts, wins
 from peer.contributions import SLOTS_KEPT
 from peer.heads import Heads
 from peer.member import CHAIN_PROTOCOL, Member
@@ -25,10 +25,13 @@ from peer.messages import MAX_MESSAGE_BYTES, Certificate, ChainReply, ChainReque
 from peer.modules import Held
 from peer.node import Node
 from peer.providers import Providers
+from peer.transport import deadline
 
 MAX_HOLDERS_TRIED = 4
+MAX_DISPROVEN = 1024  # claims remembered that led nowhere
 MAX_VERSIONS_REPLAYED = 3  # more are as a rule forgotten by those who had the contributions
-CHAIN_TIMEOUT_SECONDS = 15.0
+CHAIN_TIMEOUT_SECONDS = 15.0  # for a message's worth of certificates
+HISTORY_TIMEOUT_SECONDS = 120.0  # for all of them
 
 
 class CatchUp:
@@ -40,48 +43,64 @@ class CatchUp:
         self._heads = heads
         self._providers = providers
         self._locks: dict[ModuleID, asyncio.Lock] = {}
+        self._disproven: dict[tuple[ModuleID, str], None] = {}  # whose last claim led nowhere
 
     async def open(self, module: ModuleID) -> bool:
         """Hold `module` at the newest certified version that can be had; False if none can."""
         node = self._node
-        if module not in node.log.held:
-            resumed = await node.offload(lambda: node.log.open(module))
-            if resumed is not None:
-                node.events.write("resumed", **_resumed_facts(resumed))
-        await self.refresh(module)
-        if module in node.log.held:
+        async with self._lock(module):
+            if module not in node.log.held:
+                resumed = await node.offload(lambda: node.log.open(module))
+                if resumed is not None:
+                    node.events.write("resumed", **_resumed_facts(resumed))
+            await self._refresh(module)
+            if module in node.log.held:
+                return True
+            try:
+                await self._providers.obtain(node.history.origin(module).state)
+            except SwarmError:
+                return False
+            node.log.adopt(module, [])
             return True
-        try:
-            await self._providers.obtain(node.history.origin(module).state)
-        except SwarmError:
-            return False
-        node.log.adopt(module, [])
-        return True
 
     async def refresh(self, module: ModuleID) -> bool:
         """Move to a newer certified version if some holder has one; True if that was so."""
-        async with self._locks.setdefault(module, asyncio.Lock()):
-            heads = await self._heads.read(module, max_age_seconds=0.0)
-            held = self._node.log.held.get(module)
-            origin = self._node.history.origin(module)
-            version = held.version if held is not None else origin.version
-            ours = held.certificate.digest if held is not None and held.certificate else ""
-            claims = [
-                head
-                for head in sorted(heads, key=lambda head: -head.version)
-                if head.peer != self._node.peer_id
-                and (
-                    head.version > version or (head.version == version and head.certificate != ours)
-                )
-                and head.version > origin.version
-            ]
-            for head in claims[:MAX_HOLDERS_TRIED]:
-                try:
-                    if await self._follow(module, head, claims):
-                        return True
-                except (PeerFault, Unreachable) as error:
-                    self._node.faults.count(error, head.peer)
+        async with self._lock(module):
+            return await self._refresh(module)
+
+    def _lock(self, module: ModuleID) -> asyncio.Lock:
+        """One at a time: who is late must not put an older version in a newer one's place."""
+        return self._locks.setdefault(module, asyncio.Lock())
+
+    async def _refresh(self, module: ModuleID) -> bool:
+        heads = await self._heads.read(module, max_age_seconds=0.0)
+        held = self._node.log.held.get(module)
+        origin = self._node.history.origin(module)
+        version = held.version if held is not None else origin.version
+        ours = held.certificate.digest if held is not None and held.certificate else ""
+        claims = [
+            head
+            for head in sorted(heads, key=lambda head: self._rank(module, head))
+            if head.peer != self._node.peer_id
+            and (head.version > version or (head.version == version and head.certificate != ours))
+            and head.version > origin.version
+        ]
+        for head in claims[:MAX_HOLDERS_TRIED]:
+            try:
+                if await self._follow(module, head, claims):
+                    self._disproven.pop((module, head.peer), None)
+                    return True
+                self._disproven[module, head.peer] = None
+            except (PeerFault, Unreachable) as error:
+                self._disproven[module, head.peer] = None
+                self._node.faults.count(error, head.peer)
+        while len(self._disproven) > MAX_DISPROVEN:
+            del self._disproven[next(iter(self._disproven))]
         return False
+
+    def _rank(self, module: ModuleID, head: Head) -> tuple[bool, int]:
+        """The best claim first, after all of those whose last one led nowhere."""
+        return (module, head.peer) in self._disproven, -head.version
 
     async def _follow(self, module: ModuleID, head: Head, heads: Sequence[Head]) -> bool:
         """Take up the history that `head`'s peer shows, if it is one and better than ours."""
@@ -90,9 +109,9 @@ class CatchUp:
         origin = node.history.origin(module)
         chain = list(held.chain) if held is not None else []
         newest = chain[-1].version if chain else origin.version + 1
-        theirs = await self._chain(module, head.peer, first_version=newest)
+        theirs = await self._history(module, head.peer, first_version=newest)
         if chain and theirs and theirs[0].digest != chain[-1].digest:
-            theirs = await self._chain(module, head.peer, first_version=origin.version + 1)
+            theirs = await self._history(module, head.peer, first_version=origin.version + 1)
             chain = _common(chain, theirs)
             theirs = theirs[len(chain) :]
         elif chain and theirs:
@@ -102,6 +121,7 @@ class CatchUp:
         if not theirs or not self._is_better(module, chain, theirs):
             return False
         parent = chain[-1] if chain else None
+        check_is_past(theirs[-1], node.slot, sender=head.peer)
         await node.offload(lambda: check_chain(theirs, parent, origin=origin, sender=head.peer))
         if any(certificate.proposal.run != node.run or certificate.module != str(module)
                for certificate in theirs):  # fmt: skip
@@ -161,6 +181,12 @@ class CatchUp:
         )
         return better
 
+    async def _history(
+        self, module: ModuleID, peer: str, *, first_version: int
+    ) -> list[Certificate]:
+        async with deadline(peer, HISTORY_TIMEOUT_SECONDS):
+            return await self._chain(module, peer, first_version=first_version)
+
     async def _chain(self, module: ModuleID, peer: str, *, first_version: int) -> list[Certificate]:
         """Certificates from `first_version` on; as many requests as it takes, each bounded."""
         limit = self._node.history.newest.run_config.rounds.num_rounds
@@ -193,12 +219,14 @@ class CatchUp:
         size = state_bytes(num_parameters)
         holders = [head.peer for head in heads if head.state == certificate.result]
         voters = [vote.peer for vote in certificate.votes]
+        was_here = certificate.result in node.store  # whatever it is
         await node.blobs.fetch(certificate.result, [*holders, *voters], max_bytes=size)
         try:
             raw = node.store.read(certificate.result)
             await node.offload(lambda: decode_state(raw or b"", num_parameters=num_parameters))
         except BadState as error:
-            node.store.remove(certificate.result)
+            if not was_here:
+                node.store.remove(certificate.result)
             raise Unreachable(
                 f"module {module}: a quorum certified a state that is none"
             ) from error

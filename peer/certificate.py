@@ -76,6 +76,15 @@ def check_certificate(certificate: Certificate, *, sender: str) -> None:
         raise BadMessage(sender, f"certificate for {proposal.module}: no quorum")
 
 
+def check_is_past(certificate: Certificate, slot: int, *, sender: str) -> None:
+    """Raise `BadMessage` if the certificate says that it is of a slot after the next one.
+
+    Whatever slots allow, such as a rebuilt roster, must have come to be allowed.
+    """
+    if certificate.ballot.slot > slot + 1:
+        raise BadMessage(sender, f"certificate for {certificate.module}: of a slot to come")
+
+
 def check_link(
     certificate: Certificate, parent: Certificate | None, *, origin: Origin, sender: str
 ) -> None:
@@ -86,6 +95,9 @@ def check_link(
         version, digest, state = (parent.version, parent.digest, parent.result)
     if proposal.version != version + 1 or proposal.parent != digest:
         raise BadMessage(sender, f"certificate {proposal.module} v{proposal.version}: wrong parent")
+    before = parent.proposal.slot if parent is not None else -1
+    if not before < proposal.slot <= certificate.ballot.slot:
+        raise BadMessage(sender, f"certificate {proposal.module} v{proposal.version}: wrong slot")
     if any(commitment.base_state != state for commitment in proposal.contributions):
         raise BadMessage(sender, f"certificate {proposal.module} v{proposal.version}: wrong base")
     if not is_roster_due(proposal, parent, certificate.ballot.slot):

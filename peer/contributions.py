@@ -40,6 +40,7 @@ class Contributions:
         self._known: dict[tuple[str, int], dict[tuple[str, bool], Commitment]] = {}
         self._gradients: dict[str, EncodedGradient] = {}  # by digest of the commitment
         self._pulls: dict[str, asyncio.Task[None]] = {}
+        self._brought: set[str] = set()  # blobs that are here as contributions, and nothing else
         self._needed: Counter[str] = Counter()  # digests of commitments that `obtain` waits for
         self._logged: set[tuple[str, int]] = set()  # whose first pull is in the event log
         self._slots = asyncio.Semaphore(MAX_PULLS)
@@ -118,6 +119,7 @@ class Contributions:
         """Remember our own contribution, whose blob is in the store."""
         known = self._known.setdefault((commitment.module, commitment.slot), {})
         known[commitment.peer, bool(commitment.merged)] = commitment
+        self._brought.add(commitment.blob)
         self._gradients[commitment.digest] = gradient
         self._changes.notify()
 
@@ -168,7 +170,7 @@ class Contributions:
         self._gradients = {d: g for d, g in self._gradients.items() if d in digests}
         # What was not counted may have been offered again, with the same bytes.
         for blob in gone.difference(commitment.blob for commitment in known):
-            self._node.store.remove(blob)
+            self._remove(blob)
         self._logged = {key for key in self._logged if key[1] >= slot - SLOTS_KEPT}
 
     async def close(self) -> None:
@@ -225,18 +227,29 @@ class Contributions:
         try:
             async with self._slots:
                 self._log_first(commitment)
+                if commitment.blob not in node.store:
+                    self._brought.add(commitment.blob)
                 await node.blobs.fetch(commitment.blob, sources, max_bytes=commitment.blob_bytes)
             self._gradients[commitment.digest] = await node.offload(
                 lambda: self._checked_gradient(commitment)
             )
         except DipacoError as error:
             if not any(c.blob == commitment.blob for c in self.held(self._all_known())):
-                node.store.remove(commitment.blob)
+                self._remove(commitment.blob)
             node.faults.count(PeerFault(commitment.peer, str(error)), commitment.peer)
         except LocalFault as error:  # our disk: nothing that the signer could help
             node.events.write("error", where="contribution", why=str(error))
         except SwarmError as error:
             node.faults.count(error, commitment.peer)
+
+    def _remove(self, blob: str) -> None:
+        """Delete what came as a contribution.
+
+        Not what a commitment names that is here for another reason, such as the module's state.
+        """
+        if blob in self._brought:
+            self._brought.discard(blob)
+            self._node.store.remove(blob)
 
     def _checked_gradient(self, commitment: Commitment) -> EncodedGradient:
         """Raises `BadContribution` unless the blob is a finite vector of the module's length."""

@@ -127,14 +127,16 @@ class Discovery:
         return chain
 
     async def _fetch(self, digest: str, sources: Sequence[str]) -> Manifest:
-        await self._blobs.fetch(
-            digest,
-            sources,
-            max_bytes=MAX_MANIFEST_BYTES,
-            timeout_seconds=MANIFEST_TIMEOUT_SECONDS,
-        )
-        raw = self._store.read(digest)
-        self._store.remove(digest)
+        try:
+            await self._blobs.fetch(
+                digest,
+                sources,
+                max_bytes=MAX_MANIFEST_BYTES,
+                timeout_seconds=MANIFEST_TIMEOUT_SECONDS,
+            )
+            raw = self._store.read(digest)
+        finally:
+            self._store.remove(digest)  # also what came of one that never got here
         if raw is None:
             raise Unreachable(f"manifest {digest[:12]} was damaged on disk")
         return await self._node.offload(

@@ -106,6 +106,10 @@ class Download:
         self._stall_time = math.inf  # when it is given up, unless a chunk or a new source comes
         self._random = random.Random(f"{transport.peer_id} {digest}")  # others choose otherwise
 
+    def allow(self, max_bytes: int) -> None:
+        """Take up to so many bytes, if that is more: the largest that a caller has asked for."""
+        self._max_bytes = max(self._max_bytes, max_bytes)
+
     def add(self, peers: Iterable[str]) -> None:
         """Take further peers for sources."""
         for peer in peers:

@@ -16,6 +16,7 @@ from dipaco.topology import ModuleID
 from peer.acceptor import Acceptor
 from peer.certificate import (
     check_certificate,
+    check_is_past,
     check_link,
     check_proposal,
     facts,
@@ -177,6 +178,8 @@ class Member:
         if held.version != proposal.version - 1 or held.parent != proposal.parent:
             self._on_behind(module)
             return ProposeReply(reason="this member is at another version")
+        if not self._may_lead(ballot, held):
+            return ProposeReply(reason="a ballot of a slot that is not now, or without a seat")
         check_proposal(proposal, sender=sender)
         if not self._is_manifest_in_force(proposal, ballot.slot):
             return ProposeReply(reason="not by the manifest that this member knows to be in force")
@@ -217,6 +220,7 @@ class Member:
         if held.version != certificate.version - 1 or held.parent != certificate.proposal.parent:
             self._on_behind(module)
             return False
+        check_is_past(certificate, self._node.slot, sender=sender)
         check_certificate(certificate, sender=sender)
         check_link(certificate, held.certificate, origin=held.origin, sender=sender)
         result = await self._compute(module, certificate.proposal, sources=[sender])

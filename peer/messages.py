@@ -23,7 +23,7 @@ MAX_ROSTER = 64
 MAX_CONTRIBUTIONS = 64
 MAX_KNOWN = 2 * MAX_CONTRIBUTIONS  # commitments to one round, with those that merge others
 MAX_WAIT_SECONDS = 60.0  # that a leader may ask a member to take before it answers
-MAX_TOKENS = 2**53  # beyond this a JSON number is no longer exact everywhere
+MAX_TOKENS = 2**36  # of one contribution; sums of many stay numbers that JSON keeps exact
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 PeerName = Annotated[str, Field(pattern=r"^[1-9A-HJ-NP-Za-km-z]{40,64}$")]

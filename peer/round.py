@@ -10,8 +10,17 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
+from dht.errors import BadMessage
 from dipaco.topology import ModuleID
-from peer.certificate import counted, may_rebuild, quorum_votes, roster_of
+from peer.certificate import (
+    check_certificate,
+    check_link,
+    check_proposal,
+    counted,
+    may_rebuild,
+    quorum_votes,
+    roster_of,
+)
 from peer.committer import Committer
 from peer.contributions import MAX_COUNTED
 from peer.courier import MESSAGE_TIMEOUT_SECONDS, Kind
@@ -201,10 +210,10 @@ class Rounds:
         if not known:
             return
         replies = await self._ask_until_held(held, ballot, roster, known)
-        done = next((r.certificate for r in replies.values() if r.certificate is not None), None)
-        if done is not None:
-            await self._member.learn(done, sender=self._node.peer_id)
-            return
+        for peer, reply in replies.items():
+            done = reply.certificate
+            if done is not None and await self._member.learn(done, sender=peer):
+                return
         promises = {peer: reply for peer, reply in replies.items() if reply.promised}
         quorum = len(roster) // 2 + 1
         if len(promises) < quorum:
@@ -282,11 +291,27 @@ class Rounds:
         others = {peer: request for peer in peers if peer != node.peer_id}
         asking = self._member.courier.ask_all(HaveReply, others, Kind.HAVE, window)
         if node.peer_id not in peers:
-            return await asking
+            return await self._credible(await asking, held)
         mine, replies = await asyncio.gather(
             self._member.have(request, sender=node.peer_id), asking
         )
-        return {**replies, node.peer_id: mine}
+        return {**await self._credible(replies, held), node.peer_id: mine}
+
+    async def _credible(self, replies: Mapping[str, HaveReply], held: Held) -> dict[str, HaveReply]:
+        """Without those of another history, and those that say what cannot be so."""
+        credible = {}
+        for peer, reply in replies.items():
+            done = reply.certificate
+            try:
+                if done is not None and done.proposal.parent != held.parent:
+                    await self._member.learn(done, sender=peer)
+                    continue
+                check_have_reply(reply, held, run=self._node.run, sender=peer)
+            except BadMessage as error:
+                self._node.faults.count(error, peer)
+            else:
+                credible[peer] = reply
+        return credible
 
     async def _propose(
         self,
@@ -417,6 +442,22 @@ class Rounds:
             attempt=ballot.attempt,
             why=why,
         )
+
+
+def check_have_reply(reply: HaveReply, held: Held, *, run: str, sender: str) -> None:
+    """Raise `BadMessage` if a certificate or proposal in it is not one of `held`'s next version."""
+    certificate, accepted = reply.certificate, reply.accepted
+    proposals = [accepted] if accepted is not None else []
+    proposals += [certificate.proposal] if certificate is not None else []
+    for proposal in proposals:
+        names = proposal.run, proposal.module, proposal.version, proposal.parent
+        if names != (run, str(held.module), held.version + 1, held.parent):
+            raise BadMessage(sender, f"speaks of another version than was asked of {held.module}")
+    if certificate is not None:
+        check_certificate(certificate, sender=sender)
+        check_link(certificate, held.certificate, origin=held.origin, sender=sender)
+    if accepted is not None:
+        check_proposal(accepted, sender=sender)
 
 
 def _locked(replies: Iterable[HaveReply], roster: tuple[Seat, ...]) -> Proposal | None:

@@ -8,6 +8,7 @@ from peer.contributions import MAX_COUNTED
 from peer.messages import (
     MAX_CONTRIBUTIONS,
     MAX_MESSAGE_BYTES,
+    MAX_TOKENS,
     Commitment,
     HaveReply,
     Part,
@@ -35,7 +36,7 @@ def lie(node: Node, number: int, *, merged: tuple[Part, ...]) -> Commitment:
             base_version=0,
             base_state=node.history.origin(MODULE).state.digest,
             path="0.0",
-            tokens=2**53,
+            tokens=MAX_TOKENS,
             blob="a" * 64,
             blob_bytes=encoded_bytes(wire_format, node.log.num_parameters(MODULE)),
             merged=merged,

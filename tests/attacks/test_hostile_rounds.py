@@ -1,0 +1,348 @@
+"""A stranger speaks to the members of a round. What it may not do is refused; training goes on."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dht.memory import MemorySwarm
+from dht.records import Head
+from dipaco.compression import EncodedGradient, encode
+from dipaco.config import TopologyConfig
+from dipaco.digest import index_of
+from dipaco.topology import ModuleID, PathID
+from peer.blob_server import BlobServer
+from peer.courier import Answer, Courier, Kind
+from peer.faults import Faults
+from peer.messages import (
+    MAX_TOKENS,
+    Ballot,
+    Certificate,
+    CertifyRequest,
+    Commitment,
+    CommitRequest,
+    Done,
+    HaveReply,
+    HaveRequest,
+    Proposal,
+    ProposeReply,
+    ProposeRequest,
+    Vote,
+    sign,
+)
+from peer.messages import Member as Seat
+from peer.reduction import reduce
+from peer.store import BlobStore
+from tests.lab import Lab, LabPeer, identity, lab, little_config
+from tests.virtual_clock import run_virtual
+
+ROUND_SECONDS = 20.0
+MODULE = ModuleID(0, 0)
+OTHER = ModuleID(1, 0)
+
+
+class Stranger:
+    """A peer with a key and no manners; it has no seat in any roster."""
+
+    def __init__(self, place: Lab, number: int = 99) -> None:
+        self.place = place
+        self.key = identity(number)
+        self.honest = list(place.peers.values())
+        self.node = self.honest[0].keeper.node  # which it has looked over the shoulder
+        self.transport = place.network.transport(self.key.peer_id)
+        self.store = BlobStore(place.directory / f"stranger{number}")
+        self.courier = Courier(self.transport, Faults(self.node.events))
+
+    async def serve(self) -> None:
+        await BlobServer(self.store).serve(self.transport)
+
+    def commitment(
+        self, module: ModuleID, *, value: float = 1e-3, tokens: int = 1, blob: str = ""
+    ) -> Commitment:
+        held = self.node.log.held[module]
+        raw = encode(torch.full((self.node.log.num_parameters(module),), value), "float32")
+        return sign(
+            Commitment(
+                peer=self.key.peer_id,
+                run=self.node.run,
+                manifest=self.node.manifest.digest,
+                module=str(module),
+                slot=self.node.slot,
+                base_version=held.version,
+                base_state=held.state,
+                path="0.0",
+                tokens=tokens,
+                blob=blob or self.store.add(raw),
+                blob_bytes=len(raw),
+            ),
+            self.key,
+        )
+
+    async def commit(self, commitment: Commitment) -> None:
+        request = CommitRequest(commitments=(commitment,))
+        await self.courier.ask_all(
+            Done, {p.peer_id: request for p in self.honest}, Kind.COMMIT, 10.0
+        )
+
+    async def announce(self, module: ModuleID, *, version: int, certificate: str) -> None:
+        head = Head(
+            peer=self.key.peer_id,
+            run=self.node.run,
+            module=str(module),
+            role="keeper",
+            version=version,
+            certificate=certificate,
+            state=self.node.log.held[module].state,
+        )
+        assert await MemorySwarm(self.place.dht, self.key).store(head, 600.0)
+
+
+@asynccontextmanager
+async def swarm(directory: Path, *, levels: tuple[int, ...] = (2, 2)) -> AsyncIterator[Lab]:
+    """A bootstrap node and a trainer for each path, late in a slot, a few versions on."""
+    config = replace(
+        little_config(num_rounds=100, blocking=False), topology=TopologyConfig(levels=levels)
+    )
+    async with lab(directory, config) as place:
+        await place.bootstrap()
+        for number in range(config.topology.num_paths):
+            await place.join(f"peer{number}", step_seconds=2.0)
+        trainers = list(place.peers.values())[1:]
+        await place.until(
+            lambda: all(min(p.versions().values(), default=0) >= 2 for p in trainers),
+            within=10 * ROUND_SECONDS,
+            what="versions",
+        )
+        node = trainers[0].keeper.node
+        next_slot_time = node.history.first.slot_start(node.slot + 1)
+        await asyncio.sleep(max(0.0, next_slot_time - node.now() + 0.8 * ROUND_SECONDS))
+        yield place
+
+
+def versions(place: Lab, module: ModuleID) -> list[int]:
+    held = [p.versions().get(str(module)) for p in place.peers.values()]
+    return [version for version in held if version is not None]
+
+
+async def advances(place: Lab, module: ModuleID) -> None:
+    """The module has two more versions, everywhere, and nobody who trains it has ended."""
+    before = max(versions(place, module))
+    await place.until(
+        lambda: min(versions(place, module)) >= before + 2,
+        within=5 * ROUND_SECONDS,
+        what=f"versions of {module}",
+    )
+    assert not any(p.task is not None and p.task.done() for p in place.peers.values())
+
+
+def next_proposal(stranger: Stranger, commitment: Commitment, roster: tuple[Seat, ...]) -> Proposal:
+    held = stranger.node.log.held[MODULE]
+    assert held.certificate is not None
+    return Proposal(
+        run=stranger.node.run,
+        module=str(MODULE),
+        version=held.version + 1,
+        parent=held.parent,
+        contributions=(commitment,),
+        roster=roster,
+        rebuilt=roster != held.certificate.proposal.next_roster,
+        next_roster=roster,
+    )
+
+
+def test_no_vote_for_a_ballot_of_a_slot_to_come(tmp_path: Path) -> None:
+    """A promise to it would bind its member against all ballots before it, restarts included."""
+
+    async def scenario() -> None:
+        async with swarm(tmp_path) as place:
+            stranger = Stranger(place)
+            await stranger.serve()
+            certificate = stranger.node.log.held[MODULE].certificate
+            assert certificate is not None
+            roster = certificate.proposal.next_roster
+            request = ProposeRequest(
+                ballot=Ballot(slot=2**31, attempt=1000, leader=stranger.key.peer_id),
+                proposal=next_proposal(stranger, stranger.commitment(MODULE), roster),
+            )
+            replies = await stranger.courier.ask_all(
+                ProposeReply, {seat.peer: request for seat in roster}, Kind.PROPOSE, 30.0
+            )
+            assert len(replies) == len(roster)
+            assert not any(reply.vote for reply in replies.values())
+            await advances(place, MODULE)
+
+    run_virtual(scenario())
+
+
+def test_no_certificate_of_a_slot_to_come(tmp_path: Path) -> None:
+    """Else anyone could say that a roster has long been due to be rebuilt, of itself alone."""
+
+    async def scenario() -> None:
+        async with swarm(tmp_path) as place:
+            stranger = Stranger(place)
+            await stranger.serve()
+            node, key = stranger.node, stranger.key
+            held = node.log.held[MODULE]
+            assert held.certificate is not None
+            proposal = next_proposal(
+                stranger, stranger.commitment(MODULE), (Seat(peer=key.peer_id, path="0.0"),)
+            )
+            size = node.log.num_parameters(MODULE)
+            gradient = EncodedGradient(
+                encode(torch.full((size,), 1e-3), "float32"), "float32", num_parameters=size
+            )
+            update = reduce(proposal, node.log.load_state(MODULE), [gradient], node.manifest)
+            result = index_of(update.encoded).digest
+            slot = held.certificate.proposal.slot + 3
+            assert slot > node.slot + 1
+            ballot = Ballot(slot=slot, attempt=0, leader=key.peer_id)
+            vote = Vote(peer=key.peer_id, ballot=ballot, proposal=proposal.digest, result=result)
+            certificate = Certificate(
+                proposal=proposal, ballot=ballot, result=result, votes=(sign(vote, key),)
+            )
+            request = CertifyRequest(certificate=certificate)
+            everyone = {peer.peer_id: request for peer in stranger.honest}
+            await stranger.courier.ask_all(Done, everyone, Kind.CERTIFY, 30.0)
+            await advances(place, MODULE)
+            for peer in stranger.honest:
+                assert certificate.digest not in {e["certificate"] for e in peer.seen("version")}
+
+    run_virtual(scenario())
+
+
+def test_a_commitment_deletes_nothing_that_it_names(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with swarm(tmp_path) as place:
+            manifest = place.run.manifest
+            node = Stranger(place, 200).node
+            named = [
+                node.log.held[MODULE].state,
+                node.run,
+                manifest.shard(PathID.parse("0.0")).blob.digest,
+                manifest.tokenizer.digest,
+            ]
+            here = {d: [p for p in place.peers.values() if d in p.keeper.node.store] for d in named}
+            assert all(here.values())
+            for number, digest in enumerate(named):
+                stranger = Stranger(place, 300 + number)
+                await stranger.commit(stranger.commitment(MODULE, blob=digest))
+            await asyncio.sleep(1.0)
+            assert len(place.peers["peer0"].seen("fault")) >= len(named)
+            for digest, peers in here.items():
+                assert all(digest in peer.keeper.node.store for peer in peers)
+            await asyncio.sleep(4 * ROUND_SECONDS)  # until the commitments are forgotten
+            for digest in named[1:]:
+                assert all(digest in peer.keeper.node.store for peer in here[digest])
+
+    run_virtual(scenario())
+
+
+@pytest.mark.parametrize(("value", "tokens"), [(3e38, 1), (1e-6, MAX_TOKENS)])
+def test_no_contribution_is_too_large_for_those_who_count_it(
+    tmp_path: Path, value: float, tokens: int
+) -> None:
+    """Neither a state that is not finite, nor more tokens than can be announced, comes of it."""
+
+    async def scenario() -> None:
+        async with swarm(tmp_path, levels=(1, 2)) as place:
+            stranger = Stranger(place)
+            await stranger.serve()
+            for module in (MODULE, ModuleID(2, 0)):
+                await stranger.commit(stranger.commitment(module, value=value, tokens=tokens))
+            await advances(place, MODULE)
+            await advances(place, ModuleID(2, 0))
+            held = stranger.node.log.held[MODULE]
+            state = await stranger.node.offload(lambda: stranger.node.log.load_state(MODULE))
+            assert bool(torch.isfinite(state.parameters).all())
+            counted = [c.proposal.contributors for c in held.chain]
+            assert any(stranger.key.peer_id in peers for peers in counted) == (value < 1.0)
+            for peer in place.peers.values():
+                assert not [e for e in peer.seen("error") if e["where"] in ("presence", "duties")]
+
+    run_virtual(scenario())
+
+
+def test_a_member_with_an_old_certificate_does_not_end_attempts(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with swarm(tmp_path) as place:
+            stranger = Stranger(place)
+            node = stranger.node
+            old = node.log.held[MODULE].chain[0]
+            asked = 0
+
+            async def have(peer_id: str, payload: bytes) -> bytes:
+                nonlocal asked
+                asked += 1
+                return HaveReply(
+                    promised=False, held=(), commitments=(), certificate=old
+                ).to_bytes()
+
+            async def nothing(peer_id: str, payload: bytes) -> bytes:
+                raise ValueError("no")
+
+            answers: dict[Kind, Answer] = dict.fromkeys(Kind, nothing)
+            await stranger.courier.serve({**answers, Kind.HAVE: have})
+            for _ in range(10):  # until it has a seat, and is asked
+                held = node.log.held[MODULE]
+                assert held.certificate is not None
+                await stranger.announce(
+                    MODULE, version=held.version, certificate=held.certificate.digest
+                )
+                await asyncio.sleep(ROUND_SECONDS / 4)
+            await advances(place, MODULE)
+            assert asked
+
+    run_virtual(scenario())
+
+
+def test_liars_about_versions_do_not_keep_a_newcomer_at_the_start(tmp_path: Path) -> None:
+    """As many as one catch-up asks claim a version that nobody has."""
+
+    async def scenario() -> None:
+        async with swarm(tmp_path) as place:
+            for number in range(4):
+                stranger = Stranger(place, 400 + number)
+                for module in place.run.manifest.topology.modules:
+                    if module in stranger.node.log.held:
+                        await stranger.announce(module, version=99, certificate="a" * 64)
+            late = await place.join("late", step_seconds=2.0)
+            await place.until(
+                lambda: min(late.versions().values(), default=0) >= 3,
+                within=8 * ROUND_SECONDS,
+                what="a newcomer's versions",
+            )
+            assert late.seen("fault")
+
+    run_virtual(scenario())
+
+
+def test_many_messages_about_another_version_are_one_catch_up(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with swarm(tmp_path) as place:
+            stranger = Stranger(place)
+            victim: LabPeer = place.peers["peer0"]
+            request = HaveRequest(
+                run=stranger.node.run,
+                module=str(MODULE),
+                version=1000,
+                parent="a" * 64,
+                ballot=Ballot(slot=0, attempt=0, leader=stranger.key.peer_id),
+                commitments=(),
+                wait_seconds=0.0,
+            )
+            before = len(victim.keeper._tasks)
+            asked = [
+                stranger.courier.ask(
+                    victim.peer_id, Kind.HAVE, request.to_bytes(), timeout_seconds=10.0
+                )
+                for _ in range(64)
+            ]
+            replies = await asyncio.gather(*asked, return_exceptions=True)
+            assert any(isinstance(reply, bytes) for reply in replies)
+            assert len(victim.keeper._tasks) <= before + 2
+
+    run_virtual(scenario())
