@@ -17,6 +17,7 @@ from dipaco.topology import ModuleID, PathID
 from peer.assignment import Snapshot, assign_paths, keeps, module_name, shard_name
 from peer.blob_server import BlobServer
 from peer.catchup import CatchUp
+from peer.certificate import may_rebuild
 from peer.changes import Changes
 from peer.committer import Committer
 from peer.discovery import Discovery
@@ -62,7 +63,8 @@ class Keeper:
         self._unreferenced_seconds = max(UNREFERENCED_SECONDS, 3 * round_seconds)
         self._own: frozenset[ModuleID] = frozenset()
         self._own_shard: PathID | None = None
-        self._retiring: dict[ModuleID, int] = {}  # slots since a held module was last wanted
+        self._retiring: dict[ModuleID, int] = {}  # the slot since when a held module is not wanted
+        self._behind: set[ModuleID] = set()  # for which a catch-up is under way
         self._attended: dict[ModuleID, int] = {}
         self._held_changed = Changes()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -176,7 +178,16 @@ class Keeper:
         self.start(self.presence.publish_head(module), f"head of {module}")
 
     def _on_behind(self, module: ModuleID) -> None:
-        self.start(self.catch_up.refresh(module), f"catch-up of {module}")
+        """Whatever shows that, and however often: one look at a time is enough."""
+        if module not in self._behind:
+            self._behind.add(module)
+            self.start(self._catch_up(module), f"catch-up of {module}")
+
+    async def _catch_up(self, module: ModuleID) -> None:
+        try:
+            await self.catch_up.refresh(module)
+        finally:
+            self._behind.discard(module)
 
     def _on_manifest(self, digest: str, peer: str) -> None:
         self.start(self._ask_for_manifest(digest, peer), "manifest")
@@ -277,14 +288,23 @@ class Keeper:
 
     async def _retire(self, module: ModuleID) -> None:
         """Give up a duty: first leave the next roster, and only later the present one."""
-        slots = self._retiring[module] = self._retiring.get(module, 0) + 1
-        if slots == 1:
+        node = self.node
+        if module not in self._retiring:
+            self._retiring[module] = node.slot
             self.member.retiring.add(module)
             await self.presence.withdraw_head(module)
-        if slots > RETIRE_SLOTS:
-            self.node.log.drop(module)
-            self.node.events.write("dropped", module=str(module))
+        is_due = node.slot - self._retiring.get(module, node.slot) > RETIRE_SLOTS
+        if is_due and not self._has_seat(module):
+            node.log.drop(module)
+            node.events.write("dropped", module=str(module))
             self._stay(module)
+
+    def _has_seat(self, module: ModuleID) -> bool:
+        """Whether the next version's quorum may need us."""
+        certificate = self.node.log.held[module].certificate
+        if certificate is None or may_rebuild(certificate, self.node.slot):
+            return False
+        return any(seat.peer == self.node.peer_id for seat in certificate.proposal.next_roster)
 
     def _stay(self, module: ModuleID) -> None:
         """Forget that a module was being given up."""
@@ -352,3 +372,4 @@ class Keeper:
         for digest in node.store.digests():
             if digest not in kept and node.store.age_seconds(digest) > min_seconds:
                 node.store.remove(digest)
+        node.store.remove_leftovers(min_seconds)

@@ -198,6 +198,20 @@ class BlobStore:
         for file in (self.file(digest), self._index_file(digest), self._part_file(digest)):
             file.unlink(missing_ok=True)
 
+    def remove_leftovers(self, min_seconds: float) -> None:
+        """Delete what nobody has written to for so long, and is no blob: downloads that were given
+        up, and files that a killed process was writing.
+        """
+        with os.scandir(self._directory) as entries:
+            files = [Path(entry.path) for entry in entries if entry.is_file()]
+        for file in files:
+            digest = file.name.partition(".")[0]
+            is_leftover = not (digest and (digest in self._parts or digest in self))
+            with contextlib.suppress(FileNotFoundError):
+                if is_leftover and time.time() - file.stat().st_mtime > min_seconds:
+                    file.unlink()
+                    self._indexes.pop(digest, None)
+
     def open_part(self, index: BlobIndex) -> "PartialBlob":
         """Begin, or resume, a download. Raises `LocalFault` at the store's limit."""
         if not self._part_file(index.digest).exists():

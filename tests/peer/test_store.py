@@ -84,3 +84,22 @@ def test_a_download_resumes_with_what_was_intact(store: BlobStore, tmp_path: Pat
     resumed.finish()
     resumed.close()
     assert BlobStore(tmp_path).read(index.digest) == BLOB
+
+
+def test_only_leftovers_are_swept(store: BlobStore, tmp_path: Path) -> None:
+    """Downloads that were given up and half-written files, not blobs or what is under way."""
+    kept = store.add(BLOB)
+    store.hold(index_of(b"in memory"), memoryview(b"in memory"))
+    given_up, under_way = index_of(BLOB[1:]), index_of(BLOB[2:])
+    part = store.open_part(given_up)
+    part.write(0, BLOB[1 : CHUNK_BYTES + 1])
+    part.close()
+    open_part = store.open_part(under_way)
+    (tmp_path / f".{kept}.1.2").write_bytes(b"half of")
+    store.remove_leftovers(3600.0)
+    assert len(list(tmp_path.iterdir())) == 7, "nothing is that old"
+    store.remove_leftovers(-1.0)
+    names = {file.name for file in tmp_path.iterdir()}
+    digest = under_way.digest
+    assert names == {kept, f"{kept}.index", f"{digest}.part", f"{digest}.index"}
+    assert open_part.write(0, BLOB[2 : CHUNK_BYTES + 2])

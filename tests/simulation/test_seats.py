@@ -1,5 +1,6 @@
 """Who comes back holds what it has a seat in, though it may train something else now."""
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -48,5 +49,70 @@ def test_a_restarted_peer_votes_where_it_has_a_seat_and_trains_where_it_is_neede
             )
         for verdict in check_logs(tmp_path):
             assert not verdict.violations
+
+    run_virtual(scenario())
+
+
+def test_a_duty_is_given_up_after_slots_however_long_they_are(tmp_path: Path) -> None:
+    """Newcomers take the duties of all who had them, in slots longer than the looks at who is
+    there: the old members vote until the new ones have their seats, so that no version is missed.
+    """
+    round_seconds = 240.0
+
+    async def scenario() -> None:
+        config = little_config(
+            num_rounds=100, blocking=False, round_seconds=round_seconds, num_keepers=2
+        )
+        async with lab(tmp_path, config) as place:
+            await place.bootstrap()
+            for number in range(4):
+                await place.join(f"peer{number}", step_seconds=round_seconds / 10)
+            first = list(place.peers.values())[1:]
+            await place.until(
+                lambda: all(min(p.versions().values(), default=0) >= 1 for p in first),
+                within=6 * round_seconds,
+                what="a version of everything",
+            )
+            await place.leave("bootstrap")
+            node = first[0].keeper.node
+            begin = node.history.first.slot_start(node.slot + 3)
+            await asyncio.sleep(begin - node.now() + 0.4 * round_seconds)
+            slot = node.slot
+            for number in range(12):
+                await place.join(f"new{number}", through="peer0", step_seconds=round_seconds / 10)
+            await asyncio.sleep(4 * round_seconds)
+            dropped = [entry for peer in first for entry in peer.seen("dropped")]
+            assert dropped, "nobody gave a duty up"
+            assert all(entry["time"] > begin + 2 * round_seconds for entry in dropped)
+            for module in place.run.manifest.topology.modules:
+                slots = {
+                    entry["slot"]
+                    for peer in place.peers.values()
+                    for entry in peer.seen("version")
+                    if entry["module"] == str(module)
+                }
+                assert {slot, slot + 1, slot + 2, slot + 3} <= slots
+
+    run_virtual(scenario())
+
+
+def test_two_who_open_a_module_do_not_take_it_back(tmp_path: Path) -> None:
+    """The second one began before the first had ended, and is slower."""
+
+    async def scenario() -> None:
+        async with lab(tmp_path, little_config(num_rounds=100, blocking=False)) as place:
+            boot = await place.bootstrap()
+            await place.join("peer0", step_seconds=2.0)
+            module = place.run.manifest.topology.modules[0]
+            await place.until(
+                lambda: boot.versions().get(str(module), 0) >= 2, within=8 * ROUND, what="versions"
+            )
+            node, catch_up = boot.keeper.node, boot.keeper.catch_up
+            node.log.drop(module)
+            opened = await asyncio.gather(catch_up.open(module), catch_up.open(module))
+            assert opened == [True, True]
+            assert node.log.held[module].version >= 2
+            events = [e["event"] for e in boot.seen("caught up") + boot.seen("resumed")]
+            assert len([e for e in events if e == "caught up"]) <= 1
 
     run_virtual(scenario())
