@@ -46,17 +46,18 @@ def prepare(
 
     Tokenizer, dense start, router, shards. Interrupted, it continues where it was.
     """
-    import torch
-    from rich.console import Console
+    with heavy_imports():
+        import torch
+        from rich.console import Console
 
-    from bootstrap.prepare import prepare_run
-    from dipaco.config import RunConfig
-    from dipaco.device import find_device
-    from dipaco.progress import StageBars, progress_bars
+        from bootstrap.prepare import prepare_run
+        from dipaco.config import RunConfig
+        from dipaco.device import find_device
+        from dipaco.progress import StageBars, progress_bars
 
     if threads is not None:
         torch.set_num_threads(threads)
-    run = RunConfig.from_toml(config.read_text())
+    run = RunConfig.from_file(config)
     with progress_bars(Console(stderr=True)) as progress:
         prepare_run(run, directory, StageBars(progress).update, device=find_device(device))
     click.echo(f"next: dipaco-bootstrap serve {directory}")

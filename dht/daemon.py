@@ -17,8 +17,10 @@ import importlib.util
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
+import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +37,8 @@ SHUTDOWN_SECONDS = 5.0  # between asking it to stop and killing it
 IDLE_SECONDS = 60  # p2pd leaves by itself when we have not connected to it by then
 MAX_OUTPUT_BYTES = 8192  # of what it prints, kept to explain a failed start
 MAX_SOCKET_NAME_BYTES = 107  # a Unix socket's, on Linux
+SOCKET_DIR_PREFIX = "dipaco-"
+MIN_SWEEP_SECONDS = 60.0  # before a directory is taken to be left over: its p2pd may be starting
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -281,11 +285,26 @@ def _p2pd_file() -> str:
 
 
 def _make_socket_dir() -> Path:
-    socket_dir = Path(tempfile.mkdtemp(prefix="dipaco-"))
+    _sweep_socket_dirs()
+    socket_dir = Path(tempfile.mkdtemp(prefix=SOCKET_DIR_PREFIX))
     if len(os.fsencode(_socket_file(socket_dir))) > MAX_SOCKET_NAME_BYTES:
         socket_dir.rmdir()
-        socket_dir = Path(tempfile.mkdtemp(prefix="dipaco-", dir="/tmp"))
+        socket_dir = Path(tempfile.mkdtemp(prefix=SOCKET_DIR_PREFIX, dir="/tmp"))
     return socket_dir
+
+
+def _sweep_socket_dirs() -> None:
+    """Delete what peers of this user that were killed have left: sockets that nobody listens to."""
+    for socket_dir in Path(tempfile.gettempdir()).glob(f"{SOCKET_DIR_PREFIX}*"):
+        with suppress(OSError):
+            status = socket_dir.stat()
+            if status.st_uid == os.getuid() and time.time() - status.st_mtime > MIN_SWEEP_SECONDS:
+                with socket.socket(socket.AF_UNIX) as client:
+                    client.settimeout(1.0)
+                    try:
+                        client.connect(str(_socket_file(socket_dir)))
+                    except ConnectionRefusedError:
+                        shutil.rmtree(socket_dir)
 
 
 def _socket_file(socket_dir: Path) -> Path:

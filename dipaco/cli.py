@@ -8,11 +8,11 @@ import sys
 import click
 
 from dipaco.errors import DipacoError
+from dipaco.imports import INTERRUPTED
 from dipaco.training_commands import train, train_router
 from dipaco.usage_commands import checkpoint, evaluate, export, generate
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "DIPACO"}
-_INTERRUPTED = 130  # what shells report for Ctrl-C
 
 
 def main() -> None:
@@ -20,16 +20,15 @@ def main() -> None:
     try:
         sys.exit(cli(prog_name="dipaco", standalone_mode=False))
     except click.Abort:
-        sys.exit(_INTERRUPTED)
+        sys.exit(INTERRUPTED)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
     except DipacoError as error:
         _fail(str(error), error.hint)
     except OSError as error:
-        _fail(
-            f"{error.filename or 'file'}: {error.strerror or error}", "check space and permissions"
-        )
+        where = f" (`{error.filename}`)" if error.filename else ""
+        _fail(f"{error.strerror or error}{where}", "check names, space and permissions")
 
 
 def _fail(message: str, hint: str) -> None:

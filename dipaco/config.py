@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from dipaco.errors import ConfigError
@@ -354,6 +355,14 @@ class RunConfig:
         except tomllib.TOMLDecodeError as error:
             raise ConfigError(f"not valid TOML: {error}") from error
         return cls.from_dict(values)
+
+    @classmethod
+    def from_file(cls, file: Path) -> "RunConfig":
+        """Read a configuration's TOML file; ConfigError as `from_toml`, or if it is no text."""
+        try:
+            return cls.from_toml(file.read_text())
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{file} is not a text file", hint="save it as UTF-8") from error
 
     @classmethod
     def from_dict(cls, values: object) -> "RunConfig":

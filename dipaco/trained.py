@@ -157,7 +157,8 @@ def sample(start: Start, split: Split, max_sequences: int) -> Rows:
     rows = start.rows(split)
     if not len(rows):
         raise ConfigError(
-            f"the {split} part of the corpus is empty", hint=f"raise corpus.{split}_fraction"
+            f"the {split} part of the corpus is empty",
+            hint=f"raise corpus.{split}_fraction and train again, or use another --split",
         )
     count = min(len(rows), max_sequences)
     return np.asarray(rows[np.linspace(0, len(rows) - 1, count).astype(np.int64)])

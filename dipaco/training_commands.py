@@ -7,7 +7,6 @@ import click
 
 from dipaco.command_options import device_option, open_device, threads_option, trained_dir
 from dipaco.config import RunConfig
-from dipaco.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -72,11 +71,7 @@ def train(  # noqa: PLR0913 - one parameter per option
     prints the perplexity of each path and of the whole model, and the digest of every module.
     Interrupted, it continues with the round it was in.
     """
-    try:
-        run = RunConfig.from_toml(config.read_text())
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{config} is not a text file") from error
-
+    run = RunConfig.from_file(config)
     from rich.console import Console
 
     from dipaco.preparation import prepare_start

@@ -202,7 +202,7 @@ def _chooser(
 @click.command()
 @trained_dir
 @click.argument("path_name", metavar="PATH")
-@click.argument("target", type=click.Path(path_type=Path), metavar="TARGET")
+@click.argument("target", type=click.Path(file_okay=False, path_type=Path), metavar="TARGET")
 @early_stopped_option
 def export(directory: Path, path_name: str, target: Path, early_stopped: bool) -> None:
     """Write one path as a model directory for the `transformers` library.

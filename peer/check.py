@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from dht.errors import SwarmError
+from dipaco.errors import DipacoError
 from peer.config import PeerConfig
 from peer.devices import choose_device
 from peer.hello import clock_skew_seconds, say_hello
@@ -30,6 +31,7 @@ class Finding:
 async def run_checks(config: PeerConfig) -> AsyncIterator[Finding]:
     """Look at everything that `join` needs; a finding as soon as it is there."""
     yield check_open_files()
+    what = "swarm"
     try:
         async with open_network(config) as network:
             yield Finding(name="swarm", ok=True, text="entered through the given address")
@@ -45,13 +47,15 @@ async def run_checks(config: PeerConfig) -> AsyncIterator[Finding]:
             node.events.close()
             manifest = node.manifest
             yield Finding(name="run", ok=True, text=f"{manifest.name} ({found.run[:12]})")
-            choice = choose_device(config, manifest.run_config, manifest.topology)
-            divide(config, manifest, trains_on_cpu=choice.device.type == "cpu")
             free = shutil.disk_usage(config.state_dir).free
             yield Finding(name="disk", ok=True, text=f"{gigabytes(free)} free")
+            what = "device"
+            choice = choose_device(config, manifest.run_config, manifest.topology)
             yield Finding(name="device", ok=True, text=choice.description)
-    except SwarmError as error:
-        yield Finding(name=type(error).__name__, ok=False, text=str(error), fix=error.hint)
+            what = "limits"
+            divide(config, manifest, trains_on_cpu=choice.device.type == "cpu")
+    except (SwarmError, DipacoError) as error:
+        yield Finding(name=what, ok=False, text=str(error), fix=error.hint)
 
 
 def check_open_files() -> Finding:

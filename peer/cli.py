@@ -69,10 +69,11 @@ def join(address: tuple[str, ...], quiet: bool, verbose: int, **options: Any) ->
 @one_line_errors
 def status(address: tuple[str, ...], as_json: bool, verbose: int) -> None:
     """Show the swarm that ADDRESS belongs to: peers, paths, rounds, versions, digests."""
-    from rich.console import Console
+    with heavy_imports():
+        from rich.console import Console
 
-    from peer.observe import observe
-    from peer.status import status_tables
+        from peer.observe import observe
+        from peer.status import status_tables
 
     seen = run_async(observe(address))
     if as_json:
@@ -81,7 +82,10 @@ def status(address: tuple[str, ...], as_json: bool, verbose: int) -> None:
     for table in status_tables(seen):
         Console().print(table)
     if seen.perplexity is not None:
-        click.echo(f"whole model: validation perplexity {seen.perplexity:.2f}")
+        num_measured, num_paths = len(seen.measured_paths), seen.num_paths
+        of_what = f"{num_measured} of {num_paths} paths"
+        of_what = "whole model" if num_measured == num_paths else of_what
+        click.echo(f"{of_what}: validation perplexity {seen.perplexity:.2f}")
 
 
 @main.command()
@@ -99,9 +103,11 @@ def check(address: tuple[str, ...], verbose: int, **options: Any) -> None:
 
 @main.command()
 @click.argument("path_name", metavar="PATH")
-@click.argument("target", type=click.Path(path_type=Path), metavar="TARGET")
+@click.argument("target", type=click.Path(file_okay=False, path_type=Path), metavar="TARGET")
 @click.option(
-    "--state-dir", type=click.Path(path_type=Path), help="Of a volunteer or a bootstrap node."
+    "--state-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Of a volunteer or a bootstrap node.",
 )
 @click.option(
     "--run", default="", help="Beginning of the run's name, if the directory has several."
@@ -130,7 +136,11 @@ def export(
 
 
 @main.command()
-@click.option("--state-dir", type=click.Path(path_type=Path), help="Where the identity lies.")
+@click.option(
+    "--state-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Where the identity lies.",
+)
 @one_line_errors
 def identity(state_dir: Path | None) -> None:
     """Print this machine's peer ID; make one if there is none. Never prints the key."""

@@ -16,6 +16,7 @@ import click
 
 from dht.errors import LocalFault, SwarmError
 from dipaco.errors import DipacoError
+from dipaco.imports import INTERRUPTED
 
 T = TypeVar("T")
 
@@ -174,6 +175,8 @@ def one_line_errors(command: Callable[..., T]) -> Callable[..., T]:
         except* OSError as group:
             error = _first(group)
             _fail(*_explain(error), error, options)
+        except* KeyboardInterrupt:
+            raise SystemExit(INTERRUPTED) from None
         raise AssertionError("unreachable: every branch above exits")
 
     return wrapped
@@ -184,7 +187,7 @@ def run_async(coroutine: Coroutine[Any, Any, T]) -> T:
     try:
         return asyncio.run(coroutine)
     except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        raise SystemExit(INTERRUPTED) from None
 
 
 def _fail(message: str, hint: str, error: BaseException, options: dict[str, Any]) -> None:
@@ -208,7 +211,7 @@ def _explain(error: OSError) -> tuple[str, str]:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return (
             "the disk is full; nothing that was written is lost",
-            "free some space and start again with the same --state-dir",
+            "free some space and start the same command again",
         )
     where = f" (`{error.filename}`)" if error.filename else ""
     return f"{error.strerror or error}{where}", ""

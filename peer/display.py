@@ -44,7 +44,7 @@ class Display:
 
 _LINES = {
     "first step": ("train", "first inner step on path {path}"),
-    "moved": ("path", "moved from path {former}, which has enough peers"),
+    "moved": ("path", "moved from path {former}: path {path} needs it more"),
     "caught up": ("module", "caught up with module {module} version {version}"),
     "diverged": ("module", "module {module}: own result differed from the certified one"),
     "path not to be had": ("path", "path {path} cannot be had: {why}"),

@@ -16,7 +16,7 @@ from dipaco.topology import ModuleID, PathID
 from peer.best import BEST_SUFFIX, read_best
 from peer.history import History
 from peer.manifest import parse_manifest
-from peer.modules import ModuleLog
+from peer.modules import STATES_KEPT, ModuleLog
 from peer.store import BlobStore
 
 
@@ -92,7 +92,8 @@ class RunOnDisk:
 
     def _state(self, module: ModuleID) -> tuple[int, bytes]:
         """A module's newest version of which the state is here."""
-        for version, digest in self._log.versions_on_disk(module):
+        # Older states are deleted but for the origin's, so that nothing else may take their place.
+        for version, digest in self._log.versions_on_disk(module)[:STATES_KEPT]:
             raw = self._store.read(digest)
             if raw is not None:
                 return version, raw

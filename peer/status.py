@@ -56,22 +56,30 @@ class SwarmStatus:
     manifest: int  # the version in force
     slot: int
     num_rounds: int
+    num_paths: int
     peers: tuple[PeerLine, ...]
     modules: tuple[ModuleLine, ...]
 
     @property
+    def measured_paths(self) -> dict[str, PeerLine]:
+        """Of each path that somebody has measured, the latest figures."""
+        measured = [line for line in self.peers if line.valid_tokens]
+        return {line.path: line for line in sorted(measured, key=lambda line: line.round)}
+
+    @property
     def perplexity(self) -> float | None:
-        """Of the whole model: every path on the validation part of its shard, each path once."""
-        latest = {line.path: line for line in sorted(self.peers, key=lambda line: line.round)}
-        tokens = sum(line.valid_tokens for line in latest.values())
+        """Of the measured paths, each on the validation part of its shard: all, or a part."""
+        lines = self.measured_paths.values()
+        tokens = sum(line.valid_tokens for line in lines)
         if not tokens:
             return None
-        return math.exp(min(700.0, sum(line.valid_nll for line in latest.values()) / tokens))
+        return math.exp(min(700.0, sum(line.valid_nll for line in lines) / tokens))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
         lines = [{**asdict(line), "perplexity": line.perplexity} for line in self.peers]
-        return {**asdict(self), "peers": lines, "perplexity": self.perplexity}
+        measured = {"measured_paths": sorted(self.measured_paths), "perplexity": self.perplexity}
+        return {**asdict(self), "peers": lines, **measured}
 
 
 async def read_status(swarm: Swarm, run: str, manifest: Manifest) -> SwarmStatus:
@@ -91,6 +99,7 @@ async def read_status(swarm: Swarm, run: str, manifest: Manifest) -> SwarmStatus
         manifest=manifest.version,
         slot=manifest.slot_at(swarm.now()),
         num_rounds=manifest.run_config.rounds.num_rounds,
+        num_paths=manifest.topology.num_paths,
         peers=tuple(peers),
         modules=tuple(modules),
     )
@@ -100,19 +109,20 @@ def status_tables(status: SwarmStatus) -> list[Table]:
     """The same as tables for a terminal."""
     run = f"run {status.name} ({status.run[:12]}), manifest {status.manifest}, slot {status.slot}"
     peers = Table(title=run, expand=False)
-    for heading in ("peer", "path", "round", "tokens", "commits", "training", "sent", "received"):
-        peers.add_column(heading, justify="left" if heading == "peer" else "right")
-    peers.add_column("perplexity", justify="right")
+    # As narrow as 80 columns, so that nothing is cut off.
+    peers.add_column("peer", no_wrap=True)
+    for heading in ("path", "round", "M tokens", "commits", "train", "MiB out", "in", "ppl"):
+        peers.add_column(heading, justify="right", no_wrap=True)
     for line in status.peers:
         peers.add_row(
-            line.peer[-8:],
+            f"...{line.peer[-6:]}",
             line.path,
             f"{line.round}/{status.num_rounds}",
-            f"{line.tokens:,}",
+            f"{line.tokens / 1e6:.2f}",
             str(line.commits),
             f"{line.inner_share:.0%}",
-            f"{line.sent_bytes / 2**20:.1f} MiB",
-            f"{line.received_bytes / 2**20:.1f} MiB",
+            f"{line.sent_bytes / 2**20:.1f}",
+            f"{line.received_bytes / 2**20:.1f}",
             f"{line.perplexity:.1f}" if line.perplexity else "-",
         )
     modules = Table(expand=False)

@@ -146,6 +146,14 @@ def test_a_wrong_configuration_names_the_key(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_configuration_that_is_no_text_is_said_to_be_none(tmp_path: Path) -> None:
+    config = tmp_path / "run.toml"
+    config.write_bytes("name = 'tiny'".encode("utf-16"))
+    result = CliRunner().invoke(bootstrap, ["prepare", str(config), str(tmp_path / "run")])
+    assert result.exit_code == 1
+    assert f"{config} is not a text file" in result.output
+
+
 def test_growth_is_asked_for_in_the_directory_of_a_run_that_was_served(tmp_path: Path) -> None:
     def grow(levels: str) -> Result:
         return CliRunner().invoke(bootstrap, ["grow", str(tmp_path), "--levels", levels])

@@ -52,6 +52,9 @@ def check_newest(place: Lab, path: PathID, target: Path) -> None:
         certified = log.load_state(module).parameters
         assert torch.equal(read_module(found.net, topology, module), certified)
     assert_transformers_agrees(target, found.net)
+    log.drop(topology.modules_of(path)[-1])  # its first state stays, but is not what was asked for
+    with pytest.raises(LocalFault, match="is not here"):
+        RunOnDisk(directory).path(str(path))
 
 
 def check_best(place: Lab, peer: LabPeer, path: PathID, target: Path) -> None:

@@ -3,15 +3,17 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
 import pytest
 
-from dht.daemon import Daemon, DaemonConfig
+from dht.daemon import SOCKET_DIR_PREFIX, Daemon, DaemonConfig
 from dht.errors import LocalFault
 from dht.identity import Identity
 
@@ -120,3 +122,31 @@ def test_a_long_temporary_directory_does_not_matter(
 
     asyncio.run(main())
     assert list(long_dir.iterdir()) == []
+
+
+def test_it_removes_the_sockets_that_killed_peers_have_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no others: one that is listened to, one that may be about to be."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    names = {"dead": 3600.0, "alive": 3600.0, "fresh": 0.0}
+    with ExitStack() as stack:
+        for name, age_seconds in names.items():
+            directory = tmp_path / f"{SOCKET_DIR_PREFIX}{name}"
+            directory.mkdir()
+            listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+            listener.bind(str(directory / "p2pd.sock"))
+            if name == "alive":
+                listener.listen()
+            else:
+                listener.close()
+            begin = time.time() - age_seconds
+            os.utime(directory, (begin, begin))
+
+        async def start_and_close() -> None:
+            daemon = await Daemon.start(tmp_path / "identity.key")
+            await daemon.close()
+
+        asyncio.run(start_and_close())
+        left = {f.name.removeprefix(SOCKET_DIR_PREFIX) for f in tmp_path.iterdir() if f.is_dir()}
+    assert left == {"alive", "fresh"}
