@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 
 WireFormat = Literal["float32", "float16", "int8", "int4", "topk"]
 
-# Far more than any training does, and so little that no state made of such overflows a float32.
-MAX_NORM = 1e15
-
 _CODECS: Mapping[WireFormat, Codec] = {
     "float32": PlainCodec(torch.float32),
     "float16": PlainCodec(torch.float16),
@@ -61,8 +58,6 @@ class EncodedGradient:
         norm = exact_norm(self) if squares is None else math.sqrt(squares)
         if not math.isfinite(norm):
             raise BadContribution("not an outer gradient: a value is not finite")
-        if norm > MAX_NORM:
-            raise BadContribution("not an outer gradient: no training goes as far")
         return norm
 
     def check(self) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from dht.errors import BadMessage, LocalFault, PeerFault, SwarmError
 from dipaco.compression import EncodedGradient, encoded_bytes
-from dipaco.errors import DipacoError
+from dipaco.errors import BadContribution, DipacoError
 from dipaco.topology import ModuleID, PathID
 from peer.certificate import contribution_order
 from peer.changes import Changes
@@ -25,6 +25,8 @@ from peer.reduction import format_of, mapped_gradient
 SLOTS_KEPT = 2  # older commitments are forgotten, and their blobs deleted
 MAX_COUNTED = 16  # contributions that one version is made of
 MAX_PULLS = 8  # contributions pulled at once
+# Far more than any training does, and so little that no state made of such overflows a float32.
+MAX_NORM = 1e15
 
 
 class Contributions:
@@ -252,9 +254,13 @@ class Contributions:
             self._node.store.remove(blob)
 
     def _checked_gradient(self, commitment: Commitment) -> EncodedGradient:
-        """Raises `BadContribution` unless the blob is a finite vector of the module's length."""
+        """Raises `BadContribution` unless the blob is a vector of the module's length, and of one
+        that training can have.
+        """
         gradient = self.open(commitment)
         gradient.check()
+        if gradient.norm > MAX_NORM:
+            raise BadContribution(f"an outer gradient of norm {gradient.norm:.0e}")
         return gradient
 
     def _log_first(self, commitment: Commitment) -> None:

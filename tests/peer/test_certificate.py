@@ -108,7 +108,8 @@ def test_a_sound_certificate_passes_and_each_forgery_does_not() -> None:
 
 
 def test_a_link_needs_the_right_parent_base_and_roster() -> None:
-    first = certificate(proposal(PEERS[:3]), PEERS[:2])
+    earlier = commitment(PEERS[0], slot=2)
+    first = certificate(proposal(PEERS[:3], contributions=(earlier,)), PEERS[:2])
     changes = {"version": 2, "parent": first.digest, "rebuilt": False}
     contribution = commitment(PEERS[0], base_version=1, base_state=RESULT)
     second = certificate(proposal(PEERS[:3], contributions=(contribution,), **changes), PEERS[:2])
@@ -120,6 +121,11 @@ def test_a_link_needs_the_right_parent_base_and_roster() -> None:
     )
     with pytest.raises(BadMessage, match="wrong roster"):
         check_link(other_roster, first, origin=ORIGIN, sender="x")
+    for slot in (2, 4):  # its parent's, and one that its ballot's comes before
+        late = commitment(PEERS[0], base_version=1, base_state=RESULT, slot=slot)
+        again = certificate(proposal(PEERS[:3], contributions=(late,), **changes), PEERS[:2])
+        with pytest.raises(BadMessage, match="wrong slot"):
+            check_link(again, first, origin=ORIGIN, sender="x")
     stale = commitment(PEERS[0], base_version=1, base_state=START)
     with pytest.raises(BadMessage, match="wrong base"):
         check_link(
