@@ -121,7 +121,8 @@ class CatchUp:
         if not theirs or not self._is_better(module, chain, theirs):
             return False
         parent = chain[-1] if chain else None
-        check_is_past(theirs[-1], node.slot, sender=head.peer)
+        for certificate in theirs:
+            check_is_past(certificate, node.slot, sender=head.peer)
         await node.offload(lambda: check_chain(theirs, parent, origin=origin, sender=head.peer))
         if any(certificate.proposal.run != node.run or certificate.module != str(module)
                for certificate in theirs):  # fmt: skip
