@@ -302,6 +302,11 @@ class PathTrainer:
             }
         self.num_steps = moments.num_steps
 
+    def forget(self) -> None:
+        """Go on with an optimizer that has learnt nothing yet."""
+        self._optimizer = new_optimizer(self.net, self.optimizer_name, self.config.inner)
+        self.num_steps = 0
+
     def _require(self, module: ModuleID) -> None:
         if module not in self.modules:
             raise ValueError(f"module {module} is not on path {self.path}")

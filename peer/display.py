@@ -44,6 +44,7 @@ class Display:
 
 _LINES = {
     "first step": ("train", "first inner step on path {path}"),
+    "training diverged": ("train", "path {path} diverged; starting over from the swarm's versions"),
     "moved": ("path", "moved from path {former}: path {path} needs it more"),
     "caught up": ("module", "caught up with module {module} version {version}"),
     "diverged": ("module", "module {module}: own result differed from the certified one"),

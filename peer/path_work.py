@@ -12,7 +12,7 @@ Whatever takes longer than copying the parameters is done on copies, while train
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -121,6 +121,7 @@ class PathWork:
         self.trainer = trainer
         self.last_loss: float | None = None
         self.train_seconds = 0.0
+        self.num_divergences = 0  # times that training came to a loss which is not finite
         self.handed_over: Moments | None = None  # taken up before the next step; set on any thread
         self._directory = directory
         self._bases: dict[ModuleID, _Base] = {}
@@ -185,6 +186,9 @@ class PathWork:
 
         `first_step` is the number of steps taken in this slot already; beyond the schedule's
         `inner_steps` the learning rate stays where it is. Returns the number of steps.
+
+        When the loss is not finite any more, the path starts over from the versions under it: what
+        it was trained since nobody could count. An exact run has no second try, and ends.
         """
         inner_steps = self.trainer.config.rounds.inner_steps
         start = time.monotonic()
@@ -201,8 +205,19 @@ class PathWork:
             self.last_loss = float(loss)  # waits for the device, so that the time below is honest
         for base in self._bases.values():
             base.tokens += steps * self.trainer.tokens_per_step
+        if not math.isfinite(self.last_loss or 0.0) and not self.trainer.config.rounds.blocking:
+            self._start_over()
         self.train_seconds += time.monotonic() - start
         return steps
+
+    def _start_over(self) -> None:
+        self.num_divergences += 1
+        self._pending.clear()
+        self._residuals.clear()
+        self.trainer.forget()
+        for module, base in self._bases.items():
+            base.tokens = 0
+            self.trainer.write_module(module, base.parameters)
 
     def drafts(self, config: RunConfig, modules: Iterable[ModuleID] | None = None) -> list[Draft]:
         """Take the progress of every module that was trained, to be encoded.
@@ -258,6 +273,9 @@ class PathWork:
         module, base = step.module, self._bases[step.module]
         if step.version <= base.version:
             return
+        if step.counted not in (None, *self._pending.get(module, [])):  # it has started over since
+            change = torch.sub(step.parameters, base.parameters)
+            step = replace(step, counted=None, residual=None, change=change)
         self._pending.pop(module, None)
         tokens = base.tokens
         if step.counted is not None:

@@ -72,6 +72,7 @@ class Volunteer:
         self._beside = Beside()
         self._rebasings: dict[ModuleID, asyncio.Task[Rebasing]] = {}
         self._is_saved = True
+        self._is_diverged = False  # in the last burst
 
     @property
     def _config(self) -> RunConfig:
@@ -293,11 +294,17 @@ class Volunteer:
         seconds = max(0.0, min(self._pace.burst_seconds, end - node.now()))
         if self._tally.begin(node.now()):
             node.events.write("first step", path=str(work.trainer.path))
-        before, begin_time = work.train_seconds, node.now()
+        before, begin_time, num_divergences = work.train_seconds, node.now(), work.num_divergences
         steps = await self._train_in(
             lambda: work.train(seconds=seconds, max_steps=max_steps, first_step=first_step)
         )
         self._step_seconds = (node.now() - begin_time) / steps
+        if work.num_divergences > num_divergences:
+            if not self._is_diverged:
+                node.events.write("training diverged", path=str(work.trainer.path))
+            self._is_diverged = True
+            return steps
+        self._is_diverged = False
         self._tally.trained(
             steps=steps,
             tokens=steps * work.trainer.tokens_per_step,

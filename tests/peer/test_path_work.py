@@ -132,3 +132,29 @@ def test_the_optimizers_of_the_paths_trained_longest_ago_are_dropped_first(tmp_p
     assert left() == ["0.3", "0.4"]
     drop_oldest(tmp_path, max_paths=4, max_bytes=50)
     assert left() == ["0.4"], "what is trained now is never dropped"
+
+
+def test_training_that_diverges_starts_over_from_the_versions_under_it(tmp_path: Path) -> None:
+    config = little_config(blocking=False)
+    work = begun(config, tmp_path)
+    modules = work.trainer.modules
+    versions = {module: work.trainer.read_module(module) for module in modules}
+    work.train(seconds=NO_LIMIT, max_steps=2, first_step=0)
+    [draft, *_] = work.drafts(config)
+    draft.encode()
+    state = ModuleState.initial(versions[modules[0]] + 1.0)
+    under_way = work.rebasing(modules[0], 1, "b" * 64, state, counted=draft.blob)
+    assert under_way.counted is draft
+    work.trainer.write_module(modules[0], torch.full_like(versions[modules[0]], float("nan")))
+    work.train(seconds=NO_LIMIT, max_steps=1, first_step=2)
+    assert work.num_divergences == 1
+    assert work.trainer.num_steps == 0, "an optimizer that has seen that is of no use"
+    assert work.is_counted
+    for module, vector in versions.items():
+        assert torch.equal(work.trainer.read_module(module), vector)
+    work.train(seconds=NO_LIMIT, max_steps=1, first_step=0)
+    assert work.num_divergences == 1
+    trained = work.trainer.read_module(modules[0])
+    work.rebase(under_way)  # to a version that counts what was given up
+    assert torch.allclose(work.trainer.read_module(modules[0]), trained + 1.0, atol=1e-5)
+    assert all(draft.tokens == work.trainer.tokens_per_step for draft in work.drafts(config))
