@@ -109,7 +109,8 @@ def export_llama(net: PathNet, tokenizer_bytes: bytes, directory: Path) -> None:
     text_tokenizer = json.loads(tokenizer_bytes)
     special = _special_tokens(text_tokenizer)
     # What would put a first token before every text, as many Llamas have it: no path has seen one.
-    text_tokenizer["post_processor"] = None
+    if text_tokenizer.get("post_processor") is not None:
+        tokenizer_bytes = _json({**text_tokenizer, "post_processor": None})
     tokens = {"eos_token_id": config.end_token, "pad_token_id": config.pad_token}
     llama = {
         "architectures": [_ARCHITECTURE],
@@ -133,7 +134,7 @@ def export_llama(net: PathNet, tokenizer_bytes: bytes, directory: Path) -> None:
     files = {
         CONFIG_FILE: _json(llama),
         WEIGHTS_FILE: safetensors.torch.save(tensors, metadata={"format": "pt"}),
-        TOKENIZER_FILE: _json(text_tokenizer),
+        TOKENIZER_FILE: tokenizer_bytes,
         TOKENIZER_CONFIG_FILE: _json(tokenizer),
         GENERATION_CONFIG_FILE: _json(tokens),
     }
