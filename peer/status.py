@@ -4,6 +4,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.table import Table
 
 from dht.keys import announcement_key, head_key
@@ -108,8 +109,8 @@ async def read_status(swarm: Swarm, run: str, manifest: Manifest) -> SwarmStatus
 def status_tables(status: SwarmStatus) -> list[Table]:
     """The same as tables for a terminal."""
     run = f"run {status.name} ({status.run[:12]}), manifest {status.manifest}, slot {status.slot}"
-    peers = Table(title=run, expand=False)
     # As narrow as 80 columns, so that nothing is cut off.
+    peers = Table(title=run, box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
     peers.add_column("peer", no_wrap=True)
     for heading in ("path", "round", "M tokens", "commits", "train", "MiB out", "in", "ppl"):
         peers.add_column(heading, justify="right", no_wrap=True)
