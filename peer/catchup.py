@@ -17,7 +17,7 @@ from dht.records import Head
 from dipaco.checkpoint import decode_state, state_bytes
 from dipaco.errors import BadState
 from dipaco.topology import ModuleID
-from peer.certificate import check_chain, check_is_past, facts, wins
+from peer.certificate import check_chain, facts, wins
 from peer.contributions import SLOTS_KEPT
 from peer.heads import Heads
 from peer.member import CHAIN_PROTOCOL, Member
@@ -109,9 +109,9 @@ class CatchUp:
         origin = node.history.origin(module)
         chain = list(held.chain) if held is not None else []
         newest = chain[-1].version if chain else origin.version + 1
-        theirs = await self._history(module, head.peer, first_version=newest)
+        theirs = await self._chain(module, head.peer, first_version=newest)
         if chain and theirs and theirs[0].digest != chain[-1].digest:
-            theirs = await self._history(module, head.peer, first_version=origin.version + 1)
+            theirs = await self._chain(module, head.peer, first_version=origin.version + 1)
             chain = _common(chain, theirs)
             theirs = theirs[len(chain) :]
         elif chain and theirs:
@@ -120,10 +120,10 @@ class CatchUp:
             return False  # versions only grow (promise P2)
         if not theirs or not self._is_better(module, chain, theirs):
             return False
-        parent = chain[-1] if chain else None
-        for certificate in theirs:
-            check_is_past(certificate, node.slot, sender=head.peer)
-        await node.offload(lambda: check_chain(theirs, parent, origin=origin, sender=head.peer))
+        parent, slot = chain[-1] if chain else None, node.slot
+        await node.offload(
+            lambda: check_chain(theirs, parent, origin=origin, slot=slot, sender=head.peer)
+        )
         if any(certificate.proposal.run != node.run or certificate.module != str(module)
                for certificate in theirs):  # fmt: skip
             raise BadMessage(head.peer, "certificates of another run or module")
@@ -182,34 +182,29 @@ class CatchUp:
         )
         return better
 
-    async def _history(
-        self, module: ModuleID, peer: str, *, first_version: int
-    ) -> list[Certificate]:
-        async with deadline(peer, HISTORY_TIMEOUT_SECONDS):
-            return await self._chain(module, peer, first_version=first_version)
-
     async def _chain(self, module: ModuleID, peer: str, *, first_version: int) -> list[Certificate]:
-        """Certificates from `first_version` on; as many requests as it takes, each bounded."""
+        """Certificates from `first_version` on; as many requests as it takes within the time."""
         limit = self._node.history.newest.run_config.rounds.num_rounds
         chain: list[Certificate] = []
-        while len(chain) <= limit:
-            request = ChainRequest(
-                run=self._node.run, module=str(module), first_version=first_version + len(chain)
-            )
-            raw = await self._node.transport.request(
-                peer,
-                CHAIN_PROTOCOL,
-                request.to_bytes(),
-                timeout_seconds=CHAIN_TIMEOUT_SECONDS,
-                max_response_bytes=MAX_MESSAGE_BYTES,
-            )
-            reply = ChainReply.from_bytes(raw, sender=peer)
-            if not reply.certificates:
-                return chain
-            for certificate in reply.certificates:
-                if certificate.version != first_version + len(chain):
-                    raise BadMessage(peer, "certificates out of order")
-                chain.append(certificate)
+        async with deadline(peer, HISTORY_TIMEOUT_SECONDS):
+            while len(chain) <= limit:
+                request = ChainRequest(
+                    run=self._node.run, module=str(module), first_version=first_version + len(chain)
+                )
+                raw = await self._node.transport.request(
+                    peer,
+                    CHAIN_PROTOCOL,
+                    request.to_bytes(),
+                    timeout_seconds=CHAIN_TIMEOUT_SECONDS,
+                    max_response_bytes=MAX_MESSAGE_BYTES,
+                )
+                reply = ChainReply.from_bytes(raw, sender=peer)
+                if not reply.certificates:
+                    return chain
+                for certificate in reply.certificates:
+                    if certificate.version != first_version + len(chain):
+                        raise BadMessage(peer, "certificates out of order")
+                    chain.append(certificate)
         raise BadMessage(peer, "more certificates than the run has rounds")
 
     async def _fetch_state(

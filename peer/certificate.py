@@ -76,20 +76,19 @@ def check_certificate(certificate: Certificate, *, sender: str) -> None:
         raise BadMessage(sender, f"certificate for {proposal.module}: no quorum")
 
 
-def check_is_past(certificate: Certificate, slot: int, *, sender: str) -> None:
-    """Raise `BadMessage` if the certificate says that it is of a slot after the next one.
-
-    Whatever slots allow, such as a rebuilt roster, must have come to be allowed.
-    """
-    if certificate.ballot.slot > slot + 1:
-        raise BadMessage(sender, f"certificate for {certificate.module}: of a slot to come")
-
-
 def check_link(
-    certificate: Certificate, parent: Certificate | None, *, origin: Origin, sender: str
+    certificate: Certificate, parent: Certificate | None, *, origin: Origin, slot: int, sender: str
 ) -> None:
-    """Raise `BadMessage` unless `certificate` continues `parent` (None: the module's origin)."""
+    """Raise `BadMessage` unless `certificate` continues `parent` (None: the module's origin).
+
+    `slot` is the clock's. What comes with time, such as a rebuilt roster, must have come: a
+    certificate is not of a slot after the next one.
+    """
     proposal = certificate.proposal
+    if certificate.ballot.slot > slot + 1:
+        raise BadMessage(
+            sender, f"certificate {proposal.module} v{proposal.version}: of a slot to come"
+        )
     version, digest, state = (origin.version, origin.state.digest, origin.state.digest)
     if parent is not None:
         version, digest, state = (parent.version, parent.digest, parent.result)
@@ -122,12 +121,13 @@ def check_chain(
     parent: Certificate | None,
     *,
     origin: Origin,
+    slot: int,
     sender: str,
 ) -> None:
     """Raise `BadMessage` unless each certificate holds and continues the one before it."""
     for certificate in certificates:
         check_certificate(certificate, sender=sender)
-        check_link(certificate, parent, origin=origin, sender=sender)
+        check_link(certificate, parent, origin=origin, slot=slot, sender=sender)
         parent = certificate
 
 

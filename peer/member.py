@@ -16,7 +16,6 @@ from dipaco.topology import ModuleID
 from peer.acceptor import Acceptor
 from peer.certificate import (
     check_certificate,
-    check_is_past,
     check_link,
     check_proposal,
     facts,
@@ -220,9 +219,9 @@ class Member:
         if held.version != certificate.version - 1 or held.parent != certificate.proposal.parent:
             self._on_behind(module)
             return False
-        check_is_past(certificate, self._node.slot, sender=sender)
         check_certificate(certificate, sender=sender)
-        check_link(certificate, held.certificate, origin=held.origin, sender=sender)
+        slot = self._node.slot
+        check_link(certificate, held.certificate, origin=held.origin, slot=slot, sender=sender)
         result = await self._compute(module, certificate.proposal, sources=[sender])
         if result is not None and result.state != certificate.result:
             self._node.events.write(

@@ -306,7 +306,7 @@ class Rounds:
                 if done is not None and done.proposal.parent != held.parent:
                     await self._member.learn(done, sender=peer)
                     continue
-                check_have_reply(reply, held, run=self._node.run, sender=peer)
+                check_have_reply(reply, held, run=self._node.run, slot=self._node.slot, sender=peer)
             except BadMessage as error:
                 self._node.faults.count(error, peer)
             else:
@@ -444,8 +444,11 @@ class Rounds:
         )
 
 
-def check_have_reply(reply: HaveReply, held: Held, *, run: str, sender: str) -> None:
-    """Raise `BadMessage` if a certificate or proposal in it is not one of `held`'s next version."""
+def check_have_reply(reply: HaveReply, held: Held, *, run: str, slot: int, sender: str) -> None:
+    """Raise `BadMessage` if a certificate or proposal in it is not one of `held`'s next version.
+
+    `slot` is the clock's.
+    """
     certificate, accepted = reply.certificate, reply.accepted
     proposals = [accepted] if accepted is not None else []
     proposals += [certificate.proposal] if certificate is not None else []
@@ -455,7 +458,7 @@ def check_have_reply(reply: HaveReply, held: Held, *, run: str, sender: str) -> 
             raise BadMessage(sender, f"speaks of another version than was asked of {held.module}")
     if certificate is not None:
         check_certificate(certificate, sender=sender)
-        check_link(certificate, held.certificate, origin=held.origin, sender=sender)
+        check_link(certificate, held.certificate, origin=held.origin, slot=slot, sender=sender)
     if accepted is not None:
         check_proposal(accepted, sender=sender)
 

@@ -266,7 +266,7 @@ class FaultSwarm:
         chain = [Certificate.from_bytes(file.read_bytes(), sender=peer.name) for file in files]
         start = self.manifest.starts[ModuleID.parse(module).level]
         origin = Origin(version=0, state=start)
-        check_chain(chain, None, origin=origin, sender=peer.name)
+        check_chain(chain, None, origin=origin, slot=self.slot(time.time()), sender=peer.name)
 
     def _replace(self, peer: PeerProcess) -> None:
         """After a failure: put another process in its place, for the next fault to find a swarm."""

@@ -92,7 +92,7 @@ def test_a_sound_certificate_passes_and_each_forgery_does_not() -> None:
     what = proposal(PEERS[:3])
     good = certificate(what, PEERS[:2])
     check_certificate(good, sender="x")
-    check_link(good, None, origin=ORIGIN, sender="x")
+    check_link(good, None, origin=ORIGIN, slot=3, sender="x")
     forged_vote = good.votes[0].model_copy(update={"signature": "0" * 128})
     forgeries = [
         good.model_copy(update={"votes": good.votes[:1]}),
@@ -113,25 +113,29 @@ def test_a_link_needs_the_right_parent_base_and_roster() -> None:
     changes = {"version": 2, "parent": first.digest, "rebuilt": False}
     contribution = commitment(PEERS[0], base_version=1, base_state=RESULT)
     second = certificate(proposal(PEERS[:3], contributions=(contribution,), **changes), PEERS[:2])
-    check_link(second, first, origin=ORIGIN, sender="x")
+    check_link(second, first, origin=ORIGIN, slot=3, sender="x")
     with pytest.raises(BadMessage, match="wrong parent"):
-        check_link(second, None, origin=ORIGIN, sender="x")
+        check_link(second, None, origin=ORIGIN, slot=3, sender="x")
     other_roster = certificate(
         proposal(PEERS[:1], contributions=(contribution,), **changes), PEERS[:1]
     )
     with pytest.raises(BadMessage, match="wrong roster"):
-        check_link(other_roster, first, origin=ORIGIN, sender="x")
+        check_link(other_roster, first, origin=ORIGIN, slot=3, sender="x")
+    check_link(second, first, origin=ORIGIN, slot=2, sender="x")  # of a clock that is behind
+    with pytest.raises(BadMessage, match="slot to come"):
+        check_link(second, first, origin=ORIGIN, slot=1, sender="x")
     for slot in (2, 4):  # its parent's, and one that its ballot's comes before
         late = commitment(PEERS[0], base_version=1, base_state=RESULT, slot=slot)
         again = certificate(proposal(PEERS[:3], contributions=(late,), **changes), PEERS[:2])
         with pytest.raises(BadMessage, match="wrong slot"):
-            check_link(again, first, origin=ORIGIN, sender="x")
+            check_link(again, first, origin=ORIGIN, slot=3, sender="x")
     stale = commitment(PEERS[0], base_version=1, base_state=START)
     with pytest.raises(BadMessage, match="wrong base"):
         check_link(
             certificate(proposal(PEERS[:3], contributions=(stale,), **changes), PEERS[:2]),
             first,
             origin=ORIGIN,
+            slot=3,
             sender="x",
         )
 
