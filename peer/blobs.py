@@ -61,12 +61,9 @@ class BlobClient:
         the same blob meanwhile shares the download, and adds its sources. Raises `Unreachable` if
         nothing comes any more (for `download.STALL_SECONDS`) or not everything within the time, if
         one is given; `LocalFault` if the disk does not take it. What arrived is kept for the next
-        attempt. `Unreachable` also if the blob is here, and larger than `max_bytes`.
+        attempt.
         """
         if digest in self._store:
-            index = self._store.index(digest)
-            if index is not None and index.size > max_bytes:
-                raise Unreachable(f"blob {digest[:12]} has more than {max_bytes} bytes")
             return
         running = self._running.get(digest)
         if running is None:

@@ -42,7 +42,7 @@ class Contributions:
         self._known: dict[tuple[str, int], dict[tuple[str, bool], Commitment]] = {}
         self._gradients: dict[str, EncodedGradient] = {}  # by digest of the commitment
         self._pulls: dict[str, asyncio.Task[None]] = {}
-        self._brought: set[str] = set()  # blobs that are here as contributions, and nothing else
+        self._brought: dict[str, int] = {}  # blobs that are here as contributions, and their size
         self._needed: Counter[str] = Counter()  # digests of commitments that `obtain` waits for
         self._logged: set[tuple[str, int]] = set()  # whose first pull is in the event log
         self._slots = asyncio.Semaphore(MAX_PULLS)
@@ -121,7 +121,7 @@ class Contributions:
         """Remember our own contribution, whose blob is in the store."""
         known = self._known.setdefault((commitment.module, commitment.slot), {})
         known[commitment.peer, bool(commitment.merged)] = commitment
-        self._brought.add(commitment.blob)
+        self._brought[commitment.blob] = commitment.blob_bytes
         self._gradients[commitment.digest] = gradient
         self._changes.notify()
 
@@ -230,7 +230,7 @@ class Contributions:
             async with self._slots:
                 self._log_first(commitment)
                 if commitment.blob not in node.store:
-                    self._brought.add(commitment.blob)
+                    self._brought[commitment.blob] = commitment.blob_bytes
                 await node.blobs.fetch(commitment.blob, sources, max_bytes=commitment.blob_bytes)
             self._gradients[commitment.digest] = await node.offload(
                 lambda: self._checked_gradient(commitment)
@@ -245,12 +245,13 @@ class Contributions:
             node.faults.count(error, commitment.peer)
 
     def _remove(self, blob: str) -> None:
-        """Delete what came as a contribution.
+        """Delete what came as a contribution, and has the size of one.
 
-        Not what a commitment names that is here for another reason, such as the module's state.
+        Not what a commitment names that is here, or was on its way, for another reason, such as the
+        module's state.
         """
-        if blob in self._brought:
-            self._brought.discard(blob)
+        size, index = self._brought.pop(blob, None), self._node.store.index(blob)
+        if size is not None and (index is None or index.size == size):
             self._node.store.remove(blob)
 
     def _checked_gradient(self, commitment: Commitment) -> EncodedGradient:

@@ -150,6 +150,18 @@ def test_what_arrived_before_a_crash_is_not_fetched_again(place: Place) -> None:
     run(place, scenario())
 
 
+def test_who_allows_less_does_not_keep_the_blob_from_who_allows_more(place: Place) -> None:
+    async def scenario() -> None:
+        await place.source("source")
+        small = place.client.fetch(DIGEST, ["source"], max_bytes=1000, timeout_seconds=10)
+        both = [asyncio.create_task(small), asyncio.create_task(place.fetch("source"))]
+        await asyncio.gather(*both)
+        assert place.store.read(DIGEST) == BLOB
+        assert "source" not in place.faults.by_peer
+
+    run(place, scenario())
+
+
 def test_a_blob_larger_than_allowed_is_refused_before_it_is_read(place: Place) -> None:
     async def scenario() -> None:
         await place.source("source")
