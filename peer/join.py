@@ -17,6 +17,7 @@ import torch._dynamo  # before there are threads: if two are the first to need i
 
 from dht.errors import Unreachable
 from dht.keys import announcement_key
+from dipaco.imports import INTERRUPTED
 from peer.config import PeerConfig
 from peer.devices import choose_device, trainer_factory
 from peer.display import Display
@@ -155,7 +156,7 @@ def stop_on_signals(stop: Callable[[], None], display: Display) -> None:
         nonlocal seen
         seen += 1
         if seen > 1:
-            os._exit(130)  # p2pd dies with us: the kernel sees to it
+            os._exit(INTERRUPTED)  # p2pd dies with us: the kernel sees to it
         display.say("network", "leaving; Ctrl-C again to leave at once")
         stop()
 

@@ -179,7 +179,7 @@ class Keeper:
 
     def _on_behind(self, module: ModuleID) -> None:
         """Whatever shows that, and however often: one look at a time is enough."""
-        if module not in self._behind:
+        if module not in self._behind and self._is_running:
             self._behind.add(module)
             self.start(self._catch_up(module), f"catch-up of {module}")
 
