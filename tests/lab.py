@@ -354,6 +354,14 @@ class Lab:
             assert loop.time() < deadline, f"not within {within} s: {what}"
             await asyncio.sleep(0.25)
 
+    async def until_versions(self, count: int, peers: Sequence[LabPeer], *, within: float) -> None:
+        """Wait until these peers hold modules, all of at least that version."""
+        await self.until(
+            lambda: all(min(p.versions().values(), default=0) >= count for p in peers),
+            within=within,
+            what=f"version {count} of everything",
+        )
+
     async def _start(
         self, name: str, number: int, *, keep_all: bool, trains: bool, step_seconds: float = 0.0
     ) -> LabPeer:

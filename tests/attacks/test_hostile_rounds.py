@@ -112,11 +112,7 @@ async def swarm(directory: Path, *, levels: tuple[int, ...] = (2, 2)) -> AsyncIt
         for number in range(config.topology.num_paths):
             await place.join(f"peer{number}", step_seconds=2.0)
         trainers = list(place.peers.values())[1:]
-        await place.until(
-            lambda: all(min(p.versions().values(), default=0) >= 2 for p in trainers),
-            within=10 * ROUND_SECONDS,
-            what="versions",
-        )
+        await place.until_versions(2, trainers, within=10 * ROUND_SECONDS)
         node = trainers[0].keeper.node
         next_slot_time = node.history.first.slot_start(node.slot + 1)
         await asyncio.sleep(max(0.0, next_slot_time - node.now() + 0.8 * ROUND_SECONDS))
@@ -310,11 +306,7 @@ def test_liars_about_versions_do_not_keep_a_newcomer_at_the_start(tmp_path: Path
                     if module in stranger.node.log.held:
                         await stranger.announce(module, version=99, certificate="a" * 64)
             late = await place.join("late", step_seconds=2.0)
-            await place.until(
-                lambda: min(late.versions().values(), default=0) >= 3,
-                within=8 * ROUND_SECONDS,
-                what="a newcomer's versions",
-            )
+            await place.until_versions(3, [late], within=8 * ROUND_SECONDS)
             assert late.seen("fault")
 
     run_virtual(scenario())

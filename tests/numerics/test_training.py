@@ -197,6 +197,7 @@ def test_early_stopping_may_begin_in_a_later_round(start: Start, tmp_path: Path)
     trained = TrainedModel.load(directory)
     for number in range(start.topology.num_paths):
         trained.net(number, early_stopped=True)
+    assert not (trained.files.directory / "contributions").exists(), "kept beyond the round"
 
 
 def test_rerouting_scores_every_token_once(trained: TrainedModel) -> None:

@@ -146,6 +146,15 @@ def test_a_wrong_configuration_names_the_key(
     assert not (tmp_path / "run").exists()
 
 
+def test_ctrl_c_is_told_apart_from_a_failure() -> None:
+    @click.command()
+    @one_line_errors
+    def command() -> None:
+        raise KeyboardInterrupt
+
+    assert CliRunner().invoke(command).exit_code == 130
+
+
 def test_a_configuration_that_is_no_text_is_said_to_be_none(tmp_path: Path) -> None:
     config = tmp_path / "run.toml"
     config.write_bytes("name = 'tiny'".encode("utf-16"))

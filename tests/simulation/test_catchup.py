@@ -20,9 +20,7 @@ def test_missed_versions_are_replayed_while_their_contributions_are_there(
         async with lab(tmp_path, config) as place:
             keeper = await place.bootstrap()
             others = [await place.join(f"peer{n}") for n in range(4)]
-            await place.until(
-                lambda: min(keeper.versions().values(), default=0) >= 1, within=40, what="a version"
-            )
+            await place.until_versions(1, [keeper], within=40)
             before = keeper.versions()
             cut = len(keeper.events)
             place.network.partition({keeper.peer_id}, {peer.peer_id for peer in others})

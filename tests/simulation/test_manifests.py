@@ -182,11 +182,7 @@ def test_one_path_grows_into_four(tmp_path: Path) -> None:
         config = replace(config, topology=TopologyConfig(levels=(1, 1)))
         async with lab(tmp_path, config) as place:
             everyone = await swarm(place, 4)
-            await place.until(
-                lambda: min(everyone[0].versions().values(), default=0) >= 1,
-                within=3 * ROUND,
-                what="a version of every module",
-            )
+            await place.until_versions(1, [everyone[0]], within=3 * ROUND)
             assert {peer.seen("path")[-1]["path"] for peer in everyone[1:]} == {"0.0"}
             request_growth(place.directory, (2, 2))
             place.operate()

@@ -25,11 +25,7 @@ def test_a_restarted_peer_votes_where_it_has_a_seat_and_trains_where_it_is_neede
             for number in range(4):
                 await place.join(f"peer{number}", step_seconds=2.0)
             peers = list(place.peers.values())[1:]
-            await place.until(
-                lambda: all(min(p.versions().values(), default=0) >= 2 for p in peers),
-                within=8 * ROUND,
-                what="two versions of everything",
-            )
+            await place.until_versions(2, peers, within=8 * ROUND)
             victim = peers[0]
             assert victim.volunteer is not None
             path = PathID.parse(victim.seen("path")[-1]["path"])
@@ -68,11 +64,7 @@ def test_a_duty_is_given_up_after_slots_however_long_they_are(tmp_path: Path) ->
             for number in range(4):
                 await place.join(f"peer{number}", step_seconds=round_seconds / 10)
             first = list(place.peers.values())[1:]
-            await place.until(
-                lambda: all(min(p.versions().values(), default=0) >= 1 for p in first),
-                within=6 * round_seconds,
-                what="a version of everything",
-            )
+            await place.until_versions(1, first, within=6 * round_seconds)
             await place.leave("bootstrap")
             node = first[0].keeper.node
             begin = node.history.first.slot_start(node.slot + 3)
@@ -96,23 +88,42 @@ def test_a_duty_is_given_up_after_slots_however_long_they_are(tmp_path: Path) ->
     run_virtual(scenario())
 
 
-def test_two_who_open_a_module_do_not_take_it_back(tmp_path: Path) -> None:
-    """The second one began before the first had ended, and is slower."""
+def test_two_who_open_a_module_do_not_take_it_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one began before the first had ended, and waits longer for the origin's state."""
 
     async def scenario() -> None:
         async with lab(tmp_path, little_config(num_rounds=100, blocking=False)) as place:
             boot = await place.bootstrap()
             await place.join("peer0", step_seconds=2.0)
             module = place.run.manifest.topology.modules[0]
-            await place.until(
-                lambda: boot.versions().get(str(module), 0) >= 2, within=8 * ROUND, what="versions"
-            )
+            await place.until_versions(2, [boot], within=8 * ROUND)
             node, catch_up = boot.keeper.node, boot.keeper.catch_up
+            waits = iter((0.0, ROUND))
+
+            async def obtain(ref: object) -> None:
+                await asyncio.sleep(next(waits))
+
+            async def nobody(*_: object) -> bool:
+                return False
+
             node.log.drop(module)
-            opened = await asyncio.gather(catch_up.open(module), catch_up.open(module))
-            assert opened == [True, True]
-            assert node.log.held[module].version >= 2
-            events = [e["event"] for e in boot.seen("caught up") + boot.seen("resumed")]
-            assert len([e for e in events if e == "caught up"]) <= 1
+            node.events.write("dropped", module=str(module))
+            with monkeypatch.context() as patch:  # nothing newer is to be had, at first
+                patch.setattr(node.log, "open", lambda module: None)
+                patch.setattr(catch_up, "_follow", nobody)
+                patch.setattr(catch_up._providers, "obtain", obtain)
+                second = asyncio.ensure_future(
+                    asyncio.wait_for(asyncio.gather(*map(catch_up.open, [module] * 2)), 2 * ROUND)
+                )
+                await asyncio.sleep(0.5)
+            versions = []
+            for _ in range(60):
+                versions.append(node.log.held[module].version)
+                await asyncio.sleep(ROUND / 30)
+            assert await second == [True, True]
+            assert versions == sorted(versions)
+            assert versions[-1] >= 3
 
     run_virtual(scenario())

@@ -31,11 +31,7 @@ def test_everyone_is_killed_with_states_in_memory_and_no_version_is_lost(tmp_pat
             for number in range(4):
                 await place.join(f"peer{number}")
             peers = list(place.peers.values())
-            await place.until(
-                lambda: all(min(p.versions().values(), default=0) >= 2 for p in peers),
-                within=8 * ROUND,
-                what="two versions of everything",
-            )
+            await place.until_versions(2, peers, within=8 * ROUND)
             for peer in peers:
                 peer.keeper.node.store.flush = lambda digest: None  # type: ignore[method-assign]
             before = {peer.name: peer.versions() for peer in peers}
