@@ -1,6 +1,9 @@
 """The paper's comparisons in miniature: routing, sharing, outer step, re-routing, wire formats.
 
-    python -m benchmarks.quality --size tiny|cpu|gpu [--json FILE] [--plots DIR] [--text FOLDER]
+    python -m benchmarks.quality [--size SIZE] [--json FILE] [--plots DIR] [--text FOLDER]
+
+`tiny`, `cpu` and `gpu` are what their names say. `long` asks whether more text and steps change the
+order of paths and replicas: five times the text of `cpu`, three times the steps.
 
 Trainings run side by side, one thread each, and are kept in the working directory: interrupted, it
 continues.
@@ -33,7 +36,7 @@ def base_of(config: RunConfig) -> tuple[str, RunConfig]:
 
 @click.command()
 @click.option(
-    "--size", type=click.Choice(["tiny", "cpu", "gpu"]), default="tiny", show_default=True
+    "--size", type=click.Choice(["tiny", "cpu", "long", "gpu"]), default="tiny", show_default=True
 )
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write figures here.")
 @click.option(

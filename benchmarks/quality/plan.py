@@ -12,7 +12,7 @@ from typing import Any, Literal
 from dipaco.config import RunConfig
 from dipaco.reference import Options
 
-Size = Literal["tiny", "cpu", "gpu"]
+Size = Literal["tiny", "cpu", "long", "gpu"]
 Kind = Literal["paths", "dense", "synchronous"]
 
 
@@ -63,7 +63,7 @@ valid_fraction = 0.03
 test_fraction = 0.04
 [dense_start]
 steps = 300
-learning_rate = 4e-3
+learning_rate = 1e-3
 warmup_steps = 20
 batch_sequences = 16
 [routing]
@@ -89,6 +89,7 @@ _TINY = {
     "inner": {"batch_sequences": 8},
     "rounds": {"num_rounds": 7, "inner_steps": 20},
 }
+_LONG = {"corpus": {"max_documents": 8000}, "rounds": {"num_rounds": 60}}
 _GPU = {
     "model": {
         "vocab_size": 8192,
@@ -112,7 +113,12 @@ _VARIANT = {"inner": {"batch_sequences": 8}, "rounds": {"num_rounds": 10}}
 def base_config(size: Size, text: Path | None) -> RunConfig:
     """The 2x2 run that everything else is a variant of; on the files of a folder, if given."""
     config = RunConfig.from_toml(_CPU)
-    changes: dict[str, dict[str, Any]] = {"tiny": _TINY, "cpu": {}, "gpu": _GPU}[size]
+    changes: dict[str, dict[str, Any]] = {
+        "tiny": _TINY,
+        "cpu": {},
+        "long": _LONG,
+        "gpu": _GPU,
+    }[size]
     config = varied(config, **changes)
     if text is not None:
         files = sorted(str(file) for file in text.rglob("*") if file.is_file())
@@ -134,6 +140,8 @@ def experiments(size: Size, text: Path | None) -> list[Experiment]:
     if size == "tiny":
         four = varied(base, topology={"levels": [4, 4]})
         return [_dense("dense", base), _paths("2x2", base), _paths("4x4", four)]
+    if size == "long":
+        return [_dense("dense", base), _paths("2x2", base), *_controls(base)]
     short = varied(base, **_VARIANT)
     return [
         *_main(base),
@@ -184,7 +192,11 @@ def _main(base: RunConfig) -> Iterator[Experiment]:
     yield _paths("4x4", four, **stopped)
     yield _paths("4x4-specific", _specific(four), **stopped)
     yield Experiment(name="2x2-synchronous", config=base, kind="synchronous")
-    # How much of it is due to several paths, and to the router.
+    yield from _controls(base)
+
+
+def _controls(base: RunConfig) -> Iterator[Experiment]:
+    """How much of it is due to several paths, and to the router."""
     yield _paths("diloco-4-main", _single(base), options=Options(replicas=4), reroute=())
     yield _paths("2x2-hash-main", varied(base, routing={"method": "hash"}))
 
