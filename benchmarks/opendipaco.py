@@ -10,19 +10,17 @@ embedding and output matrix are two, so that its paths are a quarter larger than
 
 Ours take 300 of the steps as dense start, which four paths share, and the rest in rounds.
 
-    git clone https://github.com/MasonFlint44/OpenDiPaCo
-    python -m benchmarks.opendipaco --checkout OpenDiPaCo [--json FILE]
+    pip install --no-deps git+https://github.com/MasonFlint44/OpenDiPaCo@237d18b
+    python -m benchmarks.opendipaco [--json FILE]
 """
 
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import click
 import numpy as np
@@ -41,10 +39,19 @@ from dipaco.start import Start
 from dipaco.topology import Topology
 from dipaco.trained import TrainedModel, evaluate_model, training_directory
 
+try:
+    from opendipaco import BackboneConfig, DiLoCoConfig, DiPaCoConfig
+    from opendipaco.model import build_module_bank, build_path_model
+    from opendipaco.optim.diloco import make_inner_optimizer
+    from opendipaco.train.loop import run_inner_steps
+    from opendipaco.validation import run_comparison
+except ImportError as error:
+    raise SystemExit(f"{error}; how to install it stands at the head of {__file__}") from error
+
 LEARNING_RATES = (4e-4, 1e-3, 3e-3)  # the first is OpenDiPaCo's own
 NUM_TURNS = 60
 
-Figures = dict[str, Any]
+Figures = dict[str, float]
 
 
 def our_config(num_rounds: int) -> RunConfig:
@@ -52,8 +59,8 @@ def our_config(num_rounds: int) -> RunConfig:
     return varied(base_config("cpu", None), rounds={"num_rounds": num_rounds})
 
 
-def test_rows(start: Start) -> Rows:
-    """The test rows without padding."""
+def full_test_rows(start: Start) -> Rows:
+    """The test rows that have no padding."""
     rows = start.rows("test")
     return np.asarray(rows[(rows != start.config.model.pad_token).all(axis=1)])
 
@@ -63,7 +70,7 @@ def train_ours_dense(directory: Path) -> Figures:
     torch.set_num_threads(1)
     start = Start.load(directory)
     trainer = train_dense(start, start.config.rounds.total_steps)
-    return {"dense": trainer.evaluate_rows(test_rows(start)).perplexity}
+    return {"dense": trainer.evaluate_rows(full_test_rows(start)).perplexity}
 
 
 def train_ours_paths(directory: Path) -> Figures:
@@ -72,16 +79,12 @@ def train_ours_paths(directory: Path) -> Figures:
     start = Start.load(directory)
     rounds = start.config.rounds
     train(start, training_directory(directory, start.config), num_rounds=rounds.num_rounds)
-    found = evaluate_model(TrainedModel.load(directory), test_rows(start))
+    found = evaluate_model(TrainedModel.load(directory), full_test_rows(start))
     return {"2x2": whole(found).perplexity}
 
 
-def train_theirs(directory: Path, checkout: Path, learning_rate: float) -> Figures:
+def train_theirs(directory: Path, learning_rate: float) -> Figures:
     """A dense model and four paths of OpenDiPaCo's, by its own comparison."""
-    sys.path.insert(0, str(checkout / "src"))
-    from opendipaco import DiLoCoConfig
-    from opendipaco.validation import run_comparison
-
     torch.set_num_threads(1)
     start = Start.load(directory)
     config = start.config
@@ -90,11 +93,12 @@ def train_theirs(directory: Path, checkout: Path, learning_rate: float) -> Figur
         for split in ("train", "router")
     }
     num_held_out, num_training = len(documents["router"]), len(documents["train"])
+    held_out_share = (num_held_out + 0.5) / (num_held_out + num_training)  # it rounds down
     inner = config.rounds.inner_steps
     found = run_comparison(
         backbone_of(config),
         documents["router"] + documents["train"],
-        [_document(row, config.model.pad_token) for row in test_rows(start)],
+        [_document(row, config.model.pad_token) for row in full_test_rows(start)],
         DiLoCoConfig(
             inner_steps=inner,
             inner_lr=learning_rate,
@@ -104,7 +108,7 @@ def train_theirs(directory: Path, checkout: Path, learning_rate: float) -> Figur
         batch_size=config.inner.batch_sequences,
         seq_len=config.model.sequence_tokens,
         eval_len=config.model.sequence_tokens,
-        router_holdout=(num_held_out + 0.5) / (num_held_out + num_training),
+        router_holdout=held_out_share,
     )
     return {
         "dense": found["dense_ppl"],
@@ -117,10 +121,8 @@ def _document(row: Rows, pad_token: int) -> torch.Tensor:
     return torch.from_numpy(row[row != pad_token].astype(np.int64))
 
 
-def backbone_of(config: RunConfig) -> object:
+def backbone_of(config: RunConfig) -> BackboneConfig:
     """The shape of our paths in OpenDiPaCo's words."""
-    from opendipaco import BackboneConfig
-
     model = config.model
     return BackboneConfig(
         vocab_size=model.vocab_size,
@@ -135,11 +137,6 @@ def backbone_of(config: RunConfig) -> object:
 
 def their_step(config: RunConfig, shard: Shard) -> Step:
     """An inner step of OpenDiPaCo."""
-    from opendipaco import DiLoCoConfig, DiPaCoConfig
-    from opendipaco.model import build_module_bank, build_path_model
-    from opendipaco.optim.diloco import make_inner_optimizer
-    from opendipaco.train.loop import run_inner_steps
-
     theirs = DiPaCoConfig(backbone=backbone_of(config), level_sizes=[2, 2])
     diloco = DiLoCoConfig()
     path = theirs.build_topology().path_from_index(0)
@@ -165,9 +162,8 @@ def their_step(config: RunConfig, shard: Shard) -> Step:
     return step
 
 
-def compare_speed(config: RunConfig, checkout: Path) -> Figures:
+def compare_speed(config: RunConfig) -> Figures:
     """Inner steps of both on one thread, in turns."""
-    sys.path.insert(0, str(checkout / "src"))
     torch.set_num_threads(1)
     shard = a_shard(config, Topology.of(config))
     cpu = torch.device("cpu")
@@ -183,7 +179,7 @@ def compare_speed(config: RunConfig, checkout: Path) -> Figures:
     }
 
 
-def compare_quality(config: RunConfig, checkout: Path, workers: int) -> dict[str, Figures]:
+def compare_quality(config: RunConfig, workers: int) -> dict[str, Figures]:
     """Perplexities on the full test rows, by training; prints each as it is known."""
     with (
         tempfile.TemporaryDirectory() as name,
@@ -193,7 +189,7 @@ def compare_quality(config: RunConfig, checkout: Path, workers: int) -> dict[str
         click.echo("preparing text, tokenizer and dense start ...")
         prepare_start(config, directory)
         waiting = {
-            pool.submit(train_theirs, directory, checkout, rate): f"OpenDiPaCo, {rate:g}"
+            pool.submit(train_theirs, directory, rate): f"OpenDiPaCo, {rate:g}"
             for rate in LEARNING_RATES
         }
         ours: tuple[Callable[[Path], Figures], ...] = (train_ours_paths, train_ours_dense)
@@ -202,26 +198,20 @@ def compare_quality(config: RunConfig, checkout: Path, workers: int) -> dict[str
         for done in as_completed(waiting):
             found = figures.setdefault(waiting[done], {})
             found |= done.result()
-            shown = ", ".join(f"{key} {value:.2f}" for key, value in done.result().items())
+            shown = ", ".join(f"{key} {value:,.2f}" for key, value in done.result().items())
             click.echo(f"{waiting[done]}: {shown}")
     return figures
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option(
-    "--checkout",
-    type=click.Path(exists=True, file_okay=False, path_type=Path, resolve_path=True),
-    required=True,
-    help="A clone of OpenDiPaCo.",
-)
 @click.option("--rounds", type=click.IntRange(1), default=30, show_default=True)
 @click.option("--workers", type=click.IntRange(1), default=lambda: len(os.sched_getaffinity(0)))
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write figures here.")
-def main(checkout: Path, rounds: int, workers: int, json_file: Path | None) -> None:
+def main(rounds: int, workers: int, json_file: Path | None) -> None:
     """Compare perplexity and speed with OpenDiPaCo's."""
     config = our_config(rounds)
-    speed = compare_speed(config, checkout)
-    figures = compare_quality(config, checkout, workers)
+    speed = compare_speed(config)
+    figures = compare_quality(config, workers)
     table = Table("training", "dense", "2x2", "2x2 / dense")
     for name, found in sorted(figures.items(), key=lambda item: item[0] != "ours"):
         ratio = found["2x2"] / found["dense"]
