@@ -2,8 +2,8 @@
 
     python -m benchmarks.quality [--size SIZE] [--json FILE] [--plots DIR] [--text FOLDER]
 
-`tiny`, `cpu` and `gpu` are what their names say. `long` asks whether more text and steps change the
-order of paths and replicas: five times the text of `cpu`, three times the steps.
+`tiny`, `cpu` and `gpu` are what their names say. `long` asks whether more steps change the
+order of paths and replicas: three times the steps of `cpu`.
 
 Trainings run side by side, one thread each, and are kept in the working directory: interrupted, it
 continues.
@@ -16,6 +16,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
+from zlib import crc32
 
 import click
 from rich.console import Console
@@ -23,7 +24,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from benchmarks.quality.plan import Experiment, Size, experiments
 from benchmarks.quality.report import print_tables, write_markdown, write_plots
-from benchmarks.quality.run import Figures, prepare_base, run
+from benchmarks.quality.run import Figures, prepare, run
 from dipaco.config import RunConfig, TopologyConfig
 
 
@@ -31,7 +32,14 @@ def base_of(config: RunConfig) -> tuple[str, RunConfig]:
     """A name for text, seed and dense start, and a small run that prepares just these."""
     corpus = config.corpus
     name = f"base-{config.seed}-{corpus.max_documents}-{config.routing.router_fraction:g}"
-    return name, replace(config, topology=TopologyConfig(levels=(1,)))
+    single = replace(config.routing, method="hash", overlap=1, phases=())
+    return name, replace(config, topology=TopologyConfig(levels=(1,)), routing=single)
+
+
+def routed_of(config: RunConfig) -> str:
+    """A name for the same with modules, router and shards."""
+    routed = repr((config.topology, config.routing)).encode()
+    return f"{base_of(config)[0]}-{crc32(routed):08x}"
 
 
 @click.command()
@@ -77,11 +85,20 @@ def main(  # noqa: PLR0913 - one parameter per option
         task = progress.add_task("preparing", total=sum(e.tokens for e in plan) / 1e6)
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
             bases = dict(base_of(e.config) for e in plan)
-            waiting = [pool.submit(prepare_base, c, work / n, device) for n, c in bases.items()]
-            for done in waiting:
+            routed = {routed_of(e.config): e.config for e in plan}
+            waiting = [pool.submit(prepare, c, work / n, device) for n, c in bases.items()]
+            for number, done in enumerate(as_completed(waiting), 1):
                 done.result()
+                progress.update(task, description=f"text {number} of {len(bases)}")
+            waiting = [
+                pool.submit(prepare, c, work / n, device, work / base_of(c)[0])
+                for n, c in routed.items()
+            ]
+            for number, done in enumerate(as_completed(waiting), 1):
+                done.result()
+                progress.update(task, description=f"shards {number} of {len(routed)}")
             futures: dict[Future[Figures], Experiment] = {
-                pool.submit(run, e, work / base_of(e.config)[0], work / e.name, device): e
+                pool.submit(run, e, work / routed_of(e.config), work / e.name, device): e
                 for e in plan
             }
             for future in as_completed(futures):

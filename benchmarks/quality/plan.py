@@ -57,7 +57,7 @@ sequence_tokens = 128
 levels = [2, 2]
 [corpus]
 source = "python"
-max_documents = 1500
+max_documents = 6000
 max_document_bytes = 8192
 valid_fraction = 0.03
 test_fraction = 0.04
@@ -75,7 +75,7 @@ learning_rate = 3e-3
 warmup_steps = 5
 [outer]
 learning_rate = 0.7
-momentum = 0.8
+momentum = 0.7
 rescale = "none"
 wire_format = "int8"
 [rounds]
@@ -85,11 +85,12 @@ round_seconds = 60.0
 eval_sequences = 32
 """
 _TINY = {
+    "corpus": {"max_documents": 1500},
     "dense_start": {"steps": 150, "batch_sequences": 8},
     "inner": {"batch_sequences": 8},
     "rounds": {"num_rounds": 7, "inner_steps": 20},
 }
-_LONG = {"corpus": {"max_documents": 8000}, "rounds": {"num_rounds": 60}}
+_LONG = {"rounds": {"num_rounds": 60}}
 _GPU = {
     "model": {
         "vocab_size": 8192,
@@ -147,7 +148,7 @@ def experiments(size: Size, text: Path | None) -> list[Experiment]:
         *_main(base),
         *_variants(short),
         *_small_shards(short),
-        *_seeds(short),
+        *_seeds(base),
     ]
 
 
@@ -188,9 +189,7 @@ def _main(base: RunConfig) -> Iterator[Experiment]:
     yield _paths("flat-4", _flat(base), options=Options(early_stopping=True))
     yield _paths("1x1", _single(base), reroute=())
     stopped: dict[str, Any] = {"options": Options(early_stopping=True), "reroute": (16, 32, 64)}
-    four = varied(base, topology={"levels": [4, 4]})
-    yield _paths("4x4", four, **stopped)
-    yield _paths("4x4-specific", _specific(four), **stopped)
+    yield _paths("4x4", varied(base, topology={"levels": [4, 4]}), **stopped)
     yield Experiment(name="2x2-synchronous", config=base, kind="synchronous")
     yield from _controls(base)
 
@@ -229,7 +228,9 @@ def _variants(short: RunConfig) -> Iterator[Experiment]:
     for inner_steps in (10, 200, 50, 100):
         schedule = {"num_rounds": num_steps // inner_steps, "inner_steps": inner_steps}
         yield _paths(f"2x2-inner-{inner_steps}", varied(short, rounds=schedule))
-    yield _paths("4x4-short", varied(short, topology={"levels": [4, 4]}))
+    four = varied(short, topology={"levels": [4, 4]})
+    yield _paths("4x4-short", four)
+    yield _paths("4x4-specific", _specific(four), options=Options(early_stopping=True))
     yield _paths("2x2-float16", varied(short, outer={"wire_format": "float16"}))
 
 
@@ -261,8 +262,8 @@ def _small_shards(short: RunConfig) -> Iterator[Experiment]:
     yield _paths("2x2-small", small, options=Options(early_stopping=True))
 
 
-def _seeds(short: RunConfig) -> Iterator[Experiment]:
+def _seeds(base: RunConfig) -> Iterator[Experiment]:
     for seed in (2, 3):
-        seeded = replace(short, seed=seed)
+        seeded = replace(base, seed=seed)
         yield _dense(f"dense-seed-{seed}", seeded)
         yield _paths(f"2x2-seed-{seed}", seeded)

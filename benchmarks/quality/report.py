@@ -87,7 +87,7 @@ def _cell(found: Figures, key: str) -> str:
 
 
 _MAIN = (
-    "dense", "1x1", "diloco-4-main", "flat-4", "2x2-hash-main", "2x2", "4x4", "4x4-specific",
+    "dense", "1x1", "diloco-4-main", "flat-4", "2x2-hash-main", "2x2", "4x4",
     "2x2-synchronous",
 )  # fmt: skip
 _ROUTERS = {

@@ -42,10 +42,16 @@ _MAX_CONFUSION_PATHS = 8
 Figures = dict[str, Any]
 
 
-def prepare_base(config: RunConfig, directory: Path, device: str) -> None:
-    """What experiments on one text and seed have in common: up to the dense start."""
+def prepare(config: RunConfig, directory: Path, device: str, base: Path | None = None) -> None:
+    """The start of a run, from what is done of it in `base`; experiments with the same share it."""
     torch.set_num_threads(1)
+    if base is not None and not directory.exists():
+        _copy(base, directory)
     prepare_start(config, directory, device=device)
+
+
+def _copy(base: Path, directory: Path) -> None:
+    shutil.copytree(base, directory, copy_function=os.link)  # finished stages are not done again
 
 
 def run(experiment: Experiment, base: Path, directory: Path, device: str) -> Figures:
@@ -57,7 +63,7 @@ def run(experiment: Experiment, base: Path, directory: Path, device: str) -> Fig
         found: Figures = json.loads(file.read_text())
         return found
     shutil.rmtree(directory, ignore_errors=True)
-    shutil.copytree(base, directory, copy_function=os.link)  # finished stages are not done again
+    _copy(base, directory)
     start = prepare_start(experiment.config, directory, device=device)
     measure = {"paths": _paths, "dense": _dense, "synchronous": _synchronous}[experiment.kind]
     flops = training_flops_per_token(experiment.config.model)
