@@ -120,6 +120,7 @@ def write_plots(figures: dict[str, Figures], directory: Path) -> None:
 
 def _plot_curves(figures: dict[str, Figures], file: Path, names: tuple[str, ...]) -> None:
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogFormatter
 
     axes_of = {"inner steps of a path": 0, "processor seconds of training": 1, "FLOPs": 2}
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), sharey=True, layout="constrained")
@@ -130,6 +131,8 @@ def _plot_curves(figures: dict[str, Figures], file: Path, names: tuple[str, ...]
                 axis.plot([p[column] for p in points], [p[3] for p in points], label=name)
         axis.set_xlabel(label)
         axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(LogFormatter())
+        axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
         axis.grid(alpha=0.3, which="both")
     axes[0].set_ylabel("validation perplexity")
     axes[2].set_xscale("log")
