@@ -85,18 +85,18 @@ def main(  # noqa: PLR0913 - one parameter per option
         task = progress.add_task("preparing", total=sum(e.tokens for e in plan) / 1e6)
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
             bases = dict(base_of(e.config) for e in plan)
-            routed = {routed_of(e.config): e.config for e in plan}
-            waiting = [pool.submit(prepare, c, work / n, device) for n, c in bases.items()]
-            for number, done in enumerate(as_completed(waiting), 1):
+            texts = [pool.submit(prepare, c, work / n, device) for n, c in bases.items()]
+            for number, done in enumerate(as_completed(texts), 1):
                 done.result()
-                progress.update(task, description=f"text {number} of {len(bases)}")
-            waiting = [
+                progress.update(task, description=f"text {number} of {len(texts)}")
+            routed = {routed_of(e.config): e.config for e in plan}
+            shards = [
                 pool.submit(prepare, c, work / n, device, work / base_of(c)[0])
                 for n, c in routed.items()
             ]
-            for number, done in enumerate(as_completed(waiting), 1):
+            for number, done in enumerate(as_completed(shards), 1):
                 done.result()
-                progress.update(task, description=f"shards {number} of {len(routed)}")
+                progress.update(task, description=f"shards {number} of {len(shards)}")
             futures: dict[Future[Figures], Experiment] = {
                 pool.submit(run, e, work / routed_of(e.config), work / e.name, device): e
                 for e in plan

@@ -42,29 +42,23 @@ _MAX_CONFUSION_PATHS = 8
 Figures = dict[str, Any]
 
 
-def prepare(config: RunConfig, directory: Path, device: str, base: Path | None = None) -> None:
-    """The start of a run, from what is done of it in `base`; experiments with the same share it."""
+def prepare(config: RunConfig, directory: Path, device: str, base: Path | None = None) -> Start:
+    """The start of a run; stages that are finished in `base` are not done again."""
     torch.set_num_threads(1)
     if base is not None and not directory.exists():
-        _copy(base, directory)
-    prepare_start(config, directory, device=device)
-
-
-def _copy(base: Path, directory: Path) -> None:
-    shutil.copytree(base, directory, copy_function=os.link)  # finished stages are not done again
+        shutil.copytree(base, directory, copy_function=os.link)
+    return prepare_start(config, directory, device=device)
 
 
 def run(experiment: Experiment, base: Path, directory: Path, device: str) -> Figures:
     """Train and score one experiment; figures of an earlier call are returned at once."""
-    torch.set_num_threads(1)
     file = directory / "figures.json"
     key = f"{experiment.config.fingerprint()} {experiment.kind} {experiment.num_steps}"
     if file.exists() and json.loads(file.read_text())["key"] == key:
         found: Figures = json.loads(file.read_text())
         return found
     shutil.rmtree(directory, ignore_errors=True)
-    _copy(base, directory)
-    start = prepare_start(experiment.config, directory, device=device)
+    start = prepare(experiment.config, directory, device, base)
     measure = {"paths": _paths, "dense": _dense, "synchronous": _synchronous}[experiment.kind]
     flops = training_flops_per_token(experiment.config.model)
     figures = {
