@@ -1,7 +1,9 @@
 """Which trainings are compared, and at which size.
 
 All of one size share text, tokenizer, sequences and dense start, and are scored on the same test
-sequences. Every one is compared at equal steps; `dense-4x` has the tokens and FLOPs of four paths.
+sequences; but other seeds, the comparison of routers and that of small shards have their own, and a
+dense training of their own. Every one is compared at equal steps; `dense-4x` has the tokens and
+FLOPs of four paths.
 """
 
 from collections.abc import Iterator
