@@ -2,7 +2,8 @@
 
 All train a network of the same shape on the same batches with fused AdamW and gradient clipping,
 in one process, in turns short enough that what else the machine does falls on all alike. The goals
-are `ratio_to_bare` >= 0.97 and `ratio_to_transformers` >= 1.0.
+are `ratio_to_bare` >= 0.97 and `ratio_to_transformers` >= 1.0. The loop `compiled` is that of a
+peer with `--compile`.
 
 `mfu` is the share of the device's matrix multiplication that goes into the model: 6 operations per
 token for each weight that tokens are multiplied by, and 12 x blocks x positions x width of all
@@ -77,15 +78,14 @@ def plain_step(
     return step
 
 
-def bare_step(config: RunConfig, shard: Shard, device: torch.device, *, compiled: bool) -> Step:
+def bare_step(config: RunConfig, shard: Shard, device: torch.device) -> Step:
     """Our network in a plain loop."""
     net = PathNet(config.model, device)
     initialize(net, 0)
-    forward = torch.compile(net) if compiled else net
 
     def loss_of(tokens: torch.Tensor) -> torch.Tensor:
         targets = F.pad(tokens[:, 1:], (0, 1), value=-100)
-        return F.cross_entropy(forward(tokens).flatten(0, 1).float(), targets.flatten())
+        return F.cross_entropy(net(tokens).flatten(0, 1).float(), targets.flatten())
 
     return plain_step(net, loss_of, config, shard, device)
 
@@ -113,10 +113,12 @@ def transformers_step(config: RunConfig, shard: Shard, device: torch.device) -> 
     return plain_step(net, lambda t: net(input_ids=t, labels=t).loss, config, shard, device)
 
 
-def peer_step(config: RunConfig, shard: Shard, device: torch.device) -> Step:
+def peer_step(
+    config: RunConfig, shard: Shard, device: torch.device, *, compiled: bool = False
+) -> Step:
     """The step that peers take."""
     topology = Topology.of(config)
-    trainer = PathTrainer(config, topology, shard.path, shard, device=device)
+    trainer = PathTrainer(config, topology, shard.path, shard, device=device, compiled=compiled)
     net = PathNet(config.model)
     initialize(net, 0)
     for module in trainer.modules:
@@ -181,12 +183,11 @@ def main(  # noqa: PLR0913 - the options of a command
     config = replace(config, inner=inner)
     shard = a_shard(config, Topology.of(config))
     steps = {
-        "bare": bare_step(config, shard, device, compiled=False),
+        "bare": bare_step(config, shard, device),
         "peer": peer_step(config, shard, device),
+        "compiled": peer_step(config, shard, device, compiled=True),
         "transformers": transformers_step(config, shard, device),
     }
-    if device.type == "cuda":  # not yet measured: whether torch.compile would pay for peers
-        steps["bare, compiled"] = bare_step(config, shard, device, compiled=True)
     matmul, matmul_operations = matmul_step(device)
     seconds = run_turns(steps | {"matmul": matmul}, num_turns, num_steps, device)
     peak = matmul_operations * num_steps / statistics.median(seconds["matmul"])

@@ -23,6 +23,12 @@ threads_option = click.option(
     metavar="N",
     help="CPU threads of torch. The last bits of a result depend on it.",
 )
+compile_option = click.option(
+    "--compile",
+    "compiled",
+    is_flag=True,
+    help="Train through torch.compile: a slower start, then faster steps.",
+)
 early_stopped_option = click.option(
     "--early-stopped", is_flag=True, help="Take each path as it was when it did best."
 )

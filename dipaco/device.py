@@ -1,4 +1,4 @@
-"""The device a volunteer names, checked before anything depends on it."""
+"""The device a volunteer names, and its compiler, checked before anything depends on them."""
 
 import torch
 
@@ -14,6 +14,21 @@ def find_device(name: str) -> torch.device:
             f"no device {name!r} on this machine", hint=f"available: {', '.join(available)}"
         )
     return torch.device(wanted)
+
+
+def require_compiler(device: torch.device) -> None:
+    """ConfigError unless `torch.compile` works on the device. Takes some seconds.
+
+    It needs what a machine may lack: a C++ compiler, Python's headers, on a GPU Triton.
+    """
+    x = torch.ones(16, device=device, requires_grad=True)
+    try:
+        torch.compile(torch.sin)(x).sum().backward()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        raise ConfigError(
+            f"torch.compile does not work on {device}: {str(error).splitlines()[0]}",
+            hint="install a C++ compiler (g++) and Python's headers, or go without --compile",
+        ) from error
 
 
 def free_memory_bytes(device: torch.device) -> int | None:

@@ -116,10 +116,11 @@ class PathTrainer:
     """Trains one path on one device. Not for two threads at once, but for any thread.
 
     Modules must be written before the first step. On a GPU the network runs in bfloat16
-    autocast over float32 parameters.
+    autocast over float32 parameters. A `compiled` one trains through `torch.compile`: the first
+    step of a process takes seconds to minutes, those after it less, and the last bits may differ.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what to train, then on what
         self,
         config: RunConfig,
         topology: Topology,
@@ -128,6 +129,7 @@ class PathTrainer:
         *,
         device: torch.device | str = "cpu",
         optimizer: OptimizerName = "adamw",
+        compiled: bool = False,
     ) -> None:
         self.config = config
         self.topology = topology
@@ -135,6 +137,10 @@ class PathTrainer:
         self.modules = topology.modules_of(path)
         self.device = torch.device(device)
         self.net = PathNet(config.model, self.device)
+        # Only for training, all of whose batches have one shape: every other costs a compilation.
+        self._hidden = (
+            torch.compile(self.net.hidden, dynamic=False) if compiled else self.net.hidden
+        )
         self.num_steps = 0
         """Steps this optimizer has taken since it was new."""
         self.next_batch_number = 0
@@ -320,7 +326,7 @@ class PathTrainer:
         kept_N = (targets_N != IGNORED).nonzero().flatten()  # on the CPU: waits for no device
         targets_N = send(targets_N[kept_N], self.device)
         with autocast(self.device):
-            hidden_BTD = self.net.hidden(send(tokens_BT, self.device))
+            hidden_BTD = self._hidden(send(tokens_BT, self.device))
         hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, send(kept_N, self.device))
         num_rows = -(-_LOGITS_AT_ONCE[self.device.type] // self.config.model.vocab_size)
         loss = torch.zeros((), device=self.device)

@@ -177,6 +177,9 @@ class Trunk(nn.Module):
 class PathNet(nn.Module):
     """The network of one path. Parameters are uninitialized: write modules or call `initialize`."""
 
+    rotary_cos: Tensor  # [sequence_tokens, C], as `rotary_tables` returns them
+    rotary_sin: Tensor
+
     def __init__(self, config: ModelConfig, device: torch.device | str = "cpu") -> None:
         super().__init__()
         self.config = config
@@ -185,17 +188,22 @@ class PathNet(nn.Module):
             if not config.tied_embedding:
                 self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
         self.to_empty(device=device)
-        self._rotations: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+        # Buffers, not kept at their first use: `torch.compile` would trace anew what then changed.
+        for name, table_TC in zip(
+            ("rotary_cos", "rotary_sin"), rotary_tables(config, config.sequence_tokens), strict=True
+        ):
+            self.register_buffer(name, table_TC.to(device), persistent=False)
 
     def hidden(self, tokens_BT: Tensor, cache: Cache | None = None) -> Tensor:
         """Output [B, T, D] of the last block, before the final norm.
 
-        With a cache, B is 1 and the tokens continue those that the cache has seen.
+        With a cache, B is 1 and the tokens continue those that the cache has seen; without one, T
+        is at most `sequence_tokens`.
         """
         x_BTD: Tensor = self.model.embed_tokens(tokens_BT)
         num_tokens = tokens_BT.shape[1]
         if cache is None:
-            rotation = self._rotation(num_tokens, tokens_BT.device)
+            rotation = self.rotary_cos[:num_tokens], self.rotary_sin[:num_tokens]
             for block in self.model.layers:
                 x_BTD = block(x_BTD, rotation)
             return x_BTD
@@ -213,12 +221,6 @@ class PathNet(nn.Module):
     def forward(self, tokens_BT: Tensor, cache: Cache | None = None) -> Tensor:
         """Logits [B, T, V] of the token after each position; `cache` as in `hidden`."""
         return self.logits(self.hidden(tokens_BT, cache))
-
-    def _rotation(self, num_tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        if (num_tokens, device) not in self._rotations:
-            tables = rotary_tables(self.config, num_tokens)
-            self._rotations[num_tokens, device] = (tables[0].to(device), tables[1].to(device))
-        return self._rotations[num_tokens, device]
 
 
 def initialize(net: PathNet, seed: int) -> None:

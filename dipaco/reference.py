@@ -54,12 +54,13 @@ class Options:
 
     `replicas` peers train each path, each with batches of its own: with a single path this is
     DiLoCo. `side_by_side` of them train at once, which pays on a GPU and rounds otherwise than one
-    after another. With `early_stopping` each path is also kept as it was when it did best on its
-    own validation rows (paper 2.7).
+    after another; so does `compiled`, which makes steps faster. With `early_stopping` each path is
+    also kept as it was when it did best on its own validation rows (paper 2.7).
     """
 
     replicas: int = 1
     side_by_side: int = 1
+    compiled: bool = False
     early_stopping: bool = False
 
 
@@ -265,7 +266,14 @@ class _Training:
         ]
 
     def _trainer(self, path: PathID, shard: Shard, states: States) -> PathTrainer:
-        trainer = PathTrainer(self._config, self._start.topology, path, shard, device=self._device)
+        trainer = PathTrainer(
+            self._config,
+            self._start.topology,
+            path,
+            shard,
+            device=self._device,
+            compiled=self._options.compiled,
+        )
         for module in trainer.modules:
             trainer.write_module(module, states[module].parameters)
         return trainer

@@ -5,7 +5,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dipaco.command_options import device_option, open_device, threads_option, trained_dir
+from dipaco.command_options import (
+    compile_option,
+    device_option,
+    open_device,
+    threads_option,
+    trained_dir,
+)
 from dipaco.config import RunConfig
 
 if TYPE_CHECKING:
@@ -31,6 +37,7 @@ if TYPE_CHECKING:
 )
 @device_option
 @threads_option
+@compile_option
 @click.option(
     "--replicas",
     type=click.IntRange(1, 1024),
@@ -60,6 +67,7 @@ def train(  # noqa: PLR0913 - one parameter per option
     directory: Path,
     device_name: str,
     threads: int,
+    compiled: bool,
     replicas: int,
     side_by_side: int,
     early_stopping: bool,
@@ -71,15 +79,25 @@ def train(  # noqa: PLR0913 - one parameter per option
     prints the perplexity of each path and of the whole model, and the digest of every module.
     Interrupted, it continues with the round it was in.
     """
+    if compiled and side_by_side > 1:
+        raise click.UsageError("--compile and --side-by-side exclude each other")
     run = RunConfig.from_file(config)
     from rich.console import Console
 
+    from dipaco.device import require_compiler
     from dipaco.preparation import prepare_start
     from dipaco.progress import StageBars, progress_bars
     from dipaco.reference import Options
 
     device = open_device(device_name, threads)
-    options = Options(replicas=replicas, side_by_side=side_by_side, early_stopping=early_stopping)
+    if compiled:
+        require_compiler(device)
+    options = Options(
+        replicas=replicas,
+        side_by_side=side_by_side,
+        compiled=compiled,
+        early_stopping=early_stopping,
+    )
     with progress_bars(Console(stderr=True)) as progress:
         start = prepare_start(run, directory, StageBars(progress).update, device=device)
         result, dense = _train(start, progress, device, options, baseline)

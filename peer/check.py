@@ -1,5 +1,6 @@
 """`dipaco-peer check`: a dry run of everything that could go wrong, each with its fix."""
 
+import asyncio
 import resource
 import shutil
 from collections.abc import AsyncIterator
@@ -50,7 +51,9 @@ async def run_checks(config: PeerConfig) -> AsyncIterator[Finding]:
             free = shutil.disk_usage(config.state_dir).free
             yield Finding(name="disk", ok=True, text=f"{gigabytes(free)} free")
             what = "device"
-            choice = choose_device(config, manifest.run_config, manifest.topology)
+            choice = await asyncio.to_thread(
+                choose_device, config, manifest.run_config, manifest.topology
+            )
             yield Finding(name="device", ok=True, text=choice.description)
             what = "limits"
             divide(config, manifest, trains_on_cpu=choice.device.type == "cpu")

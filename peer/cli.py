@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from dipaco.command_options import compile_option
 from dipaco.imports import heavy_imports
 from peer.command_line import (
     CONTEXT_SETTINGS,
@@ -38,6 +39,7 @@ def main() -> None:
 @limit_options
 @volunteer_options
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@compile_option
 @click.option(
     "--optimizer",
     type=click.Choice(["auto", "adamw", "adamw8bit"]),
@@ -94,6 +96,7 @@ def status(address: tuple[str, ...], as_json: bool, verbose: int) -> None:
 @limit_options
 @volunteer_options
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@compile_option
 @click.option("-v", "--verbose", count=True, help="-vv adds tracebacks.")
 @one_line_errors
 def check(address: tuple[str, ...], verbose: int, **options: Any) -> None:

@@ -29,6 +29,7 @@ class PeerConfig:
     relay_service: bool = False  # relay for those who cannot be dialled
     device: DeviceName = "auto"
     optimizer: OptimizerChoiceName = "auto"
+    compiled: bool = False  # train through `torch.compile`
     threads: int = field(default_factory=lambda: os.cpu_count() or 1)
     max_mbps: float = math.inf  # Mbit/s, in either direction
     disk_limit_bytes: int | None = None  # for all blobs; None is what the disk has

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from dipaco.config import RunConfig
-from dipaco.device import find_device, free_memory_bytes
+from dipaco.device import find_device, free_memory_bytes, require_compiler
 from dipaco.inner import OptimizerName, PathTrainer, choose_optimizer
 from dipaco.shards import Shard
 from dipaco.topology import PathID, Topology
@@ -17,19 +17,25 @@ from peer.path_source import TrainerFactory
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeviceChoice:
-    """Where training runs, and with which optimizer."""
+    """Where training runs, and how."""
 
     device: torch.device
     optimizer: OptimizerName
+    compiled: bool
     description: str  # one line: the device, the optimizer, and why
 
 
 def choose_device(config: PeerConfig, run: RunConfig, topology: Topology) -> DeviceChoice:
-    """Pick the device; raises `ConfigError` for one that this machine does not have."""
+    """Pick the device; raises `ConfigError` for one that this machine does not have.
+
+    Takes some seconds where it is to compile, which is tried.
+    """
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = find_device(name)
+    if config.compiled:
+        require_compiler(device)
     parameters = path_parameters(run, topology)
     choice = choose_optimizer(parameters, free_memory_bytes(device))
     optimizer: OptimizerName = choice.name if config.optimizer == "auto" else config.optimizer
@@ -40,7 +46,9 @@ def choose_device(config: PeerConfig, run: RunConfig, topology: Topology) -> Dev
     return DeviceChoice(
         device=device,
         optimizer=optimizer,
-        description=f"{device} ({machine}), optimizer {optimizer}: {reason}",
+        compiled=config.compiled,
+        description=f"{device} ({machine}{', compiled' * config.compiled}), "
+        f"optimizer {optimizer}: {reason}",
     )
 
 
@@ -55,6 +63,7 @@ def trainer_factory(choice: DeviceChoice) -> TrainerFactory:
             shard,
             device=choice.device,
             optimizer=choice.optimizer,
+            compiled=choice.compiled,
         )
 
     return make

@@ -45,7 +45,9 @@ async def join(config: PeerConfig, display: Display) -> None:
     display.say("network", "starting p2pd and entering the swarm")
     async with open_node(config) as (node, providers, network):
         manifest = node.manifest
-        choice = choose_device(config, manifest.run_config, manifest.topology)
+        choice = await asyncio.to_thread(
+            choose_device, config, manifest.run_config, manifest.topology
+        )
         limits = divide(config, manifest, trains_on_cpu=choice.device.type == "cpu")
         standing = await network.reachability.settle(await others(node, providers))
         addresses = list(standing.maddrs) or await reachable_addresses(network)

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,10 +9,17 @@ from dipaco.config import RunConfig
 from dipaco.start import Start
 
 
-def dipaco(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "error", "-c", "from dipaco.cli import main; main()"]
+def dipaco(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    warnings = ["-W", "error", "-W", "ignore:`torch.jit.script"]  # torch's own, where it compiles
+    command = [sys.executable, *warnings, "-c", "from dipaco.cli import main; main()"]
     return subprocess.run(
-        [*command, *arguments], cwd=cwd, capture_output=True, text=True, check=False, timeout=100
+        [*command, *arguments],
+        cwd=cwd,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
     )
 
 
@@ -51,6 +59,16 @@ def test_a_wrong_device_names_those_there_are(tiny: RunConfig, tmp_path: Path) -
     done = dipaco("train", "run.toml", "--device", "tpu", cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.startswith("error: no device 'tpu' on this machine\n\nhint: available: cpu")
+
+
+def test_a_machine_that_cannot_compile_says_what_it_lacks(tiny: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text(tiny.to_toml())
+    nothing = {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = dipaco("train", "run.toml", "--compile", cwd=tmp_path, **nothing)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: torch.compile does not work on cpu: InvalidCxxCompiler")
+    assert "hint: install a C++ compiler" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_help_answers_without_torch() -> None:

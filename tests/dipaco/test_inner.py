@@ -9,6 +9,8 @@ import torch.nn.functional as F
 
 from dipaco import inner
 from dipaco.config import RunConfig
+from dipaco.device import require_compiler
+from dipaco.errors import ConfigError
 from dipaco.inner import Batches, PathTrainer, choose_optimizer, learning_rate
 from dipaco.model import PathNet, initialize, read_module
 from dipaco.shards import Shard
@@ -22,11 +24,13 @@ def a_shard(tiny: RunConfig, num_rows: int = 10) -> Shard:
     return Shard(path=PATH, train=rows.astype(np.uint16), valid=rows[:5].astype(np.uint16))
 
 
-def a_trainer(tiny: RunConfig, shard: Shard | None = None) -> PathTrainer:
+def a_trainer(
+    tiny: RunConfig, shard: Shard | None = None, *, compiled: bool = False
+) -> PathTrainer:
     topology = Topology.of(tiny)
     net = PathNet(tiny.model)
     initialize(net, 0)
-    trainer = PathTrainer(tiny, topology, PATH, shard or a_shard(tiny))
+    trainer = PathTrainer(tiny, topology, PATH, shard or a_shard(tiny), compiled=compiled)
     for module in trainer.modules:
         trainer.write_module(module, read_module(net, topology, module))
     return trainer
@@ -223,3 +227,18 @@ def test_training_counts_the_prefix_unless_told_otherwise(tiny: RunConfig) -> No
 def test_modules_of_other_paths_are_refused(tiny: RunConfig) -> None:
     with pytest.raises(ValueError, match="not on path"):
         a_trainer(tiny).read_module(ModuleID(1, 1))
+
+
+def test_a_compiled_path_trains_alike_and_the_next_one_needs_no_compiler(tiny: RunConfig) -> None:
+    try:
+        require_compiler(torch.device("cpu"))
+    except ConfigError as error:
+        pytest.skip(str(error))
+
+    def losses(*, compiled: bool) -> list[float]:
+        trainer = a_trainer(tiny, compiled=compiled)
+        return [float(trainer.train_step(step)) for step in range(3)]
+
+    assert losses(compiled=True) == pytest.approx(losses(compiled=False), rel=1e-4)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        losses(compiled=True)

@@ -72,10 +72,13 @@ def test_the_options_are_these() -> None:
     volunteer = ["--disk-limit", "--memory-limit", "--client-mode", "--relay-service"]
     assert options == {
         "dipaco-peer join": sorted(
-            [*network, *volunteer, "--device", "--optimizer", "--quiet", "--threads", "--verbose"]
+            [
+                *(*network, *volunteer, "--compile", "--device", "--optimizer"),
+                *("--quiet", "--threads", "--verbose"),
+            ]
         ),
         "dipaco-peer status": ["--json", "--verbose"],
-        "dipaco-peer check": sorted([*network, *volunteer, "--device", "--verbose"]),
+        "dipaco-peer check": sorted([*network, *volunteer, "--compile", "--device", "--verbose"]),
         "dipaco-peer export": ["--early-stopped", "--run", "--state-dir"],
         "dipaco-peer identity": ["--state-dir"],
         "dipaco-bootstrap status": ["--json", "--verbose"],
