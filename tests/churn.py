@@ -19,7 +19,7 @@ from dipaco.model import PathNet, write_module
 from dipaco.start import Start
 from dipaco.topology import ModuleID, PathID
 from peer.messages import Certificate
-from tests.history_checker import check_logs
+from tests.history_checker import check, read_histories
 from tests.lab import Lab, LabPeer, lab
 
 ABSENCE_ROUNDS = 0.5  # mean time until a peer comes back, or another one in its place
@@ -105,8 +105,8 @@ class Soak:
             missed=missed,
             violations=[
                 violation
-                for verdict in check_logs(place.directory)
-                for violation in verdict.violations
+                for histories in read_histories(place.directory).values()
+                for violation in check(histories).violations
             ],
         )
 

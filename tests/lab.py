@@ -49,6 +49,7 @@ from peer.providers import Providers
 from peer.store import BlobStore
 from peer.succession import Draft
 from peer.volunteer import Pace, Volunteer
+from tests.history_checker import read_histories
 from tests.virtual_clock import OWNER
 
 T = TypeVar("T")
@@ -440,6 +441,7 @@ async def lab(directory: Path, config: RunConfig, **options: Any) -> AsyncIterat
         raise
     for name in list(place.peers):
         await place.leave(name)
+    assert read_histories(directory), "no peer has logged anything that could be checked"
 
 
 def certified_states(peers: Sequence[LabPeer]) -> dict[tuple[str, int], set[str]]:
