@@ -34,7 +34,7 @@ class PreparedCorpus:
         """Give each sequence to the path that probably predicts it best (paper 2.4.2)."""
         config, start = manifest.run_config, self._start
         features = start.feature_extractor()
-        prefixes = start.rows("router")[:, : config.routing.prefix_tokens]
+        prefixes = start.router_data()[:, : config.routing.prefix_tokens]
         router = fit_linear_router(features(prefixes), scores_NP, config.seed)
         directory = self._version_directory(manifest)
         sharding = shard_corpus(start, config, router, directory, features=features)

@@ -76,12 +76,7 @@ def newest_manifest(directory: Path) -> Manifest:
 
 def _write_router_data(start: Start, directory: Path) -> Path:
     """The rows that no path trains on, as a shard without validation rows."""
-    rows = start.rows("router")
-    if not len(rows):
-        raise ConfigError(
-            "there is no router data for the phases of the routing",
-            hint="raise routing.router_fraction or corpus.max_documents, and prepare again",
-        )
+    rows = start.router_data()
     file = directory / ROUTER_DATA_FILE
     write_shard(file, train=(rows, np.arange(len(rows))), valid=(rows, np.arange(0)))
     return file

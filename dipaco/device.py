@@ -1,6 +1,7 @@
-"""The device a volunteer names, and its compiler, checked before anything depends on them."""
+"""The device a volunteer names, checked before anything depends on it, and how it is used."""
 
 import torch
+from torch import Tensor
 
 from dipaco.errors import ConfigError
 
@@ -34,3 +35,14 @@ def require_compiler(device: torch.device) -> None:
 def free_memory_bytes(device: torch.device) -> int | None:
     """Free memory of a GPU; None for a CPU."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """The context in which a network runs: bfloat16 on a GPU, float32 on a CPU."""
+    return torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on the device, where it arrives while that still computes."""
+    pinned = tensor.pin_memory() if device.type == "cuda" else tensor
+    return pinned.to(device, non_blocking=True)

@@ -50,7 +50,7 @@ def fit_linear_router(features_ND: Tensor, scores_NP: Tensor, seed: int) -> Line
     num_paths = scores_NP.shape[1]
     labels_N = scores_NP.argmax(dim=1).numpy()
     mean_D = features_ND.mean(dim=0)
-    scale_D = features_ND.std(dim=0).clamp_min(1e-6)
+    scale_D = features_ND.std(dim=0, correction=0).clamp_min(1e-6)
     inputs_ND = ((features_ND - mean_D) / scale_D).double().numpy()
     present = np.unique(labels_N)
     weight_PD = np.zeros((num_paths, inputs_ND.shape[1]))
@@ -100,6 +100,8 @@ def calibrated_bias(
         distance = float(np.abs(target_P - shares_P).sum())
         if distance < least:
             least, best_P = distance, bias_P
+        if not distance:
+            break
         rate = _CALIBRATION_RATE * spread / (1.0 + step / 50)
         bias_P = bias_P + rate * np.clip(gap_P, -2.0, 2.0)
     centered_P: NDArray[np.float64] = best_P - best_P.mean()

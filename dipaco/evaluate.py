@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dipaco.config import ModelConfig
+from dipaco.device import autocast
 
 IGNORED = -100  # torch's own mark for a target that does not count
-_MAX_LOGITS = 2**24  # scored at a time: 64 MiB
+_MAX_LOGITS = {"cpu": 2**24, "cuda": 2**27}  # scored at a time: 64 and 512 MiB
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,12 +65,17 @@ def token_nll(
     """Negative log-likelihood (nats) [N, T] of each token, on the CPU; 0 where none counts."""
     num_tokens = tokens_NT.shape[1]
     parts = [torch.empty(0, num_tokens)]
-    batch_sequences = max(1, _MAX_LOGITS // (num_tokens * model.vocab_size))
+    device = tokens_NT.device
+    batch_sequences = max(1, _MAX_LOGITS[device.type] // (num_tokens * model.vocab_size))
     for tokens_BT in torch.split(tokens_NT, batch_sequences):
         targets_BT = targets_of(tokens_BT, prefix_tokens=prefix_tokens, pad=model.pad_token)
-        logits_BTV = forward(tokens_BT).float()
+        with autocast(device):
+            logits_BTV = forward(tokens_BT)
         nll = F.cross_entropy(
-            logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED, reduction="none"
+            logits_BTV.flatten(0, 1).float(),
+            targets_BT.flatten(),
+            ignore_index=IGNORED,
+            reduction="none",
         )
         # A target stands where it was predicted; its token is one further on.
         parts.append(F.pad(nll.view(tokens_BT.shape)[:, :-1], (1, 0)).cpu())

@@ -10,7 +10,6 @@ same steps therefore give the same bits.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from dipaco.checkpoint import write_atomically
 from dipaco.config import InnerConfig, RunConfig
+from dipaco.device import autocast, send
 from dipaco.evaluate import IGNORED, NOTHING, Evaluation, evaluate, targets_of, token_nll
 from dipaco.imports import bitsandbytes
 from dipaco.model import PathNet, add_to_module, read_module, write_module
@@ -194,7 +194,7 @@ class PathTrainer:
         Does not wait for the device: reading the loss does.
         """
         tokens_BT, targets_BT = self.next_batch()
-        loss = self._backward(tokens_BT, targets_BT.flatten())
+        loss = self._backward(tokens_BT, targets_BT)
         self.update(position_steps)
         return loss
 
@@ -205,6 +205,33 @@ class PathTrainer:
             tokens_BT, prefix_tokens=self._prefix_tokens, pad=self.config.model.pad_token
         )
         return tokens_BT, targets_BT
+
+    def backward_head(self, hidden_ND: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean loss (nats per token, 0-d) of hidden states [N, D] of the last block, and its
+        gradient [N, D] by them; that by the head's parameters is added to what these have.
+
+        Logits are by far the largest tensor of a step, so they are turned into their gradients in
+        place, some rows at a time.
+        """
+        num_rows = -(-_LOGITS_AT_ONCE[self.device.type] // self.config.model.vocab_size)
+        loss = torch.zeros((), device=self.device)
+        gradients = []
+        for rows_ND, labels_N in zip(
+            torch.split(hidden_ND, num_rows), torch.split(targets_N, num_rows), strict=True
+        ):
+            rows_ND.requires_grad_()
+            with autocast(self.device):
+                logits_NV = self.net.logits(rows_ND)
+            log_p_NV = logits_NV.detach().log_softmax(1, dtype=torch.float32)
+            loss -= log_p_NV.gather(1, labels_N[:, None]).sum()
+            # The gradient of the loss: the probabilities, less one at the target.
+            gradient_NV = log_p_NV.exp_()
+            gradient_NV[torch.arange(len(labels_N), device=self.device), labels_N] -= 1
+            gradient_NV /= len(targets_N)
+            logits_NV.backward(gradient_NV.to(logits_NV.dtype))  # type: ignore[no-untyped-call]
+            assert rows_ND.grad is not None
+            gradients.append(rows_ND.grad)
+        return loss / len(targets_N), torch.cat(gradients)
 
     def update(self, position_steps: int) -> None:
         """The second half of a step: let the optimizer have the gradients that there are."""
@@ -247,7 +274,7 @@ class PathTrainer:
         if not len(rows):
             return NOTHING
         return evaluate(
-            partial(self._forward, net),
+            net,
             torch.from_numpy(rows.astype(np.int64)).to(self.device),
             prefix_tokens=self.config.routing.prefix_tokens,
             model=self.config.model,
@@ -259,7 +286,7 @@ class PathTrainer:
         for start in range(0, len(rows), _SCORE_ROWS):
             tokens = torch.from_numpy(rows[start : start + _SCORE_ROWS].astype(np.int64))
             nll_BT = token_nll(
-                partial(self._forward, self.net),
+                self.net,
                 tokens.to(self.device),
                 prefix_tokens=self.config.routing.prefix_tokens,
                 model=self.config.model,
@@ -317,44 +344,14 @@ class PathTrainer:
         if module not in self.modules:
             raise ValueError(f"module {module} is not on path {self.path}")
 
-    def _backward(self, tokens_BT: Tensor, targets_N: Tensor) -> Tensor:
-        """Add the gradients of the mean loss over the targets that count; returns the loss.
-
-        Logits are by far the largest tensor of a step, so they are computed only where a target
-        counts, and turned into their gradients in place, some rows at a time.
-        """
-        kept_N = (targets_N != IGNORED).nonzero().flatten()  # on the CPU: waits for no device
-        targets_N = send(targets_N[kept_N], self.device)
+    def _backward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """Add the gradients of the mean loss over the targets that count; returns the loss."""
         with autocast(self.device):
             hidden_BTD = self._hidden(send(tokens_BT, self.device))
-        hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, send(kept_N, self.device))
-        num_rows = -(-_LOGITS_AT_ONCE[self.device.type] // self.config.model.vocab_size)
-        loss = torch.zeros((), device=self.device)
-        gradients = []
-        for rows_ND, labels_N in zip(
-            torch.split(hidden_ND.detach(), num_rows),
-            torch.split(targets_N, num_rows),
-            strict=True,
-        ):
-            rows_ND.requires_grad_()
-            with autocast(self.device):
-                logits_NV = self.net.logits(rows_ND)
-            log_p_NV = logits_NV.detach().log_softmax(1, dtype=torch.float32)
-            loss -= log_p_NV.gather(1, labels_N[:, None]).sum()
-            # The gradient of the loss: the probabilities, less one at the target.
-            gradient_NV = log_p_NV.exp_()
-            gradient_NV[torch.arange(len(labels_N), device=self.device), labels_N] -= 1
-            gradient_NV /= len(targets_N)
-            logits_NV.backward(gradient_NV.to(logits_NV.dtype))  # type: ignore[no-untyped-call]
-            assert rows_ND.grad is not None
-            gradients.append(rows_ND.grad)
-        hidden_ND.backward(torch.cat(gradients))  # type: ignore[no-untyped-call]
-        return loss / len(targets_N)
-
-    def _forward(self, net: PathNet, tokens_BT: Tensor) -> Tensor:
-        with autocast(self.device):
-            logits_BTV: Tensor = net(tokens_BT)
-        return logits_BTV
+        hidden_ND, targets_N = counted_positions(hidden_BTD, targets_BT)
+        loss, gradient_ND = self.backward_head(hidden_ND.detach(), targets_N)
+        hidden_ND.backward(gradient_ND)  # type: ignore[no-untyped-call]
+        return loss
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         """The optimizer's state by `parameter number.key`; whole numbers become int64 scalars."""
@@ -381,6 +378,16 @@ class PathTrainer:
         return state
 
 
+def counted_positions(hidden_BTD: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Of all positions those with a target that counts: hidden [N, D] and targets [N], on the
+    device of the former; `targets_BT` is on the CPU, so that no device is waited for.
+    """
+    device, targets_N = hidden_BTD.device, targets_BT.flatten()
+    kept_N = (targets_N != IGNORED).nonzero().flatten()
+    hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, send(kept_N, device))
+    return hidden_ND, send(targets_N[kept_N], device)
+
+
 def saved_moments(file: Path) -> Moments | None:
     """What `PathTrainer.save_optimizer` left in a file, for `PathTrainer.take_over` of another
     peer; None if that is nothing, damaged, or not AdamW's 32-bit state.
@@ -405,17 +412,6 @@ def saved_moments(file: Path) -> Moments | None:
         mean=torch.from_numpy(mean),
         mean_square=torch.from_numpy(mean_square),
     )
-
-
-def autocast(device: torch.device) -> torch.autocast:
-    """The context in which a network runs: bfloat16 on a GPU, float32 on a CPU."""
-    return torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
-
-
-def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on the device, where it arrives while that still computes."""
-    pinned = tensor.pin_memory() if device.type == "cuda" else tensor
-    return pinned.to(device, non_blocking=True)
 
 
 def new_optimizer(

@@ -14,7 +14,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from dipaco.checkpoint import ModuleState, encode_state, write_atomically
@@ -27,7 +26,7 @@ from dipaco.model import PathNet, initialize, read_module, write_module
 from dipaco.routing import MAX_FIT_SEQUENCES, HashRouter, Router, fit_centers
 from dipaco.sequences import write_sequences
 from dipaco.sharding import shard_corpus
-from dipaco.shards import Rows, Shard
+from dipaco.shards import Rows, Shard, evenly_spread
 from dipaco.start import RUN_FILE, START_FILE, TOKENIZER_FILE, Start, single_path
 from dipaco.tensors import decode_tensors, encode_tensors, layout_of
 from dipaco.tiny_lm import train_tiny_lm_router
@@ -241,13 +240,12 @@ class _Preparation:
         routing, num_paths = self._config.routing, self._topology.num_paths
         if routing.method == "hash" or num_paths == 1:
             return HashRouter(num_paths=num_paths)
-        # Evenly spread, because neighbours are of one document.
-        picked = np.linspace(0, len(rows) - 1, min(len(rows), MAX_FIT_SEQUENCES)).astype(np.int64)
-        prefixes = rows[picked, : routing.prefix_tokens]
+        prefixes = evenly_spread(rows[:, : routing.prefix_tokens], MAX_FIT_SEQUENCES)
         if routing.method == "tiny_lm":
             return train_tiny_lm_router(
                 prefixes,
                 self._config,
+                device=self._device,
                 on_progress=lambda done, total: self._progress("router", done, total),
             )
         features = self._start.feature_extractor(self._device)(prefixes)

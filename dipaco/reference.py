@@ -19,12 +19,19 @@ from dipaco.checkpoint import ModuleState, state_digest
 from dipaco.compression import EncodedGradient, compress_with_feedback
 from dipaco.config import RunConfig
 from dipaco.discriminative import fit_linear_router
-from dipaco.errors import ConfigError
+from dipaco.errors import BadBytes, ConfigError
 from dipaco.evaluate import NOTHING, Evaluation
 from dipaco.inner import PathTrainer
 from dipaco.model import read_module
 from dipaco.outer import Contribution, apply_contributions, contribution_weights
-from dipaco.rounds import Evaluations, RoundFiles, RoundReport, latest_round, next_round
+from dipaco.rounds import (
+    DAMAGED_HINT,
+    Evaluations,
+    RoundFiles,
+    RoundReport,
+    latest_round,
+    next_round,
+)
 from dipaco.sharding import Sharding, shard_corpus
 from dipaco.shards import Shard
 from dipaco.side_by_side import SideBySide
@@ -77,6 +84,7 @@ def train(  # noqa: PLR0913 - what to train, then what to do meanwhile
     """Train until `num_rounds` rounds are done, from the start or the last round in `directory`."""
     training = _Training(start, directory, device, options or Options(), on_step)
     latest = latest_round(directory, start.config) or training.begin()
+    training.check(latest, num_rounds)
     states = {module: latest.state(module) for module in start.topology.modules}
     reports = latest.reports()
 
@@ -179,6 +187,16 @@ class _Training:
         assert begun is not None
         return begun
 
+    def check(self, latest: RoundFiles, num_rounds: int) -> None:
+        """ConfigError unless the rounds there are can be those of a training with these options."""
+        hint = f"train into another directory, or delete {self._directory}"
+        num_replicas = latest.num_replicas()
+        if num_replicas not in (0, self._options.replicas):
+            raise ConfigError(f"this training has {num_replicas} replicas of each path", hint=hint)
+        has_stopped = any(latest.has_early_stopped(path) for path in self._start.topology.paths)
+        if self._options.early_stopping and latest.number >= max(1, num_rounds) and not has_stopped:
+            raise ConfigError("this training ended without early stopping", hint=hint)
+
     def sharding(self, round_: int, states: States) -> Sharding:
         """The shards of a round: those of the start, or of the last discriminative phase."""
         phases = [phase for phase in self._config.routing.phases if phase <= round_]
@@ -204,7 +222,9 @@ class _Training:
             trainers = [self._trainer(path, sharding.shard(path), states) for path, _ in group]
             replicas = self._options.replicas
             for trainer, (path, replica) in zip(trainers, group, strict=True):
-                trainer.load_optimizer(files.optimizer_file(path, replica))
+                file = files.optimizer_file(path, replica)
+                if not trainer.load_optimizer(file) and file.exists():
+                    raise BadBytes(f"{file} is damaged", hint=DAMAGED_HINT)
                 trainer.seek(trainer.num_steps * replicas + replica, stride=replicas)
             losses = self._train(trainers, round_)
             for trainer, seat, loss in zip(trainers, group, losses, strict=True):
@@ -298,11 +318,7 @@ class _Training:
 
     def _discriminate(self, states: States, directory: Path) -> None:
         """Shard the corpus anew, by the path that predicts the router data best (paper 2.4.2)."""
-        rows = self._start.rows("router")
-        if not len(rows):
-            raise ConfigError(
-                "there is no router data", hint="raise routing.router_fraction or the corpus"
-            )
+        rows = self._start.router_data()
         features = self._start.feature_extractor(self._device)
         scores = []
         for path in self._start.topology.paths:
@@ -340,7 +356,8 @@ def dense_trainer(
 ) -> PathTrainer:
     """What a DiPaCo is compared with: one network of a path's size on all of the training data.
 
-    Plain AdamW from the same start, with a path's batch and a schedule for `num_steps` steps.
+    Plain AdamW from the same start, with a path's batch and a schedule for `num_steps` steps. The
+    start was trained on the same rows in the same order: this goes on with those after its own.
     """
     config = single_path(start.config, num_steps)
     topology = Topology.of(config)
@@ -349,6 +366,10 @@ def dense_trainer(
     net = start.net()
     for module in trainer.modules:
         trainer.write_module(module, read_module(net, topology, module))
+    dense_start = start.config.dense_start
+    if not dense_start.checkpoint:
+        num_seen = dense_start.steps * dense_start.batch_sequences
+        trainer.seek(-(-num_seen // config.inner.batch_sequences))
     return trainer
 
 

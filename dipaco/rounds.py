@@ -37,7 +37,7 @@ class RoundReport:
     """What there is to say of a round; `round` 0 is the start, before any training.
 
     Mean training loss (nats per token) of the paths that trained, the last evaluation of every
-    path, and for each module that took a step the ratio that `dipaco.outer.Reduced` explains.
+    path, and for each module that took a step the ratio that `dipaco.outer.OuterUpdate` explains.
     """
 
     round: int
@@ -65,7 +65,7 @@ class RoundFiles:
         try:
             return decode_state(self._module_file(module).read_bytes(), num_parameters=size)
         except FileNotFoundError as error:
-            raise BadBytes(f"{self.directory} has no module {module}", hint=_HINT) from error
+            raise BadBytes(f"{self.directory} has no module {module}", hint=DAMAGED_HINT) from error
 
     def write_state(self, module: ModuleID, state: ModuleState) -> None:
         """Keep a module."""
@@ -74,6 +74,11 @@ class RoundFiles:
     def optimizer_file(self, path: PathID, replica: int) -> Path:
         """The optimizer's state of one replica of a path; it may not be there."""
         return self.directory / "optimizers" / f"{path}-{replica}.safetensors"
+
+    def num_replicas(self) -> int:
+        """How many replicas each path that was trained has; 0 if none was."""
+        files = (self.directory / "optimizers").iterdir()
+        return len({file.stem.rpartition("-")[2] for file in files})
 
     def residuals(self, path: PathID, replica: int) -> dict[ModuleID, Tensor]:
         """What a replica's outer gradients lost in compression so far, by module."""
@@ -87,7 +92,7 @@ class RoundFiles:
         except FileNotFoundError:
             return {}
         except ValueError as error:
-            raise BadBytes(f"residuals of path {path} are damaged", hint=_HINT) from error
+            raise BadBytes(f"residuals of path {path} are damaged", hint=DAMAGED_HINT) from error
         return {ModuleID.parse(name): residual for name, residual in tensors.items()}
 
     def write_residuals(
@@ -134,7 +139,7 @@ class RoundFiles:
         try:
             return [_report_of(entry) for entry in json.loads(self._report_file.read_text())]
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise BadBytes(f"{self._report_file} is damaged", hint=_HINT) from error
+            raise BadBytes(f"{self._report_file} is damaged", hint=DAMAGED_HINT) from error
 
     def write_reports(self, reports: list[RoundReport]) -> None:
         """Keep the reports."""
@@ -159,7 +164,7 @@ _ROUND = "round-"
 _PARTIAL = ".partial"
 _ASIDE = "contributions"  # of a round that is not complete
 _FOLDERS = ("modules", "optimizers", "residuals", "early-stopped")
-_HINT = "delete that folder to train from the start"
+DAMAGED_HINT = "delete that folder to train from the start"
 
 
 def latest_round(directory: Path, config: RunConfig) -> RoundFiles | None:

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dipaco.config import RunConfig
-from dipaco.errors import BadBytes
+from dipaco.errors import BadBytes, ConfigError
 from dipaco.shards import Rows
 from dipaco.tensors import Layout, decode_tensors, encode_tensors, layout_of
 
@@ -223,7 +223,15 @@ def feature_extractor(net: "PathNet") -> FeatureExtractor:
 
 
 def fit_centers(features_ND: Tensor, num_centers: Sequence[int], seed: int) -> CenterRouter:
-    """k-means in each of `len(num_centers)` groups of principal components of the features."""
+    """k-means in each of `len(num_centers)` groups of principal components of the features.
+
+    ConfigError if there are fewer sequences than centers in a group.
+    """
+    if len(features_ND) < max(num_centers):
+        raise ConfigError(
+            f"{len(features_ND)} sequences are too few for {max(num_centers)} centers",
+            hint="raise corpus.max_documents, or take fewer paths",
+        )
     mean_D = features_ND.mean(dim=0)
     num_groups = len(num_centers)
     rotation_DD = _components(features_ND - mean_D)

@@ -80,6 +80,13 @@ class Shard:
         )
 
 
+def evenly_spread(rows: Rows, max_rows: int) -> Rows:
+    """At most so many of the rows: not the first ones, because neighbours are of one document."""
+    if len(rows) <= max_rows:
+        return rows
+    return np.asarray(rows[np.linspace(0, len(rows) - 1, max_rows).astype(np.int64)])
+
+
 def write_shard(file: Path, *, train: Selection, valid: Selection) -> None:
     """Write the shard of these rows, whole or not at all: the bytes of `Shard.to_bytes`.
 

@@ -11,12 +11,12 @@ import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from dipaco.evaluate import IGNORED
-from dipaco.inner import PathTrainer, autocast, send
+from dipaco.device import autocast, send
+from dipaco.inner import PathTrainer, counted_positions
+from dipaco.model import PathNet
 
 
 class SideBySide:
@@ -31,6 +31,7 @@ class SideBySide:
             raise ValueError("trainers of one run on one device can run side by side")
         self._trainers = trainers
         self._device = trainers[0].device
+        self._body = _Body(trainers[0].net)
         self._stacked: dict[str, Tensor] = {}
         for name in trainers[0].net.state_dict():
             parameters = [trainer.net.get_parameter(name) for trainer in trainers]
@@ -41,30 +42,48 @@ class SideBySide:
 
     def train_step(self, position_steps: int) -> Tensor:
         """One inner step of each trainer; returns their losses [P], as `PathTrainer` does."""
-        batches = [trainer.next_batch() for trainer in self._trainers]
-        tokens_PBT, targets_PBT = (
-            send(torch.stack(parts), self._device) for parts in zip(*batches, strict=True)
-        )
+        tokens, targets = zip(*(trainer.next_batch() for trainer in self._trainers), strict=True)
+        tokens_PBT = send(torch.stack(tokens), self._device)
         with warnings.catch_warnings():
             # On a CPU, attention has no form for many networks: it runs once for each of them.
             warnings.filterwarnings("ignore", "There is a performance drop")
-            losses_P: Tensor = vmap(self._loss)(self._stacked, tokens_PBT, targets_PBT)
-        losses_P.sum().backward()  # type: ignore[no-untyped-call]
+            hidden_PBTD: Tensor = vmap(self._hidden)(self._stacked, tokens_PBT)
+        # The heads one after another: the logits of all paths at once would fill the memory.
+        counted, losses, gradients = [], [], []
+        for trainer, hidden_BTD, targets_BT in zip(
+            self._trainers, hidden_PBTD, targets, strict=True
+        ):
+            hidden_ND, targets_N = counted_positions(hidden_BTD, targets_BT)
+            loss, gradient_ND = trainer.backward_head(hidden_ND.detach(), targets_N)
+            counted.append(hidden_ND)
+            losses.append(loss)
+            gradients.append(gradient_ND)
+        torch.autograd.backward(counted, gradients)
         for name, stacked in self._stacked.items():
-            assert stacked.grad is not None
+            if stacked.grad is None:
+                continue  # of the head alone
             for trainer, gradient in zip(self._trainers, stacked.grad, strict=True):
-                trainer.net.get_parameter(name).grad = gradient
+                parameter = trainer.net.get_parameter(name)
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
             stacked.grad = None
         for trainer in self._trainers:
             trainer.update(position_steps)
-        return losses_P.detach()
+        return torch.stack(losses)
 
-    def _loss(
-        self, parameters: Mapping[str, Tensor], tokens_BT: Tensor, targets_BT: Tensor
-    ) -> Tensor:
-        """Mean loss of one path; the trainers' networks are alike but for their parameters."""
+    def _hidden(self, parameters: Mapping[str, Tensor], tokens_BT: Tensor) -> Tensor:
+        """Of one path; the trainers' networks are alike but for their parameters."""
+        named = {f"net.{name}": value for name, value in parameters.items()}
         with autocast(self._device):
-            logits_BTV = functional_call(self._trainers[0].net, dict(parameters), (tokens_BT,))
-        return F.cross_entropy(
-            logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), ignore_index=IGNORED
-        )
+            hidden_BTD: Tensor = functional_call(self._body, named, (tokens_BT,))
+        return hidden_BTD
+
+
+class _Body(nn.Module):
+    """A network without its head."""
+
+    def __init__(self, net: PathNet) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        return self.net.hidden(tokens_BT)

@@ -13,10 +13,10 @@ from dipaco.corpus import Split
 from dipaco.digest import BlobIndex, index_of_file
 from dipaco.errors import ConfigError
 from dipaco.model import PathNet, num_parameters, write_module
-from dipaco.routing import FeatureExtractor, Router, feature_extractor
+from dipaco.routing import MAX_FIT_SEQUENCES, FeatureExtractor, Router, feature_extractor
 from dipaco.sequences import read_split
 from dipaco.sharding import Sharding
-from dipaco.shards import Rows, Shard
+from dipaco.shards import Rows, Shard, evenly_spread
 from dipaco.tokenizer import Tokenizer
 from dipaco.topology import ModuleID, PathID, Topology
 
@@ -99,6 +99,19 @@ class Start:
     def rows(self, split: Split) -> Rows:
         """All sequences [n, T] of a split, read from disk as they are used."""
         return read_split(self.directory, split)
+
+    def router_data(self) -> Rows:
+        """The sequences [n, T] that no path trains on, to be scored by all; ConfigError if none.
+
+        Few enough for their features and scores to be in memory, whatever the corpus.
+        """
+        rows = self.rows("router")
+        if not len(rows):
+            raise ConfigError(
+                "there is no router data",
+                hint="raise routing.router_fraction or corpus.max_documents, and prepare again",
+            )
+        return evenly_spread(rows, MAX_FIT_SEQUENCES)
 
     def router(self) -> Router:
         """The router."""

@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dipaco.config import RunConfig
+from dipaco.device import autocast
 from dipaco.errors import BadBytes, ConfigError
 from dipaco.evaluate import IGNORED
-from dipaco.inner import autocast, learning_rate, new_optimizer
+from dipaco.inner import learning_rate, new_optimizer
 from dipaco.model import PathNet
 from dipaco.shards import Rows
 from dipaco.tensors import Layout, decode_tensors, encode_tensors
@@ -68,12 +69,8 @@ class TokenRouter(nn.Module):
 
     def next_path(self, tokens: Sequence[int]) -> int:
         """The path number for what follows `tokens`, of which there must be one or more."""
-        config = self.net.config
-        seen = tokens[-config.sequence_tokens :]
-        # Filled up, because the network keeps a table for each length that it has seen.
-        row = np.full((1, config.sequence_tokens), config.pad_token, dtype=np.uint16)
-        row[0, : len(seen)] = seen
-        return int(self.choose(row, [len(seen)])[0, 0])
+        seen = tokens[-self.net.config.sequence_tokens :]
+        return int(self.choose(np.array([seen], dtype=np.uint16), [len(seen)])[0, 0])
 
     @torch.no_grad()
     def loss(self, rows: Rows, labels_NT: Labels) -> float:

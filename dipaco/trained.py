@@ -29,7 +29,7 @@ from dipaco.rerouting import boundaries, choices_of_router, evaluate_choices
 from dipaco.rounds import RoundFiles, latest_round
 from dipaco.routing import FeatureExtractor, Router, ranking
 from dipaco.sharding import Sharding
-from dipaco.shards import Rows
+from dipaco.shards import Rows, evenly_spread
 from dipaco.start import Start
 from dipaco.token_router import TokenRouter, train_token_router
 from dipaco.topology import PathID
@@ -109,7 +109,7 @@ class TrainedModel:
                 "this training has no token-level router",
                 hint=f"train it: `dipaco train-router {self.start.directory}`",
             ) from error
-        return TokenRouter.from_bytes(raw, self.config)
+        return TokenRouter.from_bytes(raw, self.config).to(self.device)
 
     def net(self, number: int, *, early_stopped: bool = False) -> PathNet:
         """The network of a path, by its number; early-stopped, if it was trained so."""
@@ -160,8 +160,7 @@ def sample(start: Start, split: Split, max_sequences: int) -> Rows:
             f"the {split} part of the corpus is empty",
             hint=f"raise corpus.{split}_fraction and train again, or use another --split",
         )
-    count = min(len(rows), max_sequences)
-    return np.asarray(rows[np.linspace(0, len(rows) - 1, count).astype(np.int64)])
+    return evenly_spread(rows, max_sequences)
 
 
 def evaluate_model(
@@ -214,9 +213,7 @@ def train_token_router_of(
 
     Scores the router data under one path after another. ConfigError if there is none.
     """
-    rows = model.start.rows("router")
-    if not len(rows):
-        raise ConfigError("there is no router data", hint="raise routing.router_fraction")
+    rows = model.start.router_data()
     scores_file = model.token_router_file.with_suffix(".scores")
     try:
         router = train_token_router(

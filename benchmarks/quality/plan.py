@@ -105,10 +105,13 @@ _GPU = {
         "head_width": 0,
     },
     "corpus": {"max_documents": 100_000},
-    "dense_start": {"steps": 2000, "learning_rate": 1e-3, "batch_sequences": 32},
+    "dense_start": {"steps": 300, "learning_rate": 1e-3, "batch_sequences": 32},
     "inner": {"batch_sequences": 32, "learning_rate": 6e-4, "warmup_steps": 50},
-    "rounds": {"num_rounds": 40, "inner_steps": 100},
+    "rounds": {"num_rounds": 10, "inner_steps": 40},
 }
+"""As long as the embedded corpus lasts: it ends at 15.6 M tokens of this vocabulary, which are one
+epoch of four paths after 240 steps. More text (`--text`) is worth more steps.
+"""
 _VARIANT = {"inner": {"batch_sequences": 8}, "rounds": {"num_rounds": 10}}
 """A quarter of the tokens, because there are many variants."""
 
@@ -145,6 +148,12 @@ def experiments(size: Size, text: Path | None) -> list[Experiment]:
         return [_dense("dense", base), _paths("2x2", base), _paths("4x4", four)]
     if size == "long":
         return [_dense("dense", base), _paths("2x2", base), *_controls(base)]
+    if size == "gpu":
+        flat, four = _flat(base), varied(base, topology={"levels": [4, 4]})
+        return [
+            *(_dense("dense", base), _paths("2x2", base), _paths("4x4", four)),
+            *(_paths("flat-4", flat), *_controls(base)),
+        ]
     short = varied(base, **_VARIANT)
     return [
         *_main(base),

@@ -44,6 +44,7 @@ def _grids(figures: dict[str, Figures]) -> Iterator[Grid]:
                 str(found["steps"]),
                 f"{found['tokens'] / 1e6:.2f}",
                 f"{found['flops'] / 1e12:.1f}",
+                f"{found['epochs']:.1f}",
                 f"{found['ppl']:.2f}",
                 f"{math.log(found['ppl']):.4f}",
                 f"{found['ppl'] / dense['ppl']:.3f}",
@@ -52,7 +53,7 @@ def _grids(figures: dict[str, Figures]) -> Iterator[Grid]:
                 f"{found['train_seconds']:.0f}",
             ]
         )
-    header = ["training", "steps", "M tokens", "TFLOP", "ppl", "loss", "ppl / dense"]
+    header = ["training", "steps", "M tokens", "TFLOP", "epochs", "ppl", "loss", "ppl / dense"]
     header += ["every 64", "every 32", "every 16", "early-stopped", "processor s"]
     yield "test perplexity", header, rows
     rows = [

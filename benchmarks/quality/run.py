@@ -7,12 +7,14 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+import dipaco
 from benchmarks.quality.flops import training_flops_per_token
 from benchmarks.quality.plan import Experiment
 from benchmarks.quality.synchronous import train_synchronously
@@ -53,7 +55,7 @@ def prepare(config: RunConfig, directory: Path, device: str, base: Path | None =
 def run(experiment: Experiment, base: Path, directory: Path, device: str) -> Figures:
     """Train and score one experiment; figures of an earlier call are returned at once."""
     file = directory / "figures.json"
-    key = f"{experiment.config.fingerprint()} {experiment.kind} {experiment.num_steps}"
+    key = f"{experiment} {device} {_code_digest()}"
     if file.exists() and json.loads(file.read_text())["key"] == key:
         found: Figures = json.loads(file.read_text())
         return found
@@ -66,11 +68,21 @@ def run(experiment: Experiment, base: Path, directory: Path, device: str) -> Fig
         "steps": experiment.num_steps,
         "tokens": experiment.tokens,
         "flops": flops * experiment.tokens,
+        "epochs": _epochs(experiment, start),
         **measure(experiment, start, device),
     }
     shutil.rmtree(directory / "shards")  # the figures are what is kept
     write_atomically(file, (json.dumps(figures, indent=1) + "\n").encode())
     return figures
+
+
+def _code_digest() -> str:
+    """Of what the figures come from: other code, other figures."""
+    digest = sha256()
+    for package in (Path(dipaco.__file__).parent, Path(__file__).parent):
+        for file in sorted(package.glob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 class _Curve:
@@ -87,13 +99,16 @@ class _Curve:
             * experiment.tokens
             / experiment.num_steps
         )
-        self._clock = time.process_time if device == "cpu" else time.monotonic
+        self._is_on_gpu = device != "cpu"
+        self._clock = time.monotonic if self._is_on_gpu else time.process_time
         self._begun = self._clock()
         self._paused = 0.0
 
     @property
     def seconds(self) -> float:
         """Of training, so far."""
+        if self._is_on_gpu:
+            torch.cuda.synchronize()  # what is queued has not been trained yet
         return self._clock() - self._begun - self._paused
 
     def add(self, num_steps: int, perplexity: Callable[[], float]) -> None:
@@ -102,6 +117,17 @@ class _Curve:
         value = perplexity()
         self._paused += self._clock() - self._begun - self._paused - seconds
         self.points.append((num_steps, seconds, self._flops_per_step * num_steps, value))
+
+
+def _epochs(experiment: Experiment, start: Start) -> float:
+    """How often the training rows are gone through, on the average of the shards."""
+    seats = experiment.options.replicas
+    num_rows = len(start.rows("train"))
+    if experiment.kind != "dense":
+        seats *= start.topology.num_paths
+        num_rows = sum(len(start.shard(path).train) for path in start.topology.paths)
+    num_sequences = seats * experiment.num_steps * experiment.config.inner.batch_sequences
+    return num_sequences / num_rows
 
 
 def _paths(experiment: Experiment, start: Start, device: str) -> Figures:

@@ -18,7 +18,7 @@ from dipaco.discriminative import (
     fit_linear_router,
     target_shares,
 )
-from dipaco.errors import BadBytes
+from dipaco.errors import BadBytes, ConfigError
 from dipaco.routing import HashRouter, Router, fit_centers, router_from_bytes
 from dipaco.shards import Rows
 
@@ -51,6 +51,11 @@ def test_k_means_finds_what_is_apart() -> None:
     features_ND, kinds = blobs(3)
     router = fit_centers(features_ND, [3], seed=0)
     assert len(pairs(kinds, best(router, features_ND))) == 3
+
+
+def test_fewer_sequences_than_centers_are_refused_with_a_hint() -> None:
+    with pytest.raises(ConfigError, match="3 sequences are too few for 4 centers"):
+        fit_centers(blobs(3, num_rows=3)[0], [4], seed=0)
 
 
 def test_product_k_means_chooses_the_expert_of_each_level_on_its_own() -> None:

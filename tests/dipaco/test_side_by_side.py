@@ -3,6 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from dipaco.config import RunConfig
 from dipaco.inner import PathTrainer
@@ -60,6 +61,21 @@ def test_paths_train_side_by_side_as_they_do_alone(tiny: RunConfig, tied: bool) 
             trainer.write_module(module, vector)
     losses = side_by_side.train_step(6)
     assert torch.isclose(losses[0], alone[0].train_step(6), atol=1e-5)
+
+
+def test_there_are_never_the_logits_of_several_paths(
+    tiny: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+
+    def logits(net: PathNet, hidden: Tensor) -> Tensor:
+        sizes.append(len(hidden.flatten(0, -2)))
+        return in_full(net, hidden)
+
+    in_full = PathNet.logits
+    monkeypatch.setattr(PathNet, "logits", logits)
+    SideBySide(some_trainers(tiny)).train_step(0)
+    assert 0 < max(sizes) <= tiny.inner.batch_sequences * tiny.model.sequence_tokens
 
 
 def test_trainers_of_different_runs_are_refused(tiny: RunConfig) -> None:

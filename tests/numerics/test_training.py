@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from dipaco.config import InnerConfig, RoutingConfig, RunConfig, TopologyConfig
-from dipaco.errors import ConfigError
+from dipaco.errors import BadBytes, ConfigError
 from dipaco.evaluate import Evaluation
+from dipaco.inner import Batches
 from dipaco.preparation import prepare_start
-from dipaco.reference import Options, paths_of_round, total, train
+from dipaco.reference import Options, dense_trainer, paths_of_round, total, train
 from dipaco.rerouting import boundaries, evaluate_choices, whole
 from dipaco.rounds import latest_round
 from dipaco.start import Start
@@ -127,6 +128,44 @@ def test_replicas_of_one_path_are_diloco(tiny: RunConfig, tmp_path: Path) -> Non
         ratios.append(max(latest.reports()[-1].norm_ratios.values()))
     assert ratios[0] == pytest.approx(1.0)
     assert ratios[1] < 0.99
+
+
+def test_a_training_goes_on_with_its_own_options_only(start: Start, tmp_path: Path) -> None:
+    """What others make of the same configuration is not taken for theirs."""
+    train(start, tmp_path, num_rounds=1, options=Options(replicas=2))
+    for wrong in (Options(), Options(replicas=3)):
+        with pytest.raises(ConfigError, match="2 replicas of each path"):
+            train(start, tmp_path, num_rounds=2, options=wrong)
+    train(start, tmp_path, num_rounds=2, options=Options(replicas=2))
+    late = Options(replicas=2, early_stopping=True)
+    with pytest.raises(ConfigError, match="ended without early stopping"):
+        train(start, tmp_path, num_rounds=2, options=late)
+    train(start, tmp_path, num_rounds=3, options=late)
+
+
+def test_a_damaged_optimizer_is_not_taken_for_a_new_one(start: Start, tmp_path: Path) -> None:
+    train(start, tmp_path, num_rounds=1)
+    files = latest_round(tmp_path, start.config)
+    assert files is not None
+    file = files.optimizer_file(start.topology.paths[1], 0)
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(BadBytes, match="is damaged"):
+        train(start, tmp_path, num_rounds=2)
+
+
+def test_the_dense_model_goes_on_with_what_its_start_has_not_seen(start: Start) -> None:
+    dense, rows = start.config.dense_start, start.rows("train")
+    num_seen = dense.steps * dense.batch_sequences
+    assert num_seen < len(rows), "else there is nothing left to see"
+    trainer = dense_trainer(start, num_steps=4)
+    of_start = Batches(
+        rows,
+        batch_sequences=dense.batch_sequences,
+        seed=start.config.seed,
+        path=trainer.path,
+    )
+    seen = {bytes(row.numpy()) for n in range(dense.steps) for row in of_start.batch(n)}
+    assert seen.isdisjoint(bytes(row.numpy()) for row in trainer.next_batch()[0])
 
 
 def test_paths_side_by_side_end_where_they_end_one_after_another(
