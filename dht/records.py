@@ -33,7 +33,6 @@ PeerIDText = Annotated[str, StringConstraints(pattern=r"^12D3KooW[1-9A-HJ-NP-Za-
 PathText = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,6}(\.[0-9]{1,6}){0,15}$")]
 ModuleText = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,4}\.[0-9]{1,6}$")]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-Maddr = Annotated[str, StringConstraints(pattern=r"^/[!-~]{1,255}$")]
 Count = Annotated[int, Field(ge=0, lt=2**53)]  # the integers that every JSON reader keeps exact
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Nats = Annotated[float, Field(ge=0.0, le=1e15)]
@@ -53,19 +52,15 @@ class Announcement(_Record):
     run: RunID
     path: PathText
     round: Count
-    step: Count = 0  # inner steps this peer made on the path
     tokens: Count = 0  # that this peer trained, on any path
     slot_tokens: Count = 0  # that this peer trained in the last slot
     room_bytes: Count | None = None  # of memory for training; None if there is no limit
-    path_tokens: Count = 0  # that all peers trained on the path's shard, as far as this one knows
     commits: Count = 0  # certificates that hold a contribution of this peer
     inner_share: Share = 0.0  # of its wall time, spent in inner steps
     sent_bytes: Count = 0
     received_bytes: Count = 0
-    loss: Nats | None = None  # mean of the latest inner steps, nats per token
     valid_nll: Nats | None = None  # sum over `valid_tokens` of the path's validation part, nats
     valid_tokens: Count = 0
-    maddrs: Annotated[tuple[Maddr, ...], Field(max_length=4)] = ()
 
     @property
     def key(self) -> str:
@@ -79,8 +74,7 @@ class Head(_Record):
     kind: Literal["head"] = "head"
     run: RunID
     module: ModuleText
-    role: Literal["trainer", "keeper"]
-    path: PathText | None = None  # that a trainer trains
+    path: PathText | None = None  # that its holder trains; None if it only keeps the module
     version: Count
     certificate: Digest | Literal[""] = ""  # empty at the start, which the manifest certifies
     state: Digest

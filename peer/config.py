@@ -32,7 +32,7 @@ class PeerConfig:
     compiled: bool = False  # train through `torch.compile`
     threads: int = field(default_factory=lambda: os.cpu_count() or 1)
     max_mbps: float = math.inf  # Mbit/s, in either direction
-    disk_limit_bytes: int | None = None  # for all blobs; None is what the disk has
+    disk_limit_bytes: int | None = None  # for the whole state directory; None is what the disk has
     memory_limit_bytes: int | None = None  # of this process; None is what the machine has
 
     @property

@@ -26,7 +26,6 @@ async def serve_hello(node: Node) -> None:
             run=node.run,
             manifest=node.history.newest.digest,
             now=node.now(),
-            client="dipaco/0.1",
         ).to_bytes()
 
     await node.transport.serve(HELLO_PROTOCOL, answer, max_request_bytes=MAX_HELLO_BYTES)

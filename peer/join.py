@@ -25,7 +25,7 @@ from peer.keeper import Keeper
 from peer.limits import divide, gigabytes
 from peer.node import Node, Offload
 from peer.providers import Providers
-from peer.reachability import MAX_MADDRS, Standing
+from peer.reachability import Standing
 from peer.session import Network, open_node
 from peer.volunteer import Volunteer
 
@@ -66,7 +66,6 @@ async def join(config: PeerConfig, display: Display) -> None:
         node.store.limit_bytes = limits.blob_bytes
         keeper = Keeper(node, providers, duty_bytes=limits.duty_bytes)
         keeper.presence.room_bytes = limits.training_bytes
-        keeper.presence.maddrs = standing.maddrs[:MAX_MADDRS]
         train_in = offload_to(threads(1, TRAINING_NICENESS))
         volunteer = Volunteer(keeper, trainer_factory(choice), train_in=train_in)
         stop_on_signals(volunteer.stop.set, display)
@@ -84,7 +83,6 @@ async def _stay_reachable(network: Network, keeper: Keeper) -> None:
     node, providers = keeper.node, keeper.providers
     async with aclosing(network.reachability.changes(partial(others, node, providers))) as changes:
         async for standing in changes:
-            keeper.presence.maddrs = standing.maddrs[:MAX_MADDRS]
             note_standing(node, standing)
 
 

@@ -314,7 +314,6 @@ class HelloReply(Message):
     run: Digest
     manifest: Digest  # the newest version
     now: Annotated[float, Field(ge=0, le=1e11, allow_inf_nan=False)]
-    client: Annotated[str, Field(max_length=64)]
 
 
 class Done(Message):

@@ -27,13 +27,10 @@ class Progress:
     """The figures of this peer that its announcement carries."""
 
     round: int = 0
-    step: int = 0
     tokens: int = 0
-    path_tokens: int = 0
     slot_tokens: int = 0
     commits: int = 0
     inner_share: float = 0.0
-    loss: float | None = None
     valid_nll: float | None = None
     valid_tokens: int = 0
 
@@ -47,7 +44,6 @@ class Presence:
         self.path: PathID | None = None
         self.progress = Progress()
         self.room_bytes: int | None = None  # of memory for training; None: no limit
-        self.maddrs: tuple[str, ...] = ()  # by which others reach this peer
         self._heads: dict[ModuleID, tuple[Head, float]] = {}  # as last said, and when
         self.scores: dict[PathID, Scores] = {}  # of the phase that is due, by path
         round_seconds = node.history.first.run_config.rounds.round_seconds
@@ -230,19 +226,15 @@ class Presence:
             run=self._node.run,
             path=str(self.path),
             round=progress.round,
-            step=progress.step,
             tokens=progress.tokens,
             slot_tokens=progress.slot_tokens,
             room_bytes=self.room_bytes,
-            path_tokens=progress.path_tokens,
             commits=progress.commits,
             inner_share=progress.inner_share,
             sent_bytes=traffic.wire_sent_bytes,
             received_bytes=traffic.wire_received_bytes,
-            loss=progress.loss,
             valid_nll=progress.valid_nll,
             valid_tokens=progress.valid_tokens,
-            maddrs=self.maddrs,
         )
 
     def _head(self, module: ModuleID) -> Head | None:
@@ -256,7 +248,6 @@ class Presence:
             peer=node.peer_id,
             run=node.run,
             module=str(module),
-            role="trainer" if trains else "keeper",
             path=str(self.path) if trains else None,
             version=held.version,
             certificate=held.certificate.digest if held.certificate else "",

@@ -422,12 +422,9 @@ class Volunteer:
         progress = self.keeper.presence.progress
         evaluation = await node.offload(work.evaluate)
         progress.round = round_number
-        progress.step = tally.steps
         progress.tokens = tally.tokens
-        progress.path_tokens = self._path_tokens()
         progress.commits = self._commits()
         progress.inner_share = tally.inner_share(node.now())
-        progress.loss = work.last_loss
         progress.valid_nll = evaluation.nll_sum
         progress.valid_tokens = evaluation.num_tokens
         node.events.write(
@@ -472,12 +469,6 @@ class Volunteer:
         """The path's module with the fewest other paths."""
         topology = self._node.history.newest.topology
         return min(self._the_work().trainer.modules, key=topology.num_paths_through)
-
-    def _path_tokens(self) -> int:
-        """Counted tokens of the path under the manifest in force."""
-        node, path = self._node, self._the_work().trainer.path
-        chain = node.log.held[self._rarest_module()].chain
-        return counted_tokens(chain, path, first_slot=node.manifest.first_slot)
 
     def _commits(self) -> int:
         return sum(

@@ -93,7 +93,6 @@ class Stranger:
             peer=self.key.peer_id,
             run=self.node.run,
             module=str(module),
-            role="keeper",
             version=version,
             certificate=certificate,
             state=self.node.log.held[module].state,
