@@ -64,7 +64,7 @@ class MemorySwarm:
     ) -> None:
         self._dht = dht
         self._identity = identity
-        self._clock_skew_seconds = clock_skew_seconds
+        self.clock_skew_seconds = clock_skew_seconds
         self._is_closed = False
 
     @property
@@ -74,7 +74,7 @@ class MemorySwarm:
 
     def now(self) -> float:
         """See `Swarm`."""
-        return now() + self._clock_skew_seconds
+        return now() + self.clock_skew_seconds
 
     async def store(self, record: Record, lifetime_seconds: float) -> bool:
         """See `Swarm`."""

@@ -28,7 +28,7 @@ class Heads:
         """The head records of a module, read from the DHT at most `max_age_seconds` ago."""
         now = self._swarm.now()
         read_time, heads = self._latest.get(module, (float("-inf"), []))
-        if now - read_time <= max_age_seconds:
+        if 0 <= now - read_time <= max_age_seconds:  # negative after a clock was set back
             return heads
         records = await self._swarm.read(head_key(self._run, str(module)))
         heads = [record for record in records if isinstance(record, Head)]
@@ -42,7 +42,7 @@ class Heads:
         return [
             head
             for seen_time, head in self._remembered.get(module, {}).values()
-            if head.version == version and now - seen_time <= self._memory_seconds
+            if head.version == version and 0 <= now - seen_time <= self._memory_seconds
         ]
 
     def is_alone(self, module: ModuleID) -> bool:
@@ -53,7 +53,7 @@ class Heads:
         alive = {
             peer: entry
             for peer, entry in self._remembered.get(module, {}).items()
-            if now - entry[0] <= self._memory_seconds
+            if 0 <= now - entry[0] <= self._memory_seconds
         }
         alive.update({head.peer: (now, head) for head in heads})
         self._remembered[module] = alive

@@ -26,7 +26,6 @@ RENEWALS_PER_LIFETIME = 3
 class Progress:
     """The figures of this peer that its announcement carries."""
 
-    round: int = 0
     tokens: int = 0
     slot_tokens: int = 0
     commits: int = 0
@@ -58,7 +57,8 @@ class Presence:
             await self.announce()
         for module in list(self._node.log.held):
             head, (said, time) = self._head(module), self._heads.get(module, (None, 0.0))
-            if head != said or self._node.now() - time > self.renew_seconds / 2:
+            age = self._node.now() - time  # negative after a clock was set back
+            if head != said or not 0 <= age <= self.renew_seconds / 2:
                 await self.publish_head(module)
         for scores in list(self.scores.values()):
             await self._store(scores)
@@ -103,6 +103,7 @@ class Presence:
         """Withdraw the announcement of the former path, and announce the new one."""
         before = self._announcement()
         self.path = path
+        self.progress.valid_nll, self.progress.valid_tokens = None, 0  # of the former one
         if before is not None:
             await self._node.swarm.withdraw(before)
         await self.announce()
@@ -220,12 +221,14 @@ class Presence:
     def _announcement(self) -> Announcement | None:
         if self.path is None:
             return None
-        traffic, progress = self._node.transport.traffic, self.progress
+        node, progress = self._node, self.progress
+        traffic, held = node.transport.traffic, node.log.held
+        modules = node.history.newest.topology.modules_of(self.path)
         return Announcement(
-            peer=self._node.peer_id,
-            run=self._node.run,
+            peer=node.peer_id,
+            run=node.run,
             path=str(self.path),
-            round=progress.round,
+            round=min((held[module].version for module in modules if module in held), default=0),
             tokens=progress.tokens,
             slot_tokens=progress.slot_tokens,
             room_bytes=self.room_bytes,

@@ -41,7 +41,8 @@ class Providers:
         """Say that we have these blobs, unless that was said lately."""
         now = self._swarm.now()
         for digest in digests:
-            if now - self._announced.get(digest, 0.0) < PROVIDER_RENEW_SECONDS:
+            age = now - self._announced.get(digest, 0.0)  # negative after a clock was set back
+            if 0 <= age < PROVIDER_RENEW_SECONDS:
                 continue
             record = Provider(peer=self._swarm.peer_id, digest=digest)
             try:

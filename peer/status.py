@@ -136,7 +136,7 @@ def status_tables(status: SwarmStatus) -> list[Table]:
             module.state[:12] or "-",
             str(module.holders),
             str(module.behind),
-            "yes" if module.agreed else "NO",
+            ("yes" if module.agreed else "NO") if module.holders else "lost",
         )
     return [peers, modules]
 

@@ -302,7 +302,13 @@ class PartialBlob:
         """Keep a chunk if it is the right one; False if its digest differs."""
         if chunk_digest(data) != self.index.chunk_digests[chunk]:
             return False
-        os.pwrite(self._fd, data, chunk * CHUNK_BYTES)
+        num_written = 0
+        while num_written < len(
+            data
+        ):  # on a disk that is nearly full, a part is written, then none
+            num_written += os.pwrite(
+                self._fd, memoryview(data)[num_written:], chunk * CHUNK_BYTES + num_written
+            )
         self.missing.discard(chunk)
         return True
 

@@ -160,7 +160,10 @@ def error_text(error: Exception) -> bytes:
     """What the asker is told of an error in a handler. A bug of ours stays with us, in the log."""
     if isinstance(error, SwarmError | ValueError | TimeoutError):
         return str(error).encode(errors="replace")[:MAX_ERROR_BYTES]
-    log.error("a request handler failed", exc_info=error)
+    is_bug = not isinstance(
+        error, OSError
+    )  # a full disk is none, and asked for many times a second
+    log.error("a request handler failed: %s", error, exc_info=error if is_bug else None)
     return b"internal error"
 
 

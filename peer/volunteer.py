@@ -6,6 +6,7 @@ time of training is in the event log of each slot.
 """
 
 import asyncio
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -87,7 +88,7 @@ class Volunteer:
         slot, is_over = -1, False
         try:
             while not self.stop.is_set() and not (is_over := await self._is_run_over()):
-                slot = max(slot + 1, self._node.slot)
+                slot = next_slot(slot, self._node.slot)
                 await self._train_slot(slot)
                 await self._maybe_move()
                 await self._follow_manifest()
@@ -228,6 +229,9 @@ class Volunteer:
         ends = {module: node.history.round_end(module, slot) for module in modules}
         for end in sorted(set(ends.values())):
             steps = await self._train_until(end, slot, steps)
+            if is_set_back(slot, node.slot):
+                node.events.write("clock set back", slot=node.slot, was=slot)
+                return
             if self.stop.is_set() or self._is_finished() or self._the_work().is_counted:
                 continue
             # Whoever was suspended, or starved, has something for the last slot that is over.
@@ -246,7 +250,11 @@ class Volunteer:
         The time that is left belongs to what follows: who is slow is not late.
         """
         node, rounds = self._node, self._config.rounds
-        while not self.stop.is_set() and node.now() < end - self._step_seconds * (steps > 0):
+        while (
+            not self.stop.is_set()
+            and node.now() < end - self._step_seconds * (steps > 0)
+            and not is_set_back(slot, node.slot)
+        ):
             self._beside.look()
             await self._apply_versions()
             self._save()
@@ -290,15 +298,15 @@ class Volunteer:
         )
 
     async def _burst(self, max_steps: int, first_step: int, end: float) -> int:
-        work, node = self._the_work(), self._node
+        work, node, loop = self._the_work(), self._node, asyncio.get_running_loop()
         seconds = max(0.0, min(self._pace.burst_seconds, end - node.now()))
         if self._tally.begin(node.now()):
             node.events.write("first step", path=str(work.trainer.path))
-        before, begin_time, num_divergences = work.train_seconds, node.now(), work.num_divergences
+        before, begin_time, num_divergences = work.train_seconds, loop.time(), work.num_divergences
         steps = await self._train_in(
             lambda: work.train(seconds=seconds, max_steps=max_steps, first_step=first_step)
         )
-        self._step_seconds = (node.now() - begin_time) / steps
+        self._step_seconds = (loop.time() - begin_time) / steps
         if work.num_divergences > num_divergences:
             if not self._is_diverged:
                 node.events.write("training diverged", path=str(work.trainer.path))
@@ -421,12 +429,14 @@ class Volunteer:
         node, work, tally = self._node, self._the_work(), self._tally
         progress = self.keeper.presence.progress
         evaluation = await node.offload(work.evaluate)
-        progress.round = round_number
+        if work is not self._work:
+            return  # it has moved to another path meanwhile
+        is_finite = math.isfinite(evaluation.nll_sum)  # else its modules have gone wrong
         progress.tokens = tally.tokens
         progress.commits = self._commits()
         progress.inner_share = tally.inner_share(node.now())
-        progress.valid_nll = evaluation.nll_sum
-        progress.valid_tokens = evaluation.num_tokens
+        progress.valid_nll = evaluation.nll_sum if is_finite else None
+        progress.valid_tokens = evaluation.num_tokens if is_finite else 0
         node.events.write(
             "round",
             round=round_number,
@@ -483,6 +493,21 @@ class Volunteer:
                 await self.stop.wait()
         except TimeoutError:
             pass
+
+
+def next_slot(last: int, current: int) -> int:
+    """The slot to train in after `last`, now that it is `current`: none is trained in twice, unless
+    the clock was ahead and has been set back.
+    """
+    return max(0, current) if is_set_back(last, current) else max(last + 1, current)
+
+
+def is_set_back(slot: int, current: int) -> bool:
+    """Whether the clock that `slot` is of was ahead: a slot is begun early, but by one at most.
+
+    Before slot 0 there is nothing to go back to.
+    """
+    return slot > max(0, current) + 1
 
 
 def _is_decided(held: Held, slot: int) -> bool:

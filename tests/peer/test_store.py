@@ -1,5 +1,7 @@
 """Nothing is visible under a digest that it does not have; downloads resume."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -103,3 +105,26 @@ def test_only_leftovers_are_swept(store: BlobStore, tmp_path: Path) -> None:
     digest = under_way.digest
     assert names == {kept, f"{kept}.index", f"{digest}.part", f"{digest}.index"}
     assert open_part.write(0, BLOB[2 : CHUNK_BYTES + 2])
+
+
+def test_a_chunk_that_the_disk_takes_in_part_is_not_taken_for_a_whole_one(
+    store: BlobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = index_of(BLOB)
+    part = store.open_part(index)
+    pwrite, room = os.pwrite, [CHUNK_BYTES // 2]
+
+    def nearly_full(fd: int, data: bytes, offset: int) -> int:
+        if not room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return pwrite(fd, data[: room.pop()], offset)
+
+    chunk = BLOB[:CHUNK_BYTES]
+    monkeypatch.setattr(os, "pwrite", nearly_full)
+    with pytest.raises(OSError, match="No space left"):
+        part.write(0, chunk)
+    assert 0 in part.missing
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: pwrite(fd, data[:1000], offset))
+    assert part.write(0, chunk)
+    assert part.read(0) == chunk
+    part.close()
