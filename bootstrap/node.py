@@ -25,7 +25,7 @@ from peer.display import Display
 from peer.join import reachable_addresses, stop_on_signals, write_address_file
 from peer.keeper import Keeper
 from peer.providers import Providers
-from peer.session import make_node, open_network, run_directory
+from peer.session import address_book, make_node, open_network, run_directory
 from peer.store import BlobStore
 
 
@@ -39,13 +39,16 @@ async def serve(directory: Path, config: PeerConfig, display: Display, *, start_
             hint=f"prepare one: `dipaco-bootstrap prepare CONFIG {directory}`",
         ) from error
     manifest = load_or_sign_manifest(directory, start, start_time=time.time() + start_in)
-    async with open_network(config) as network:
-        run = manifest.digest
-        run_dir = run_directory(config.state_dir, run)
+    run = manifest.digest
+    run_dir = run_directory(config.state_dir, run)
+    book = address_book(run_dir, run)
+    async with open_network(config, known_maddrs=book.maddrs) as network:
         node = make_node(network, manifest=manifest, run_dir=run_dir)
         display.say("run", f"{manifest.name} ({run[:12]})")
         await asyncio.to_thread(lambda: load_blobs(node.store, start, directory))
         keeper = Keeper(node, Providers(node.swarm, node.store, node.blobs), keep_all=True)
+        keeper.presence.on_addresses = book.note
+        network.watchdog.known_maddrs = lambda: book.maddrs
         operator = Operator(
             keeper,
             PreparedCorpus(start, directory, node.store),

@@ -33,6 +33,7 @@ PeerIDText = Annotated[str, StringConstraints(pattern=r"^12D3KooW[1-9A-HJ-NP-Za-
 PathText = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,6}(\.[0-9]{1,6}){0,15}$")]
 ModuleText = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,4}\.[0-9]{1,6}$")]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Maddr = Annotated[str, StringConstraints(pattern=r"^/[!-~]{1,255}$")]
 Count = Annotated[int, Field(ge=0, lt=2**53)]  # the integers that every JSON reader keeps exact
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Nats = Annotated[float, Field(ge=0.0, le=1e15)]
@@ -61,6 +62,7 @@ class Announcement(_Record):
     received_bytes: Count = 0
     valid_nll: Nats | None = None  # sum over `valid_tokens` of the path's validation part, nats
     valid_tokens: Count = 0
+    maddrs: Annotated[tuple[Maddr, ...], Field(max_length=4)] = ()  # where this peer is reached
 
     @property
     def key(self) -> str:

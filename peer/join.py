@@ -25,14 +25,13 @@ from peer.keeper import Keeper
 from peer.limits import divide, gigabytes
 from peer.node import Node, Offload
 from peer.providers import Providers
-from peer.reachability import Standing
-from peer.session import Network, open_node
+from peer.reachability import MAX_MADDRS, Standing
+from peer.session import ADDRESS_FILE, Network, open_node
 from peer.volunteer import Volunteer
 
 T = TypeVar("T")
 
 MAX_PATHS_READ = 8  # to find peers that tell how we are reached
-ADDRESS_FILE = "address"
 COMPUTING_NICENESS = 10  # the volunteer's own programs, and answering other peers in time, go first
 TRAINING_NICENESS = 15  # and what others wait for before inner steps
 LEAVE_SECONDS = 10.0  # after Ctrl-C, for the inner steps under way and the optimizer
@@ -43,7 +42,9 @@ async def join(config: PeerConfig, display: Display) -> None:
     torch.set_num_threads(config.threads)
     asyncio.get_running_loop().set_default_executor(threads(8, COMPUTING_NICENESS))
     display.say("network", "starting p2pd and entering the swarm")
-    async with open_node(config) as (node, providers, network):
+    async with open_node(config) as (node, providers, network, book):
+        if not providers.hints:
+            display.say("network", "nobody answers; going on with what is here, and looking on")
         manifest = node.manifest
         choice = await asyncio.to_thread(
             choose_device, config, manifest.run_config, manifest.topology
@@ -66,6 +67,8 @@ async def join(config: PeerConfig, display: Display) -> None:
         node.store.limit_bytes = limits.blob_bytes
         keeper = Keeper(node, providers, duty_bytes=limits.duty_bytes)
         keeper.presence.room_bytes = limits.training_bytes
+        keeper.presence.maddrs = standing.maddrs[:MAX_MADDRS]
+        keeper.presence.on_addresses = book.note
         train_in = offload_to(threads(1, TRAINING_NICENESS))
         volunteer = Volunteer(keeper, trainer_factory(choice), train_in=train_in)
         stop_on_signals(volunteer.stop.set, display)
@@ -83,6 +86,7 @@ async def _stay_reachable(network: Network, keeper: Keeper) -> None:
     node, providers = keeper.node, keeper.providers
     async with aclosing(network.reachability.changes(partial(others, node, providers))) as changes:
         async for standing in changes:
+            keeper.presence.maddrs = standing.maddrs[:MAX_MADDRS]
             note_standing(node, standing)
 
 

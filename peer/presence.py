@@ -4,7 +4,7 @@ Records are renewed well before they expire and withdrawn on leaving, so that a 
 from everyone's view within `lifetime_seconds`.
 """
 
-from collections.abc import Set
+from collections.abc import Callable, Set
 from dataclasses import dataclass, replace
 from statistics import median_low
 
@@ -13,6 +13,7 @@ from dht.keys import announcement_key, head_key
 from dht.records import MAX_LIFETIME_SECONDS, Announcement, Head, ManifestPointer, Record, Scores
 from dipaco.inner import least_training_bytes
 from dipaco.topology import ModuleID, PathID
+from peer.address_book import Addresses
 from peer.assignment import Snapshot, with_slot_under_way
 from peer.manifest import Manifest
 from peer.modules import Held, counted_tokens
@@ -43,6 +44,9 @@ class Presence:
         self.path: PathID | None = None
         self.progress = Progress()
         self.room_bytes: int | None = None  # of memory for training; None: no limit
+        self.maddrs: tuple[str, ...] = ()  # by which others reach this peer
+        self.on_addresses: Callable[[Addresses], None] = lambda addresses: None
+        """Told where the others are reached, whenever that is read."""
         self._heads: dict[ModuleID, tuple[Head, float]] = {}  # as last said, and when
         self.scores: dict[PathID, Scores] = {}  # of the phase that is due, by path
         round_seconds = node.history.first.run_config.rounds.round_seconds
@@ -135,6 +139,7 @@ class Presence:
                 if isinstance(record, Announcement):
                     lines[record.peer] = path, record
         lines.pop(node.peer_id, None)
+        self.on_addresses({peer: record.maddrs for peer, (_, record) in lines.items()})
         own = self._announcement()
         if self.path is not None and own is not None:
             lines[node.peer_id] = self.path, own
@@ -238,6 +243,7 @@ class Presence:
             received_bytes=traffic.wire_received_bytes,
             valid_nll=progress.valid_nll,
             valid_tokens=progress.valid_tokens,
+            maddrs=self.maddrs,
         )
 
     def _head(self, module: ModuleID) -> Head | None:

@@ -27,11 +27,12 @@ from collections.abc import (
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Final
 
-from pydantic import Field, StringConstraints
+from pydantic import Field
 
 from dht.addresses import split_maddr
 from dht.errors import LocalFault, PeerFault, Unreachable
 from dht.identity import Identity
+from dht.records import Maddr
 from peer.messages import Message
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 DIAL_BACK_PROTOCOL: Final = "/dipaco/dialback/1"
 MAX_DIAL_BACK_BYTES = 4096  # of a request or its answer
 MAX_PORTS = 4  # that one request may name
-MAX_MADDRS = 4  # of one relay
+MAX_MADDRS = 4  # of one relay, and in an announcement
 DIAL_BACK_SECONDS = 8.0  # for one dial
 ASK_SECONDS = 3 * DIAL_BACK_SECONDS  # for an answer; others may be served first
 MAX_DIALS_AT_A_TIME = 4  # for all askers together
@@ -58,7 +59,6 @@ POLL_SECONDS = 0.1
 _CIRCUIT = "/p2p-circuit"
 
 Port = Annotated[int, Field(ge=1, le=65535)]
-Maddr = Annotated[str, StringConstraints(pattern=r"^/[!-~]{1,255}$")]
 
 
 class DialBackRequest(Message):

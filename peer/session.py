@@ -6,7 +6,7 @@ socket file stays behind.
 
 import asyncio
 import fcntl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +16,7 @@ from typing import IO, TYPE_CHECKING
 from dht.daemon import Daemon, DaemonConfig
 from dht.errors import LocalFault, PeerFault, RunMismatch, Unreachable
 from dht.identity import Identity
+from peer.address_book import AddressBook
 from peer.blobs import BlobClient
 from peer.config import PeerConfig
 from peer.discovery import Discovery
@@ -26,6 +27,7 @@ from peer.history import History
 from peer.manifest import MAX_MANIFEST_BYTES, Manifest, check_protocol, parse_manifest
 from peer.modules import ModuleLog
 from peer.node import Node
+from peer.ports import as_before
 from peer.providers import Providers
 from peer.reachability import DialBack, Reachability, is_loopback
 from peer.store import BlobStore
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from dht.kademlia import KademliaSwarm
     from peer.rpc import Libp2pTransport
 
+ADDRESS_FILE = "address"  # of this peer; the other has those of others
+ADDRESS_BOOK_FILE = "peers.json"
 MANIFEST_TIMEOUT_SECONDS = 60.0
 
 
@@ -53,11 +57,13 @@ class Network:
 
 @asynccontextmanager
 async def open_network(
-    config: PeerConfig, *, launcher: tuple[str, ...] = ()
+    config: PeerConfig, *, known_maddrs: Sequence[str] = (), launcher: tuple[str, ...] = ()
 ) -> AsyncIterator[Network]:
     """Start p2pd with this machine's identity and enter the DHT through `config.initial_peers`.
 
-    `launcher` is a command that p2pd is run by, such as `nsenter`.
+    `known_maddrs` are addresses of earlier days, which are tried, too. Who has such may find nobody
+    and goes on trying; for everyone else that is `Unreachable`. `launcher` is a command that runs
+    p2pd, such as `nsenter`.
     """
     from dht.kademlia import KademliaSwarm  # hivemind takes seconds to import
     from peer.rpc import Libp2pTransport
@@ -69,7 +75,7 @@ async def open_network(
         daemon = await Daemon.start(
             identity_file,
             config=DaemonConfig(
-                host_maddrs=config.host_maddrs,
+                host_maddrs=as_before(config.host_maddrs, config.state_dir / ADDRESS_FILE),
                 announce_maddrs=config.announce_maddrs,
                 map_port=not all(is_loopback(maddr) for maddr in config.host_maddrs),
                 client_mode=config.client_mode,
@@ -78,13 +84,19 @@ async def open_network(
             ),
         )
         stack.push_async_callback(daemon.close)
-        swarm = await KademliaSwarm.open(daemon, identity, initial_peers=config.initial_peers)
+        swarm = await KademliaSwarm.open(daemon, identity)
         stack.push_async_callback(swarm.close)
+        initial_peers = [*config.initial_peers, *known_maddrs]
+        try:
+            await swarm.join(initial_peers)
+        except Unreachable:
+            if not known_maddrs:
+                raise
         meter = Meter(config.max_bytes_per_second)
         swarm.on_call = meter.called
         transport = Libp2pTransport(swarm.p2p, meter=meter)
         stack.push_async_callback(transport.close)
-        watchdog = Watchdog(daemon, swarm, transport, initial_peers=config.initial_peers)
+        watchdog = Watchdog(daemon, swarm, transport, initial_peers=initial_peers)
         await stack.enter_async_context(watchdog.running())
         await DialBack(swarm, transport, is_relay=config.relays).serve()
         yield Network(
@@ -105,12 +117,35 @@ class FoundRun:
     newest: dict[str, str]
 
 
-async def find_run(network: Network, initial_peers: tuple[str, ...]) -> FoundRun:
+async def find_run(
+    network: Network, initial_peers: Sequence[str], books: Iterable[AddressBook] = ()
+) -> FoundRun:
     """Ask every given address which run it is in.
 
-    Raises `Unreachable` if none answers, `RunMismatch` if they differ or speak another protocol.
+    If none answers, that is the run on this disk whose peers it is known to be one of. Raises
+    `Unreachable` if there is none, `RunMismatch` if they differ or speak another protocol.
     """
-    names = [maddr.rsplit("/p2p/", 1)[-1] for maddr in initial_peers]
+    try:
+        return await _ask_for_run(network, initial_peers)
+    except Unreachable:
+        names = [_peer_of(maddr) for maddr in initial_peers]
+        known = [book for book in books if any(name in book for name in names)]
+        if len(known) != 1:
+            raise
+        [book] = known
+    try:
+        found = await _ask_for_run(network, book.maddrs)
+    except (Unreachable, RunMismatch):
+        return FoundRun(run=book.run, newest={})
+    return found if found.run == book.run else FoundRun(run=book.run, newest={})
+
+
+def _peer_of(maddr: str) -> str:
+    return maddr.rsplit("/p2p/", 1)[-1]
+
+
+async def _ask_for_run(network: Network, maddrs: Sequence[str]) -> FoundRun:
+    names = list(dict.fromkeys(map(_peer_of, maddrs)))
     replies = await asyncio.gather(
         *(say_hello(network.transport, name) for name in names), return_exceptions=True
     )
@@ -169,7 +204,7 @@ async def _fetch_first(network: Network, found: FoundRun, run_dir: Path) -> Mani
     raw = store.read(found.run)
     if raw is None:
         raise Unreachable("the manifest was damaged on disk", hint="start again to fetch it anew")
-    return parse_manifest(raw, digest=found.run, sender=next(iter(found.newest)))
+    return parse_manifest(raw, digest=found.run, sender=next(iter(found.newest), "this disk"))
 
 
 def run_directory(state_dir: Path, run: str) -> Path:
@@ -177,6 +212,11 @@ def run_directory(state_dir: Path, run: str) -> Path:
     directory = state_dir / "runs" / run[:16]
     directory.mkdir(parents=True, exist_ok=True)
     return directory
+
+
+def address_book(run_dir: Path, run: str) -> AddressBook:
+    """The addresses of the others in a run, in the directory of its state."""
+    return AddressBook(run_dir / ADDRESS_BOOK_FILE, run)
 
 
 def make_node(network: Network, *, manifest: Manifest, run_dir: Path) -> Node:
@@ -208,16 +248,24 @@ def _report(events: EventLog, event: str, **fields: object) -> None:
 
 
 @asynccontextmanager
-async def open_node(config: PeerConfig) -> AsyncIterator[tuple[Node, Providers, Network]]:
+async def open_node(
+    config: PeerConfig,
+) -> AsyncIterator[tuple[Node, Providers, Network, AddressBook]]:
     """Join the network and the run that `config.initial_peers` belong to."""
-    async with open_network(config) as network:
-        found = await find_run(network, config.initial_peers)
+    books = [AddressBook(file) for file in config.state_dir.glob(f"runs/*/{ADDRESS_BOOK_FILE}")]
+    known_maddrs = [maddr for book in books for maddr in book.maddrs]
+    async with open_network(config, known_maddrs=known_maddrs) as network:
+        found = await find_run(network, config.initial_peers, books)
         run_dir = run_directory(config.state_dir, found.run)
         node = await enter_run(network, found, run_dir)
         providers = Providers(node.swarm, node.store, node.blobs)
         providers.hints.extend(found.newest)
+        book = address_book(run_dir, found.run)
+        network.watchdog.known_maddrs = lambda: book.maddrs
+        given = {_peer_of(maddr): [maddr] for maddr in config.initial_peers}
+        book.note({peer: maddrs for peer, maddrs in given.items() if peer in found.newest})
         try:
-            yield node, providers, network
+            yield node, providers, network, book
         finally:
             node.events.close()
 

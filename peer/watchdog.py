@@ -41,7 +41,10 @@ Report = Callable[..., None]
 
 
 class Watchdog:
-    """Keeps a p2pd running under a swarm and a transport. `report` may be set at any time."""
+    """Keeps a p2pd running under a swarm and a transport, and these in the swarm.
+
+    `report`, and the further addresses `known_maddrs` to enter by, may be set at any time.
+    """
 
     def __init__(
         self,
@@ -52,6 +55,7 @@ class Watchdog:
         initial_peers: Sequence[str] = (),
     ) -> None:
         self.report: Report = _log_event
+        self.known_maddrs: Callable[[], Sequence[str]] = tuple
         self._daemon = daemon
         self._swarm = swarm
         self._transport = transport
@@ -161,7 +165,8 @@ class Watchdog:
     async def _rejoin(self) -> None:
         """Dial everyone we know of, and publish our records; later, if nobody answers."""
         try:
-            await self._swarm.join([*{*self._initial_peers, *self._known.values()}])
+            maddrs = (*self._initial_peers, *self._known.values(), *self.known_maddrs())
+            await self._swarm.join(list(dict.fromkeys(maddrs)))
             await self._swarm.publish_again()
         except SwarmError as error:
             self.report("swarm not found again", why=str(error))

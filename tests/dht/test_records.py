@@ -23,7 +23,7 @@ DIGEST = "ab" * 32
 NOW = 1_700_000_000.0
 RECORDS: list[Record] = [
     Announcement(peer=ME.peer_id, run="run-1", path="0.1", round=3, valid_nll=2.5, inner_share=0.9),
-    Announcement(peer=ME.peer_id, run="run-1", path="0", round=2**53 - 1),
+    Announcement(peer=ME.peer_id, run="run-1", path="0", round=2**53 - 1, maddrs=("/ip4/1.2.3.4",)),
     Head(peer=ME.peer_id, run="run-1", module="1.0", version=7, state=DIGEST),
     Provider(peer=ME.peer_id, digest=DIGEST),
     ManifestPointer(peer=ME.peer_id, run="run-1", name="a run", version=2, manifest=DIGEST),

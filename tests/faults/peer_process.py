@@ -89,12 +89,17 @@ class PeerProcess:
         self.events: list[Event] = []
         self._run = run
         self._process: Any = None
+        self._initial_peers: tuple[str, ...] = ()
         self._offset = 0
         state_dir.mkdir(parents=True, exist_ok=True)
 
     def start(self, initial_peers: Sequence[str] = ()) -> None:
-        self.address_file.unlink(missing_ok=True)
-        arguments = (self._run, self.state_dir, tuple(initial_peers))
+        self._initial_peers = tuple(initial_peers)
+        self.start_again()
+
+    def start_again(self) -> None:
+        """By the same command, whoever is still where that says."""
+        arguments = (self._run, self.state_dir, self._initial_peers)
         self._process = _context.Process(target=_main, args=arguments, name=self.name)
         self._process.start()
 
@@ -260,19 +265,22 @@ async def _serve(directory: Path, initial_peers: tuple[str, ...]) -> None:
     from peer.keeper import Keeper
     from peer.manifest import parse_manifest
     from peer.providers import Providers
-    from peer.session import make_node, open_network, run_directory
+    from peer.session import address_book, make_node, open_network, run_directory
 
     [manifest_file] = (directory / MANIFEST_DIR).iterdir()
     manifest = parse_manifest(
         manifest_file.read_bytes(), digest=manifest_file.name, sender="operator"
     )
     config = PeerConfig(state_dir=directory, initial_peers=initial_peers, host_maddrs=LOOPBACK)
-    async with open_network(config) as network:
-        run_dir = run_directory(directory, manifest.digest)
+    run_dir = run_directory(directory, manifest.digest)
+    book = address_book(run_dir, manifest.digest)
+    async with open_network(config, known_maddrs=book.maddrs) as network:
         node = make_node(network, manifest=manifest, run_dir=run_dir)
         for file in (directory / BLOBS_DIR).iterdir():
             node.store.add(file.read_bytes())
         keeper = Keeper(node, Providers(node.swarm, node.store, node.blobs), keep_all=True)
+        keeper.presence.on_addresses = book.note
+        network.watchdog.known_maddrs = lambda: book.maddrs
         stopped = asyncio.Event()
         asyncio.get_running_loop().add_signal_handler(signal.SIGINT, stopped.set)
         async with keeper.running():

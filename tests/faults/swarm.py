@@ -241,7 +241,7 @@ class FaultSwarm:
         begin = time.time()
         goal = {m: v for m, v in _newest(self.everyone).items() if m in fault.modules}
         if cell.kills and cell.target != Target.P2PD:
-            hit.start([peer.address for peer in self.everyone if peer is not hit][:2])
+            hit.start_again()
         self._until(
             lambda: hit.is_alive and _is_training(hit, goal, since=begin),
             (HEAL_SLOTS if cell.kills else WAKE_SLOTS) * self._slot_seconds,

@@ -186,6 +186,47 @@ def test_a_swarm_survives_kills_and_its_bootstrap_node(
     assert not any(process.seen("diverged") for process in everyone)
 
 
+def test_a_swarm_finds_together_again_by_itself(place_of: Callable[[RunConfig], Place]) -> None:
+    """A bootstrap node that was away for a while, and then everyone: by the same commands."""
+    config = tiny(wire_format="int8", num_rounds=1000, round_seconds=4.0, inner_steps=20)
+    place = place_of(config)
+    bootstrap = place.serve()
+    first_address = bootstrap.address
+    peers = [place.join(f"peer{n}", first_address) for n in range(2)]
+    place.until(
+        lambda: all(p.seen("version") for p in [bootstrap, *peers]),
+        within=START_IN_SECONDS + PATIENCE_SECONDS,
+    )
+    assert bootstrap.leave() == 0
+    left_with = newest([bootstrap])
+    place.until(
+        lambda: any(newest(peers).get(m, 0) > version + 1 for m, version in left_with.items()),
+        within=PATIENCE_SECONDS,
+    )
+    bootstrap = place.serve()
+    missed = newest(peers)
+    place.until(
+        lambda: all(newest([bootstrap]).get(m, 0) >= version for m, version in missed.items()),
+        within=PATIENCE_SECONDS,
+    )
+
+    assert [process.leave() for process in [bootstrap, *peers]] == [0, 0, 0]
+    last_slot = peers[0].seen("contributed")[-1]["slot"]
+    alone = place.join("peer0", first_address)
+    place.until(lambda: alone.seen("contributed")[-1]["slot"] > last_slot, within=PATIENCE_SECONDS)
+    assert "nobody answers" in alone.log
+    both = [alone, place.join("peer1", first_address)]
+
+    def together() -> bool:
+        peer_ids = {peer.seen("started")[-1]["peer"] for peer in both}
+        versions = (e for e in alone.seen("version") if e["trained_slot"] > last_slot)
+        return any(peer_ids <= set(e["contributors"]) for e in versions)
+
+    place.until(together, within=PATIENCE_SECONDS)
+    assert [process.leave() for process in both] == [0, 0]
+    assert all(len(digests) == 1 for digests in applied([bootstrap, *peers]).values())
+
+
 def newest(processes: list[Process]) -> dict[str, int]:
     versions: dict[str, int] = {}
     for module, version in applied(processes):
