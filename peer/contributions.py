@@ -9,7 +9,7 @@ checked. They stay on disk, and are mapped into memory: adding them up reads the
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 
 from dht.errors import BadMessage, LocalFault, PeerFault, SwarmError
 from dipaco.compression import EncodedGradient, encoded_bytes
@@ -67,6 +67,8 @@ class Contributions:
         if it is not what its signer could rightly send. Of more commitments than a round counts,
         only merged ones are pulled, and those that a leader asks for.
         """
+        if abs(commitment.slot - self._node.slot) > SLOTS_KEPT:
+            raise BadMessage(sender, "commitment for a slot long past or far ahead")
         manifest = self._checked(commitment, sender)
         if manifest is None or manifest is not self._node.history.at(commitment.slot):
             return False
@@ -138,7 +140,10 @@ class Contributions:
     async def obtain(
         self, commitments: Iterable[Commitment], sources: Iterable[str], timeout_seconds: float
     ) -> bool:
-        """Have the bytes of all `commitments`, pulling what is missing; False if that fails."""
+        """Have the bytes of all `commitments`, pulling what is missing; False if that fails.
+
+        However old: what somebody voted for is proposed again until there is a certificate.
+        """
         wanted = list(commitments)
         for commitment in wanted:
             if self._checked(commitment, commitment.peer) is None:
@@ -159,8 +164,8 @@ class Contributions:
         finally:
             self._needed -= needed
 
-    def forget_before(self, slot: int) -> None:
-        """Drop what no round will ask for any more."""
+    def forget_before(self, slot: int, *, kept: Set[str]) -> None:
+        """Drop what no round will ask for any more, but for the `kept` blobs."""
         gone: set[str] = set()
         for key in [key for key in self._known if key[1] < slot - SLOTS_KEPT]:
             for commitment in self._known.pop(key).values():
@@ -171,7 +176,7 @@ class Contributions:
         digests = {commitment.digest for commitment in known}
         self._gradients = {d: g for d, g in self._gradients.items() if d in digests}
         # What was not counted may have been offered again, with the same bytes.
-        for blob in gone.difference(commitment.blob for commitment in known):
+        for blob in gone.difference(kept, (commitment.blob for commitment in known)):
             self._remove(blob)
         self._logged = {key for key in self._logged if key[1] >= slot - SLOTS_KEPT}
 
@@ -189,8 +194,6 @@ class Contributions:
         node = self._node
         if commitment.run != node.run:
             raise BadMessage(sender, "commitment to another run")
-        if abs(commitment.slot - node.slot) > SLOTS_KEPT:
-            raise BadMessage(sender, "commitment for a slot long past or far ahead")
         if not commitment.is_authentic:
             raise BadMessage(sender, "forged commitment")
         manifest = node.history.get(commitment.manifest)

@@ -5,6 +5,8 @@ partial read would let a minority certify alone, so what decides about rosters i
 that was read lately, and being alone has to be seen several times.
 """
 
+from collections import deque
+
 from dht.keys import head_key
 from dht.records import Head
 from dht.swarm import Swarm
@@ -22,7 +24,8 @@ class Heads:
         self._memory_seconds = memory_seconds
         self._latest: dict[ModuleID, tuple[float, list[Head]]] = {}
         self._remembered: dict[ModuleID, dict[str, tuple[float, Head]]] = {}
-        self._lonely: dict[ModuleID, int] = {}
+        # By module, of each of the last reads: the newest version that another peer announced.
+        self._others: dict[ModuleID, deque[int]] = {}
 
     async def read(self, module: ModuleID, *, max_age_seconds: float) -> list[Head]:
         """The head records of a module, read from the DHT at most `max_age_seconds` ago."""
@@ -37,17 +40,25 @@ class Heads:
         return heads
 
     def holders(self, module: ModuleID, version: int) -> list[Head]:
-        """Everyone who announced this version lately, this peer itself included if it did."""
+        """Everyone who announced this version lately, this peer itself included if it did.
+
+        Who is about to give the module up counts only where nobody else has it.
+        """
         now = self._swarm.now()
-        return [
+        found = [
             head
             for seen_time, head in self._remembered.get(module, {}).values()
             if head.version == version and 0 <= now - seen_time <= self._memory_seconds
         ]
+        return [head for head in found if not head.leaving] or found
 
-    def is_alone(self, module: ModuleID) -> bool:
-        """Whether the last reads agree that there is no other holder at all."""
-        return self._lonely.get(module, 0) >= LONELY_READS
+    def is_alone(self, module: ModuleID, version: int) -> bool:
+        """Whether the last reads agree that nobody else holds this version or a later one.
+
+        Who is stuck at an earlier one can neither vote nor be caught up with.
+        """
+        others = self._others.get(module, ())
+        return len(others) == LONELY_READS and max(others) < version
 
     def _remember(self, module: ModuleID, heads: list[Head], now: float) -> None:
         alive = {
@@ -57,5 +68,6 @@ class Heads:
         }
         alive.update({head.peer: (now, head) for head in heads})
         self._remembered[module] = alive
-        others = set(alive) - {self._swarm.peer_id}
-        self._lonely[module] = 0 if others else self._lonely.get(module, 0) + 1
+        others = [head.version for _, head in alive.values() if head.peer != self._swarm.peer_id]
+        latest = self._others.setdefault(module, deque(maxlen=LONELY_READS))
+        latest.append(max(others, default=-1))

@@ -97,7 +97,7 @@ class Keeper:
         self.start(self._do_duties(), "duties")
         self.start(self._watch_manifests(), "manifests")
         self.start(self._renew(), "presence")
-        await self.guard(self._take_seats(), "seats")
+        await self.guard(self._take_up(), "modules on disk")
         try:
             yield
         finally:
@@ -114,17 +114,32 @@ class Keeper:
         self._held_changed.notify()
         return all(found)
 
-    async def _take_seats(self) -> None:
-        """After a restart: hold what we have a seat in, whatever we are going to train.
+    async def _take_up(self) -> None:
+        """After a restart: hold what we held, whatever we are going to train.
 
-        Else we would count for its quorum until the next roster, and could not vote.
+        First what we have a seat in, else we would count for its quorum until the next roster, and
+        could not vote. The rest may be all that is left of it anywhere; what is not will be given
+        up as any duty is.
         """
         node = self.node
-        since_slot = node.slot - RETIRE_SLOTS
-        seated = await node.offload(
-            lambda: node.log.seats_on_disk(node.peer_id, since_slot=since_slot)
-        )
+        newest = await node.offload(self._resumable)
+        seated = [
+            module
+            for module, certificates in newest.items()
+            if certificates[-1].proposal.slot >= node.slot - RETIRE_SLOTS
+            and node.peer_id in {seat.peer for seat in certificates[-1].proposal.next_roster}
+        ]
         await self.hold(seated)
+        self.start(self.hold(set(newest).difference(seated)), "modules on disk")
+
+    def _resumable(self) -> dict[ModuleID, list[Certificate]]:
+        """The last certificates of every module that the disk has a state of."""
+        node = self.node
+        return {
+            module: certificates
+            for module, certificates in node.log.newest_on_disk().items()
+            if any(certificate.result in node.store for certificate in certificates)
+        }
 
     def own(self, modules: Iterable[ModuleID], shard: PathID) -> None:
         """Modules and shard that this peer trains on: never dropped while it does."""
@@ -212,7 +227,7 @@ class Keeper:
                 if slot >= 0 and self._attended.get(module) != slot and held.version < num_rounds:
                     self._attended[module] = slot
                     self.start(self.rounds.attend(module, slot), f"round of {module}")
-            self.member.contributions.forget_before(slot)
+            self.member.contributions.forget_before(slot, kept=self.member.bound_blobs())
             pause = node.history.first.slot_start(slot + 1) - node.now()
             attended = set(node.log.held)
             await self._held_changed.until(
@@ -287,17 +302,32 @@ class Keeper:
         return list(dict.fromkeys(wanted))
 
     async def _retire(self, module: ModuleID) -> None:
-        """Give up a duty: first leave the next roster, and only later the present one."""
+        """Give up a duty: first leave the next roster, then, when others hold it, the module."""
         node = self.node
         if module not in self._retiring:
             self._retiring[module] = node.slot
             self.member.retiring.add(module)
-            await self.presence.withdraw_head(module)
+            await self.presence.publish_head(module)
         is_due = node.slot - self._retiring.get(module, node.slot) > RETIRE_SLOTS
-        if is_due and not self._has_seat(module):
+        if is_due and not self._has_seat(module) and await self._is_held_by_others(module):
+            await self.presence.withdraw_head(module)
+            if module not in self._retiring:  # it is wanted again
+                await self.presence.publish_head(module)
+                return
             node.log.drop(module)
             node.events.write("dropped", module=str(module))
             self._stay(module)
+
+    async def _is_held_by_others(self, module: ModuleID) -> bool:
+        """Whether as many others as shall keep it hold our version of a module, or a later one."""
+        held, num_keepers = self.node.log.held[module], self._num_keepers
+        heads = await self.heads.read(module, max_age_seconds=0.0)
+        others = {
+            head.peer
+            for head in heads
+            if head.version >= held.version and not head.leaving and head.peer != self.node.peer_id
+        }
+        return len(others) >= max(1, num_keepers)
 
     def _has_seat(self, module: ModuleID) -> bool:
         """Whether the next version's quorum may need us."""
@@ -313,10 +343,13 @@ class Keeper:
 
     def _keeps(self, what: str, peers: list[str]) -> bool:
         """Whether `what` falls to this peer, out of the `peers` that do not train it."""
-        num_keepers = self.node.manifest.run_config.rounds.num_keepers
         return self._keep_all or keeps(
-            self.node.peer_id, what, peers=peers, num_keepers=num_keepers
+            self.node.peer_id, what, peers=peers, num_keepers=self._num_keepers
         )
+
+    @property
+    def _num_keepers(self) -> int:
+        return self.node.manifest.run_config.rounds.num_keepers
 
     async def _renew(self) -> None:
         while True:
@@ -366,9 +399,13 @@ class Keeper:
         for manifest in node.history.since(node.slot):
             kept.update(ref.digest for ref in (*manifest.data, *manifest.origins))
         kept.update(scores.blob for scores in self.presence.scores.values())
+        kept |= self.member.bound_blobs()
         for held in list(node.log.held.values()):
             kept.add(held.state)
             kept.update(certificate.result for certificate in held.chain[-STATES_KEPT:])
+        for certificates in self._resumable().values():  # not all are held again yet
+            kept.update(certificate.result for certificate in certificates)
+            kept.update(c.blob for c in certificates[-1].proposal.contributions)
         for digest in node.store.digests():
             if digest not in kept and node.store.age_seconds(digest) > min_seconds:
                 node.store.remove(digest)

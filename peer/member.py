@@ -127,6 +127,18 @@ class Member:
         of_slot, until = self._pulling.get(module, (slot, 0.0))
         return min(limit, until) if of_slot == slot else 0.0
 
+    def bound_blobs(self) -> set[str]:
+        """The contributions to what this member has voted for, as long as nothing is certified.
+
+        Without them nobody might be able to make a certificate of it, or of anything else.
+        """
+        blobs: set[str] = set()
+        for module, held in self._node.log.held.items():
+            state = self._acceptor.state(str(module), held.version + 1, held.parent)
+            if state.accepted is not None:
+                blobs.update(commitment.blob for commitment in state.accepted.contributions)
+        return blobs
+
     def caught_up(self, module: ModuleID, certificate: Certificate) -> None:
         """Tell whoever waits that the module was brought forward from outside the round."""
         self._forget_result(module, but=certificate.result)

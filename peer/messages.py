@@ -20,6 +20,7 @@ PROTOCOL_VERSION = 1
 # A certificate of 16 contributions and a roster of 32 is about 28 kB of JSON.
 MAX_MESSAGE_BYTES = 256 * 1024
 MAX_ROSTER = 64
+MAX_REASON_CHARACTERS = 200
 MAX_CONTRIBUTIONS = 64
 MAX_KNOWN = 2 * MAX_CONTRIBUTIONS  # commitments to one round, with those that merge others
 MAX_WAIT_SECONDS = 60.0  # that a leader may ask a member to take before it answers
@@ -256,7 +257,7 @@ class ProposeReply(Message):
     """Member to leader: its vote, or why not (a certificate if the version exists already)."""
 
     vote: Vote | None = None
-    reason: Annotated[str, Field(max_length=200)] = ""
+    reason: Annotated[str, Field(max_length=MAX_REASON_CHARACTERS)] = ""
     certificate: Certificate | None = None
 
 

@@ -143,22 +143,23 @@ class ModuleLog:
         except (DipacoError, Unreachable, LocalFault, OSError):  # a full disk, for one
             return
 
-    def seats_on_disk(self, peer: str, *, since_slot: int) -> list[ModuleID]:
-        """Modules in which `peer` has a seat by the newest certificate that is here.
+    def newest_on_disk(self) -> dict[ModuleID, list[Certificate]]:
+        """The last certificates of every module that was held here, oldest first.
 
-        Only by one of `since_slot` or later. Changes nothing.
+        As many as there are states kept of each; without damaged ones, which `open` sees to.
+        Changes nothing.
         """
-        seated = []
+        newest = {}
         for module in self._history.newest.topology.modules:
-            files = sorted((self._directory / str(module)).glob("*.json"))
-            try:
-                newest = Certificate.from_bytes(files[-1].read_bytes(), sender="disk")
-            except (IndexError, BadMessage):
-                continue  # none, or a damaged one, which `open` sees to
-            seats = newest.proposal.next_roster
-            if newest.proposal.slot >= since_slot and peer in {seat.peer for seat in seats}:
-                seated.append(module)
-        return seated
+            certificates = []
+            for file in sorted((self._directory / str(module)).glob("*.json"))[-STATES_KEPT:]:
+                try:
+                    certificates.append(Certificate.from_bytes(file.read_bytes(), sender="disk"))
+                except (OSError, BadMessage):
+                    continue
+            if certificates:
+                newest[module] = certificates
+        return newest
 
     def versions_on_disk(self, module: ModuleID) -> list[tuple[int, str]]:
         """Every version of `module` that was held here, and the digest of its state, newest first.

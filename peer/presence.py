@@ -40,7 +40,7 @@ class Presence:
 
     def __init__(self, node: Node, *, retiring: Set[ModuleID]) -> None:
         self._node = node
-        self._retiring = retiring  # modules held still, but no longer announced
+        self._retiring = retiring  # modules held only until enough others hold them
         self.path: PathID | None = None
         self.progress = Progress()
         self.room_bytes: int | None = None  # of memory for training; None: no limit
@@ -90,9 +90,7 @@ class Presence:
     async def publish_head(self, module: ModuleID) -> None:
         """Say which version of a module this peer holds."""
         record = self._head(module)
-        if record is None or module in self._retiring:
-            return
-        if await self._store(record):
+        if record is not None and await self._store(record):
             self._heads[module] = record, self._node.now()
 
     async def offer_scores(self, path: PathID, *, phase: int, blob: str) -> None:
@@ -258,6 +256,7 @@ class Presence:
             run=node.run,
             module=str(module),
             path=str(self.path) if trains else None,
+            leaving=module in self._retiring,
             version=held.version,
             certificate=held.certificate.digest if held.certificate else "",
             state=held.state,

@@ -10,7 +10,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from dht.errors import BadMessage
+from dht.errors import BadMessage, SwarmError
 from dipaco.topology import ModuleID
 from peer.certificate import (
     check_certificate,
@@ -32,6 +32,7 @@ from peer.member import (
 )
 from peer.merging import Merging
 from peer.messages import (
+    MAX_REASON_CHARACTERS,
     MAX_ROSTER,
     MAX_WAIT_SECONDS,
     Ballot,
@@ -55,6 +56,7 @@ COLLECT_SHARE = 0.3  # of an attempt: how long after the slot's end commitments 
 MERGE_SHARE = 0.4  # of an attempt: how long it may then take to merge some, in a crowded round
 HAVE_SHARE = 0.4  # of an attempt: how long members may take to pull what they miss
 EXACT_ATTEMPTS = 2  # of an exact run, in which a contribution that is late is waited for
+MAX_BEHIND = 2  # versions, by its head, that somebody new in a roster may be: heads are rumours
 PULL_SLACK = 2.0  # times what the bytes should take: lines are shared with others
 ANSWER_SHARE = 0.2  # of an attempt: how long they may take to answer beyond that
 VOTE_SHARE = 0.3  # of an attempt: how long its leader has from then on, before another one begins
@@ -199,7 +201,7 @@ class Rounds:
         heads = self._heads.holders(held.module, held.version)
         roster = roster_of([Seat(peer=head.peer, path=head.path) for head in heads])[:MAX_ROSTER]
         if {seat.peer for seat in roster} <= {self._node.peer_id}:
-            return roster if self._heads.is_alone(held.module) else ()
+            return roster if self._heads.is_alone(held.module, held.version) else ()
         return roster
 
     async def _lead(
@@ -340,7 +342,11 @@ class Rounds:
         if not contributions:
             return None
         fresh = await self._heads.read(held.module, max_age_seconds=self._slot_seconds)
-        heads = {head.peer: head for head in fresh}
+        heads = {
+            head.peer: head
+            for head in fresh
+            if not head.leaving and head.version >= held.version - MAX_BEHIND
+        }
         seated = {seat.peer: seat for seat in roster}
         staying = {peer for peer, reply in promises.items() if not reply.leaving}
         candidates = (staying or set(promises)) | (set(heads) - set(seated))
@@ -387,7 +393,7 @@ class Rounds:
             contributors=proposal.contributors,
         )
         request = ProposeRequest(ballot=ballot, proposal=proposal)
-        own = self._member.vote(proposal, ballot, sender=self._node.peer_id)
+        own = self._own_vote(proposal, ballot)
         asked: list[asyncio.Future[ProposeReply | None]] = [asyncio.ensure_future(own)]
         asked += [
             asyncio.ensure_future(
@@ -417,6 +423,13 @@ class Rounds:
                 task.cancel()
         self._failed(held, ballot, f"{len(votes)} votes; otherwise: {', '.join(refusals)}")
         return None
+
+    async def _own_vote(self, proposal: Proposal, ballot: Ballot) -> ProposeReply:
+        """What speaks against it here is one refusal, like that of any other member."""
+        try:
+            return await self._member.vote(proposal, ballot, sender=self._node.peer_id)
+        except (SwarmError, ValueError) as error:
+            return ProposeReply(reason=str(error)[:MAX_REASON_CHARACTERS])
 
     async def _hand_out(self, certificate: Certificate) -> None:
         proposal = certificate.proposal

@@ -333,9 +333,14 @@ class Lab:
         if peer.task is not None:
             peer.task.cancel()
             await asyncio.gather(peer.task, return_exceptions=True)
-        for task in list(peer.keeper._tasks):
+        member, blobs = peer.keeper.member, peer.keeper.node.blobs
+        tasks = [
+            *(*peer.keeper._tasks, *member.courier._tasks, *member.contributions._pulls.values()),
+            *(fetch.task for fetch in blobs._running.values()),
+        ]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*peer.keeper._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         peer.keeper._is_running = False
         peer.keeper.node.events.close()
         self._forget(name)
