@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import errno
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import socket
@@ -132,6 +134,8 @@ class Daemon:
         await self._end(signal.SIGTERM)
 
     async def _launch(self) -> None:
+        if not self.config.client_mode and not self.config.launcher:  # that leads elsewhere
+            check_ports(self.config.host_maddrs)
         self._socket_dir = socket_dir = _make_socket_dir()
         socket_file = _socket_file(socket_dir)
         flags = _flags(self.config, identity_file=self._identity_file, socket_file=socket_file)
@@ -187,6 +191,39 @@ class Daemon:
                 f"p2pd did not start: {output.last_line}",
                 hint="is another program using the port of the address to listen on?",
             )
+
+
+def check_ports(host_maddrs: Sequence[str]) -> None:
+    """Raise `LocalFault` if another program listens at one of these addresses.
+
+    p2pd would not notice where that is a p2pd, too: both have SO_REUSEPORT, the kernel deals
+    connections out between them, and half of those who dial meet the wrong key. What else may be
+    wrong with an address, p2pd says itself.
+    """
+    for host_maddr in host_maddrs:
+        found = re.fullmatch(r"/ip([46])/([^/]+)/tcp/(\d+)", host_maddr)
+        if found is None or int(found[3]) == 0:
+            continue
+        family = socket.AF_INET if found[1] == "4" else socket.AF_INET6
+        with suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as probe:
+            # Connections of a p2pd that has just ended may linger at its port; only who listens
+            # there is in the way.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # as p2pd listens
+            if _is_taken(probe, found[2], int(found[3])):
+                raise LocalFault(
+                    f"p2pd did not start: another program listens at {host_maddr}",
+                    hint="is another peer running? give this one a port of its own: `--host-maddr`",
+                )
+
+
+def _is_taken(probe: socket.socket, host: str, port: int) -> bool:
+    try:
+        probe.bind((host, port))
+    except OSError as e:
+        return e.errno == errno.EADDRINUSE
+    return False
 
 
 def with_ports(host_maddrs: Sequence[str], listening: Sequence[str]) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dht.daemon import SOCKET_DIR_PREFIX, Daemon, DaemonConfig
+from dht.daemon import SOCKET_DIR_PREFIX, Daemon, DaemonConfig, check_ports
 from dht.errors import LocalFault
 from dht.identity import Identity
 
@@ -90,11 +90,39 @@ def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
         async with server:
             port = server.sockets[0].getsockname()[1]
             config = DaemonConfig(host_maddrs=(f"/ip4/127.0.0.1/tcp/{port}",))
-            with pytest.raises(LocalFault, match=r"p2pd did not start.*failed to listen") as caught:
+            with pytest.raises(LocalFault, match=f"another program listens at .*/{port}") as caught:
                 await Daemon.start(tmp_path / "identity.key", config=config)
         assert "port" in caught.value.hint
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("host", ["/ip4/127.0.0.1", "/ip4/0.0.0.0", "/ip6/::1"])
+def test_two_p2pds_do_not_share_a_port(tmp_path: Path, host: str) -> None:
+    """The kernel would let them, and deal connections out between the two."""
+
+    async def main() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        config = DaemonConfig(host_maddrs=(f"{host}/tcp/{port}",))
+        first = await Daemon.start(tmp_path / "first.key", config=config)
+        with pytest.raises(LocalFault, match=f"another program listens at .*/{port}"):
+            await Daemon.start(tmp_path / "second.key", config=config)
+        await first.close()
+        second = await Daemon.start(tmp_path / "second.key", config=config)
+        await second.close()
+
+    asyncio.run(main())
+
+
+def test_a_connection_that_lingers_at_a_port_is_not_in_the_way() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            accepted, _ = server.accept()
+            accepted.close()  # first, so that this side of it waits for TIME_WAIT to pass
+            assert client.recv(1) == b""
+    check_ports([f"/ip4/127.0.0.1/tcp/{port}"])
 
 
 def test_p2pd_takes_our_identity_and_is_started_and_closed_quickly(tmp_path: Path) -> None:
