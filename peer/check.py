@@ -1,7 +1,6 @@
 """`dipaco-peer check`: a dry run of everything that could go wrong, each with its fix."""
 
 import asyncio
-import resource
 import shutil
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from peer.hello import clock_skew_seconds, say_hello
 from peer.join import reachable_addresses
 from peer.limits import divide, gigabytes
 from peer.reachability import Standing
-from peer.session import enter_run, find_run, open_network, run_directory
+from peer.session import enter_run, find_run, open_network, raise_open_files, run_directory
 
 MIN_OPEN_FILES = 1024  # one per stream and blob, p2pd's own not counted
 
@@ -62,17 +61,14 @@ async def run_checks(config: PeerConfig) -> AsyncIterator[Finding]:
 
 
 def check_open_files() -> Finding:
-    """The limit on open files, which this process raises as far as it may."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 16384 if hard == resource.RLIM_INFINITY else min(16384, hard)
-    if soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-        soft = wanted
+    """The limit on open files, which every peer raises as far as it may."""
+    num_files = raise_open_files()
+    is_enough = num_files >= MIN_OPEN_FILES
     return Finding(
         name="open files",
-        ok=soft >= MIN_OPEN_FILES,
-        text=f"up to {soft}",
-        fix="" if soft >= MIN_OPEN_FILES else f"`ulimit -n {MIN_OPEN_FILES}` before you start",
+        ok=is_enough,
+        text=f"up to {num_files}",
+        fix="" if is_enough else f"`ulimit -n {MIN_OPEN_FILES}` before you start",
     )
 
 

@@ -6,8 +6,9 @@ socket file stays behind.
 
 import asyncio
 import fcntl
+import resource
 from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 ADDRESS_FILE = "address"  # of this peer; the other has those of others
 ADDRESS_BOOK_FILE = "peers.json"
 MANIFEST_TIMEOUT_SECONDS = 60.0
+WANTED_OPEN_FILES = 16384  # one per stream and blob; many systems give 1024 unless asked
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,6 +70,7 @@ async def open_network(
     from dht.kademlia import KademliaSwarm  # hivemind takes seconds to import
     from peer.rpc import Libp2pTransport
 
+    raise_open_files()
     async with AsyncExitStack() as stack:
         stack.enter_context(_lock(config.state_dir))
         identity_file = config.state_dir / "identity"
@@ -107,6 +110,17 @@ async def open_network(
             watchdog=watchdog,
             reachability=Reachability(swarm, transport, watchdog),
         )
+
+
+def raise_open_files() -> int:
+    """Raise this process's limit on open files as far as it may; returns what it is then."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = WANTED_OPEN_FILES if hard == resource.RLIM_INFINITY else min(WANTED_OPEN_FILES, hard)
+    if soft < wanted:
+        with suppress(OSError, ValueError):  # macOS has another limit, of the system
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            return wanted
+    return soft
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
