@@ -11,10 +11,9 @@ from peer.status import SwarmStatus, read_status
 async def observe(initial_peers: tuple[str, ...]) -> SwarmStatus:
     """The status of the swarm that these addresses belong to."""
     with tempfile.TemporaryDirectory(prefix="dipaco-observer-") as directory:
+        # A client: a node of the DHT would stay in the others' routing tables when it is gone.
         config = PeerConfig(
-            state_dir=Path(directory),
-            initial_peers=initial_peers,
-            host_maddrs=("/ip4/127.0.0.1/tcp/0",),
+            state_dir=Path(directory), initial_peers=initial_peers, client_mode=True
         )
         async with open_network(config) as network:
             found = await find_run(network, initial_peers)

@@ -75,12 +75,13 @@ async def open_network(
         stack.enter_context(_lock(config.state_dir))
         identity_file = config.state_dir / "identity"
         identity = Identity.load_or_create(identity_file)
+        is_local = all(is_loopback(maddr) for maddr in config.host_maddrs)
         daemon = await Daemon.start(
             identity_file,
             config=DaemonConfig(
                 host_maddrs=as_before(config.host_maddrs, config.state_dir / ADDRESS_FILE),
                 announce_maddrs=config.announce_maddrs,
-                map_port=not all(is_loopback(maddr) for maddr in config.host_maddrs),
+                map_port=not (config.client_mode or is_local),
                 client_mode=config.client_mode,
                 relay_service=config.relays,
                 launcher=launcher,

@@ -10,7 +10,11 @@ import pytest
 
 from peer.check import MIN_OPEN_FILES, check_open_files
 from peer.config import PeerConfig
-from peer.session import open_network
+from peer.keeper import Keeper
+from peer.observe import observe
+from peer.providers import Providers
+from peer.session import make_node, open_network
+from tests.lab import identity, little_config, make_run
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,3 +51,26 @@ def test_too_few_open_files_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not finding.ok
     assert finding.text == "up to 256"
     assert "ulimit" in finding.fix
+
+
+def test_an_observer_sees_the_swarm_and_is_no_part_of_it(tmp_path: Path) -> None:
+    """It is no node of the DHT, which others would go on asking when it is gone."""
+
+    async def main() -> None:
+        config = PeerConfig(state_dir=tmp_path, host_maddrs=LOOPBACK)
+        async with open_network(config) as network:
+            now = network.swarm.now()
+            run = make_run(little_config(), operator=identity(1), start_time=now + 1000)
+            node = make_node(network, manifest=run.manifest, run_dir=tmp_path / "run")
+            for raw in run.blobs:
+                node.store.add(raw)
+            providers = Providers(node.swarm, node.store, node.blobs)
+            async with Keeper(node, providers, keep_all=True).running():
+                seen = await observe(tuple(await network.swarm.maddrs()))
+                assert network.swarm.num_neighbors == 0
+            node.events.close()
+            assert seen.run == run.digest
+            assert len(seen.modules) == len(run.manifest.topology.modules)
+            assert {module.holders for module in seen.modules} == {1}
+
+    asyncio.run(main())
