@@ -37,7 +37,8 @@ class RunOnDisk:
 
         `LocalFault` if there is no such run.
         """
-        found = sorted(d for d in (state_dir / "runs").glob(f"{run}*") if d.is_dir())
+        directories = (d for d in (state_dir / "runs").glob("*") if d.is_dir())
+        found = sorted(d for d in directories if d.name.startswith(run))
         if len(found) != 1:
             names = ", ".join(directory.name for directory in found) or "none"
             raise LocalFault(

@@ -228,6 +228,19 @@ def test_two_peers_do_not_share_a_state_directory(tmp_path: Path) -> None:
         _lock(tmp_path)
 
 
+@pytest.mark.parametrize("run", ["/", "**", "*", "..", "[", "c"])
+def test_a_run_to_export_is_named_by_its_beginning_and_by_no_pattern(
+    tmp_path: Path, run: str
+) -> None:
+    (tmp_path / "runs" / "ab12").mkdir(parents=True)
+    arguments = ["export", "0.0", "target", "--state-dir", str(tmp_path), "--run"]
+    result = CliRunner().invoke(peer, [*arguments, run])
+    assert result.exit_code == 1
+    assert "holds none of the runs asked for" in result.output
+    named = CliRunner().invoke(peer, [*arguments, "ab"])
+    assert "ab12` lacks the run's manifest" in named.output
+
+
 def test_identity_prints_the_same_peer_id_again(tmp_path: Path) -> None:
     first, second = (
         CliRunner().invoke(peer, ["identity", "--state-dir", str(tmp_path)]) for _ in range(2)
