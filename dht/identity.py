@@ -91,18 +91,34 @@ class Identity:
         return _PRIVATE_PREFIX + self._seed + self._public
 
     def _save(self, file: Path) -> None:
-        """Write to a temporary file, then link it: the key appears whole or not at all."""
+        """Write to a temporary file, then link it: the key appears whole or not at all.
+
+        Some file systems (exFAT, SMB, FUSE) have no hard links. There it is written in place, never
+        over another one; only a crash in the middle leaves a file that is refused.
+        """
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_name(f"{file.name}.{secrets.token_hex(4)}.tmp")
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            self._write_new(temporary)
+            try:
+                os.link(temporary, file)  # unlike a rename it fails when the file exists
+            except FileExistsError:
+                raise
+            except OSError:  # each file system says it with an error of its own
+                self._write_new(file)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _write_new(self, file: Path) -> None:
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             with os.fdopen(descriptor, "wb") as stream:
                 stream.write(self.to_bytes())
                 stream.flush()
                 os.fsync(stream.fileno())
-            os.link(temporary, file)  # unlike a rename it fails when the file exists
-        finally:
-            temporary.unlink(missing_ok=True)
+        except BaseException:
+            file.unlink(missing_ok=True)
+            raise
 
     def sign(self, message: bytes) -> bytes:
         """The 64-byte Ed25519 signature of `message`."""

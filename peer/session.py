@@ -5,6 +5,7 @@ socket file stays behind.
 """
 
 import asyncio
+import errno
 import fcntl
 import resource
 from collections.abc import AsyncIterator, Iterable, Sequence
@@ -299,6 +300,11 @@ def _lock(state_dir: Path) -> IO[bytes]:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         file.close()
+        if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
+            raise LocalFault(
+                f"cannot lock the state directory `{state_dir}`: {error.strerror}",
+                hint="choose one on a disk of this machine with `--state-dir DIR`",
+            ) from error
         raise LocalFault(
             f"another peer is running with the state directory `{state_dir}`",
             hint="one directory is one identity; choose another one with `--state-dir DIR`",

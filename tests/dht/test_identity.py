@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import os
 import stat
 from typing import TYPE_CHECKING
 
@@ -36,6 +38,36 @@ def test_a_new_identity_is_kept_and_private(tmp_path: Path) -> None:
     assert Identity.load_or_create(file).peer_id == identity.peer_id
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert [entry.name for entry in file.parent.iterdir()] == ["identity.key"]
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_hard_links_keeps_an_identity(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def no_link(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("os.link", no_link)
+    file = tmp_path / "identity.key"
+    identity = Identity.load_or_create(file)
+    assert Identity.load_or_create(file).peer_id == identity.peer_id
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert [entry.name for entry in tmp_path.iterdir()] == ["identity.key"]
+    with pytest.raises(FileExistsError):
+        Identity(b"\x07" * 32)._save(file)
+    assert file.read_bytes() == identity.to_bytes(), "another process was faster"
+
+
+def test_a_key_that_cannot_be_written_leaves_no_part_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(LocalFault, match="No space left"):
+        Identity.load_or_create(tmp_path / "identity.key")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -228,6 +228,20 @@ def test_two_peers_do_not_share_a_state_directory(tmp_path: Path) -> None:
         _lock(tmp_path)
 
 
+def test_a_directory_that_cannot_be_locked_is_not_taken_for_a_running_peer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peer.session import _lock
+
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with pytest.raises(LocalFault, match=r"cannot lock .*: No locks available") as caught:
+        _lock(tmp_path)
+    assert "--state-dir" in caught.value.hint
+
+
 @pytest.mark.parametrize("run", ["/", "**", "*", "..", "[", "c"])
 def test_a_run_to_export_is_named_by_its_beginning_and_by_no_pattern(
     tmp_path: Path, run: str
