@@ -127,7 +127,7 @@ def grow(directory: Path, levels: tuple[int, ...], verbose: int) -> None:
 def serve(directory: Path, start_in: float, quiet: bool, verbose: int, **options: Any) -> None:
     """Be the first address and the first seeder of the run in DIRECTORY.
 
-    Prints the line to hand to volunteers. Ctrl-C leaves in good order; the run goes on without
+    Prints the lines to hand to volunteers. Ctrl-C leaves in good order; the run goes on without
     this node as long as volunteers are there.
     """
     with heavy_imports():

@@ -25,6 +25,7 @@ from peer.display import Display
 from peer.join import reachable_addresses, stop_on_signals, write_address_file
 from peer.keeper import Keeper
 from peer.providers import Providers
+from peer.reachability import is_global, outside
 from peer.session import address_book, make_node, open_network, run_directory
 from peer.store import BlobStore
 
@@ -65,11 +66,26 @@ async def serve(directory: Path, config: PeerConfig, display: Display, *, start_
             wait = manifest.start_time - node.now()
             if wait > 0:
                 display.say("run", f"slot 0 begins in {wait:.0f} s")
-            for address in addresses:
+            for address in outside(addresses):
                 display.say("join", f"dipaco-peer join {address}")
+            if advice := advice_on(addresses):
+                display.say("network", advice)
             await stopped.wait()
         node.events.close()
     display.say("network", "left the swarm")
+
+
+def advice_on(addresses: list[str]) -> str:
+    """What to do so that strangers can use these addresses; empty if they can use all of them."""
+    offered = outside(addresses)
+    num_global = sum(is_global(address) for address in offered)
+    if num_global == len(offered):
+        return ""
+    others = "take the other lines, or " if num_global else ""
+    return (
+        f"strangers cannot use a private address: {others}forward the port in your router, and "
+        "give the public address with `--announce-maddr`"
+    )
 
 
 def load_blobs(store: BlobStore, start: Start, directory: Path) -> None:

@@ -25,6 +25,7 @@ from collections.abc import (
     Sequence,
 )
 from dataclasses import dataclass, replace
+from ipaddress import ip_address
 from typing import TYPE_CHECKING, Annotated, Final
 
 from pydantic import Field
@@ -291,3 +292,15 @@ def outside(maddrs: Sequence[str]) -> list[str]:
 def is_loopback(maddr: str) -> bool:
     """Whether an address leads to this machine only."""
     return maddr.startswith(("/ip4/127.", "/ip6/::1/"))
+
+
+def is_global(maddr: str) -> bool:
+    """Whether an address leads anywhere from everywhere: a public one, or a name.
+
+    Private, loopback and link-local ones do not, nor those that providers share out (100.64/10).
+    """
+    found = re.match(r"/ip[46]/([^/]+)", maddr)
+    try:
+        return found is None or ip_address(found[1]).is_global
+    except ValueError:
+        return False
