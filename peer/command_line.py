@@ -8,6 +8,7 @@ import asyncio
 import errno
 import functools
 import re
+import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
@@ -175,6 +176,9 @@ def one_line_errors(command: Callable[..., T]) -> Callable[..., T]:
         except* OSError as group:
             error = _first(group)
             _fail(*_explain(error), error, options)
+        except* _out_of_device_memory() as group:
+            error = _first(group)
+            _fail(*_explain_device_memory(options), error, options)
         except* KeyboardInterrupt:
             raise SystemExit(INTERRUPTED) from None
         raise AssertionError("unreachable: every branch above exits")
@@ -205,6 +209,18 @@ def _first(group: BaseExceptionGroup[Any]) -> Any:  # noqa: ANN401
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
+
+
+def _out_of_device_memory() -> Any:  # noqa: ANN401
+    """What torch raises then; nothing if it was not imported, for which `--help` cannot wait."""
+    return getattr(sys.modules.get("torch"), "OutOfMemoryError", ())
+
+
+def _explain_device_memory(options: dict[str, Any]) -> tuple[str, str]:
+    hint = "another program may have taken it; start the same command again when it is free"
+    if "optimizer" in options:
+        hint += ", with the same `--state-dir`; `--optimizer adamw8bit` needs less"
+    return "the memory of the device is full", hint
 
 
 def _explain(error: OSError) -> tuple[str, str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from bootstrap.cli import main as bootstrap
@@ -219,6 +220,53 @@ def test_a_disk_that_fills_up_is_one_line_and_nothing_is_lost() -> None:
     assert result.exit_code == 1
     assert "the disk is full; nothing that was written is lost" in result.output
     assert "hint: free some space" in result.output
+
+
+def out_of_memory_command(optimizer: str | None = None, verbose: int = 0) -> None:
+    raise ExceptionGroup("tasks", [torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB")])
+
+
+def test_a_device_whose_memory_is_taken_is_one_line_and_a_hint() -> None:
+    command = one_line_errors(out_of_memory_command)
+    optimizer = click.Option(["--optimizer"])
+    join = CliRunner().invoke(click.Command("join", callback=command, params=[optimizer]))
+    assert join.exit_code == 1
+    error, empty, hint = join.output.splitlines()
+    assert error == "error: the memory of the device is full"
+    assert not empty
+    assert hint.startswith("hint: another program may have taken it")
+    assert "--state-dir" in hint
+    assert "--optimizer adamw8bit" in hint
+    prepare = CliRunner().invoke(click.Command("prepare", callback=command))
+    assert prepare.exit_code == 1
+    assert "--optimizer" not in prepare.output, "it has no such option"
+    with pytest.raises(torch.OutOfMemoryError):
+        command(verbose=2)
+
+
+def test_what_went_wrong_otherwise_is_no_matter_of_the_device() -> None:
+    @click.command()
+    @one_line_errors
+    def command() -> None:
+        raise RuntimeError("a bug")
+
+    result = CliRunner().invoke(command)
+    assert isinstance(result.exception, RuntimeError)
+    assert "device" not in result.output
+
+
+def test_an_error_without_torch_needs_no_torch() -> None:
+    program = (
+        "from peer.command_line import one_line_errors\n"
+        "@one_line_errors\n"
+        "def command(): raise RuntimeError('a bug')\n"
+        "try: command()\n"
+        "except RuntimeError as error: assert str(error) == 'a bug'\n"
+        f"{HEAVY}\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_two_peers_do_not_share_a_state_directory(tmp_path: Path) -> None:
