@@ -73,7 +73,7 @@ async def join(config: PeerConfig, display: Display) -> None:
         volunteer = Volunteer(keeper, trainer_factory(choice), train_in=train_in)
         stop_on_signals(volunteer.stop.set, display)
         async with keeper.running():
-            keeper.start(_stay_reachable(network, keeper), "reachability")
+            keeper.start(_stay_reachable(network, keeper, config.state_dir), "reachability")
             await _train_until_stopped(volunteer)
             if not volunteer.stop.is_set():
                 display.say("run", "finished; still serving others, Ctrl-C to leave")
@@ -81,13 +81,15 @@ async def join(config: PeerConfig, display: Display) -> None:
         display.say("network", "left the swarm")
 
 
-async def _stay_reachable(network: Network, keeper: Keeper) -> None:
-    """Follow the relays as they come and go."""
+async def _stay_reachable(network: Network, keeper: Keeper, state_dir: Path) -> None:
+    """Follow the relays as they come and go, and this machine from network to network."""
     node, providers = keeper.node, keeper.providers
     async with aclosing(network.reachability.changes(partial(others, node, providers))) as changes:
         async for standing in changes:
             keeper.presence.maddrs = standing.maddrs[:MAX_MADDRS]
             note_standing(node, standing)
+            addresses = list(standing.maddrs) or await reachable_addresses(network)
+            write_address_file(state_dir, addresses)
 
 
 def note_standing(node: Node, standing: Standing) -> None:

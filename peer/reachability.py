@@ -2,7 +2,8 @@
 
 A few peers are asked to dial back: each opens a fresh connection to the address that it sees the
 asker at, and to nowhere else, at ports that the asker names. So nobody can be made to dial a third
-party. It meets the asker's key there, or it does not count.
+party. It meets the asker's key there, or it does not count. Who sees the asker at a private address
+is in the same network and says nothing about those outside: it counts only if nobody else answers.
 
 Who cannot be dialled still takes part: it dials everyone itself, and libp2p uses such a connection
 in both directions. For those who cannot be dialled either, it reserves a place at a relay, which is
@@ -56,6 +57,9 @@ MAX_ASKED_FOR_RELAYS = 16  # if none of those relays
 MAX_RELAYS = 3  # used at a time
 RESERVATION_SECONDS = 5.0  # to get a place at a relay
 RELAY_CHECK_SECONDS = 60.0  # between two looks at whether we still have it
+# Between two judgements. A laptop moves to another network, a router forwards the port at last:
+# this is soon enough for such things, and the few dials that it costs others are no burden.
+JUDGE_SECONDS = 15 * 60.0
 POLL_SECONDS = 0.1
 _CIRCUIT = "/p2p-circuit"
 
@@ -83,6 +87,7 @@ class Standing:
     is_dialled: bool | None  # None: nobody could tell
     maddrs: tuple[str, ...]  # by which others reach it, each with its peer ID
     port: int | None  # that it listens on
+    is_local: bool = False  # as far as peers of the same network tell, who were the only ones
 
     @property
     def relays(self) -> tuple[str, ...]:
@@ -95,8 +100,11 @@ class Standing:
         """One line for the volunteer."""
         if self.is_dialled is None:
             return "nobody could tell whether others can dial you"
+        if self.is_dialled and self.is_local:
+            return f"reachable on this network at {', '.join(self.maddrs[:2])}"
         if self.is_dialled:
-            return f"reachable from outside at {', '.join(self.maddrs[:2])}"
+            maddrs = [maddr for maddr in self.maddrs if is_global(maddr)] or self.maddrs
+            return f"reachable from outside at {', '.join(maddrs[:2])}"
         if self.relays:
             how = f"taking part through relay {', '.join(self.relays)}"
         else:
@@ -164,53 +172,117 @@ class Reachability:
         self._swarm = swarm
         self._transport = transport
         self._watchdog = watchdog
+        self._given = watchdog.config.announce_maddrs  # by the volunteer
+        self._reached: dict[str, list[str]] = {}  # ip4 or ip6 -> where we were reached last
         self._is_hidden = False  # others cannot dial us
+        self._is_doubted = False  # what we know was contradicted once
+        self._standing: Standing | None = None
 
     async def settle(self, peers: Sequence[str]) -> Standing:
         """Ask some of `peers`; if they cannot dial us, take a place at a relay that they know.
 
-        May restart p2pd. Raises `LocalFault` or `Unreachable` if that fails.
+        What was found out before holds until it is contradicted twice. May restart p2pd. Raises
+        `LocalFault` or `Unreachable` if that fails.
         """
-        config = self._watchdog.config
-        maddrs = await self._swarm.maddrs()
-        ports = ports_of(maddrs)
+        is_client = self._watchdog.config.client_mode
+        ports = () if is_client else await self._ports()
         replies = await self._ask(peers[:NUM_ASKED], ports)
-        is_dialled = False if config.client_mode else verdict(list(replies.values()))
+        counted = witnesses(list(replies.values()))
+        is_dialled = False if is_client else verdict(counted)
+        if self._standing is not None and not self._is_news(self._standing, is_dialled):
+            return self._standing
+        self._is_doubted = False
         self._is_hidden = is_dialled is False
         if is_dialled:
-            config = replace(config, trusted_relays=())
-            places = [maddr.split("/p2p/")[0] for maddr in maddrs if _CIRCUIT not in maddr]
-            unknown = [place for place in reached(replies) if place not in places]
-            if unknown:  # a forwarded port, of which this machine knows nothing
-                config = replace(config, announce_maddrs=(*unknown, *places))
-            if config != self._watchdog.config:
-                await self._watchdog.restart(config)
-        elif is_dialled is False:
-            relays = relays_of(replies)
-            if not relays:
-                relays = relays_of(await self._ask(peers[NUM_ASKED:][:MAX_ASKED_FOR_RELAYS], ()))
-            if relays:
-                await self._watchdog.restart(replace(config, trusted_relays=relays))
-                await self._until_reserved()
+            await self._announce([p for p in reached(counted) if not is_loopback(p)])
+        elif is_dialled is False and not await self._has_relay():
+            await self._be_relayed(replies, peers)
         maddrs = outside(await self._swarm.maddrs())
         if is_dialled is False:
             maddrs = [maddr for maddr in maddrs if _CIRCUIT in maddr]
-        return Standing(
-            is_dialled=is_dialled, maddrs=tuple(maddrs), port=ports[0] if ports else None
+        self._standing = Standing(
+            is_dialled=is_dialled,
+            maddrs=tuple(sorted(maddrs, key=lambda maddr: (is_global(maddr), maddr))),
+            port=ports[0] if ports else None,
+            is_local=bool(is_dialled) and not any(is_global(reply.seen or "") for reply in counted),
         )
+        return self._standing
+
+    def _is_news(self, standing: Standing, is_dialled: bool | None) -> bool:
+        """Whether to act on this verdict. Once is not enough to overturn the last one.
+
+        To act cuts what p2pd has under way, and a dial may fail because a line was busy.
+        """
+        is_contradicted = standing.is_dialled not in (None, is_dialled)
+        is_sure = not is_contradicted or self._is_doubted
+        self._is_doubted = is_contradicted and is_dialled is not None
+        return is_sure and is_dialled is not None
 
     async def changes(
         self, peers: Callable[[], Awaitable[Sequence[str]]]
     ) -> AsyncGenerator[Standing, None]:
-        """Settle anew, for ever, whenever the place at a relay is lost; yields what came of it."""
+        """Settle anew, for ever: now and then, and whenever the place at a relay is lost.
+
+        Yields what came of it where that is something new.
+        """
+        loop = asyncio.get_running_loop()
+        judged_time = loop.time()
         while True:
             await asyncio.sleep(RELAY_CHECK_SECONDS)
             try:
-                maddrs = await self._swarm.maddrs()
-                if self._is_hidden and not any(_CIRCUIT in maddr for maddr in maddrs):
-                    yield await self.settle(await peers())
+                is_due = self._is_doubted or loop.time() >= judged_time + JUDGE_SECONDS
+                if is_due or (self._is_hidden and not await self._has_relay()):
+                    judged_time, before = loop.time(), self._standing
+                    standing = await self.settle(await peers())
+                    if standing != before:
+                        yield standing
             except (LocalFault, Unreachable):
                 continue  # the watchdog is at it
+
+    async def _ports(self) -> tuple[int, ...]:
+        """Where others may try to dial us, also while p2pd, being hidden, does not say so."""
+        maddrs = await self._swarm.maddrs()
+        return ports_of([*maddrs, *self._given, *self._watchdog.config.host_maddrs])
+
+    async def _has_relay(self) -> bool:
+        return any(_CIRCUIT in maddr for maddr in await self._swarm.maddrs())
+
+    async def _places(self) -> list[str]:
+        """The addresses that p2pd names, but for relays, without our peer ID."""
+        maddrs = await self._swarm.maddrs()
+        return [maddr.split("/p2p/")[0] for maddr in maddrs if _CIRCUIT not in maddr]
+
+    async def _announce(self, places: list[str]) -> None:
+        """Have p2pd name the places where we were reached, and no relays.
+
+        This machine knows nothing of a port that a router forwards to it.
+        """
+        for family in {_family_of(place) for place in places}:
+            self._reached[family] = [place for place in places if _family_of(place) == family]
+        config = self._watchdog.config
+        if not config.trusted_relays and set(places) <= set(await self._places()):
+            return
+        # What p2pd was told to name before may be of another network: it is asked without.
+        plain = replace(config, trusted_relays=(), announce_maddrs=self._given)
+        if plain != config:
+            await self._watchdog.restart(plain)
+        own = await self._places()
+        unknown = [p for of_family in self._reached.values() for p in of_family if p not in own]
+        if unknown:
+            config = replace(self._watchdog.config, announce_maddrs=(*unknown, *own))
+            await self._watchdog.restart(config)
+
+    async def _be_relayed(self, replies: Mapping[str, DialBackReply], peers: Sequence[str]) -> None:
+        """Take a place at a relay, if there is one."""
+        relays = relays_of(replies)
+        if not relays:
+            relays = relays_of(await self._ask(peers[NUM_ASKED:][:MAX_ASKED_FOR_RELAYS], ()))
+        if relays:
+            self._reached.clear()  # refuted, and not announced any more
+            config = self._watchdog.config
+            config = replace(config, trusted_relays=relays, announce_maddrs=self._given)
+            await self._watchdog.restart(config)
+            await self._until_reserved()
 
     async def _ask(self, peers: Sequence[str], ports: tuple[int, ...]) -> dict[str, DialBackReply]:
         """What those of `peers` answered who did."""
@@ -232,23 +304,35 @@ class Reachability:
 
     async def _until_reserved(self) -> None:
         for _ in range(round(RESERVATION_SECONDS / POLL_SECONDS)):
-            if any(_CIRCUIT in maddr for maddr in await self._swarm.maddrs()):
+            if await self._has_relay():
                 return
             await asyncio.sleep(POLL_SECONDS)
 
 
-def verdict(replies: Sequence[DialBackReply]) -> bool | None:
-    """Whether more than half of those who tried could dial us; None if nobody tried."""
+def witnesses(replies: Sequence[DialBackReply]) -> list[DialBackReply]:
+    """Those who tried to dial us from outside; if nobody did, those who tried on our network."""
     tried = [reply for reply in replies if reply.seen is not None]
-    if not tried:
+    return [reply for reply in tried if is_global(reply.seen or "")] or tried
+
+
+def verdict(replies: Sequence[DialBackReply]) -> bool | None:
+    """Whether more than half of the witnesses could dial us; None if there are none."""
+    counted = witnesses(replies)
+    if not counted:
         return None
-    return 2 * sum(bool(reply.reached) for reply in tried) > len(tried)
+    return 2 * sum(bool(reply.reached) for reply in counted) > len(counted)
 
 
-def reached(replies: Mapping[str, DialBackReply]) -> list[str]:
+def reached(replies: Sequence[DialBackReply]) -> list[str]:
     """The addresses at which we were reached, without our peer ID."""
-    places = [f"{r.seen}/tcp/{port}" for r in replies.values() if r.seen for port in r.reached]
+    places = [
+        f"{reply.seen}/tcp/{port}" for reply in replies if reply.seen for port in reply.reached
+    ]
     return list(dict.fromkeys(places))
+
+
+def _family_of(place: str) -> str:
+    return place.split("/")[1]
 
 
 def relays_of(replies: Mapping[str, DialBackReply]) -> tuple[str, ...]:

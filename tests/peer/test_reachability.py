@@ -20,6 +20,7 @@ from peer.reachability import (
     Reachability,
     Standing,
     host_of,
+    is_global,
     ports_of,
     relays_of,
     verdict,
@@ -29,9 +30,12 @@ from tests.lab import identity
 from tests.virtual_clock import run_virtual
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     from peer.transport import Transport
 
 US, ASKER, OTHER = (identity(number).peer_id for number in (1, 2, 3))
+OUTSIDE = "/ip4/8.8.8.8"
 PUBLIC = f"/ip4/203.0.113.9/tcp/31337/p2p/{OTHER}"
 
 
@@ -143,6 +147,16 @@ def test_the_majority_of_those_who_tried_decides() -> None:
     assert verdict([yes, no]) is False, "through a relay one is reached in any case"
 
 
+def test_who_dials_from_the_same_network_proves_nothing_about_those_outside() -> None:
+    outside_yes, outside_no = reply(seen=OUTSIDE, reached=(1,)), reply(seen=OUTSIDE)
+    for at_home in ("/ip4/192.168.1.2", "/ip4/127.0.0.1", "/ip4/100.64.0.2", "/ip6/fd00::1"):
+        yes, no = reply(seen=at_home, reached=(1,)), reply(seen=at_home)
+        assert verdict([yes, yes, outside_no]) is False
+        assert verdict([no, no, outside_yes]) is True
+        assert verdict([yes, reply(seen=None)]) is True, "there is nobody else"
+        assert verdict([yes, no]) is False
+
+
 def test_a_relay_can_only_propose_itself_where_it_is_dialled() -> None:
     def proposing(*maddrs: str) -> dict[str, DialBackReply]:
         return {OTHER: DialBackReply(seen=None, reached=(), relay=maddrs)}
@@ -165,6 +179,117 @@ def test_addresses_are_read() -> None:
         f"others cannot dial you: taking part through relay {OTHER}; "
         "forward TCP port 7 to this machine for better throughput"
     )
+
+
+class Home:
+    """A machine of ours, as swarm and watchdog; `OTHER` dials it back, and relays."""
+
+    def __init__(self, *own: str) -> None:
+        self.own = list(own)
+        self.config = DaemonConfig(host_maddrs=("/ip4/0.0.0.0/tcp/4000",))
+        self.restarts: list[DaemonConfig] = []
+        self.reply = reply(seen=None)
+        self.network = MemoryNetwork(seed=0)
+        self.transport = self.network.transport(OTHER)
+
+    async def maddrs(self) -> list[str]:
+        """As p2pd does, which names no public address of its own while it is hidden."""
+        relays = self.config.trusted_relays
+        places = [
+            p for p in self.config.announce_maddrs or self.own if not relays or not is_global(p)
+        ]
+        circuits = [f"{relay}/p2p-circuit" for relay in relays]
+        return [f"{place}/p2p/{US}" for place in [*places, *circuits]]
+
+    async def restart(self, config: DaemonConfig) -> None:
+        self.config = config
+        self.restarts.append(config)
+
+    async def reachability(self) -> Reachability:
+        async def answer(_asker: str, payload: bytes) -> AsyncIterator[bytes]:
+            ports = DialBackRequest.from_bytes(payload, sender=US).ports
+            assert set(self.reply.reached) <= set(ports), "only what is asked for is dialled"
+            yield self.reply.to_bytes()
+
+        await self.transport.serve(DIAL_BACK_PROTOCOL, answer, max_request_bytes=4096)
+        return Reachability(self, self.network.transport(US), self)  # type: ignore[arg-type]
+
+
+async def asked() -> list[str]:
+    return [OTHER]
+
+
+def test_reachability_is_judged_again_and_overturned_only_by_two_answers() -> None:
+    async def main() -> None:
+        home = Home(f"{OUTSIDE}/tcp/4000")
+        yes = reply(seen=OUTSIDE, reached=(4000,))
+        no = DialBackReply(seen=OUTSIDE, reached=(), relay=(PUBLIC,))
+        home.reply = yes
+        reachability = await home.reachability()
+        first = await reachability.settle(await asked())
+        assert first.text == f"reachable from outside at {OUTSIDE}/tcp/4000/p2p/{US}"
+        answers = iter([no, yes, no, no, yes, no, yes, yes])
+
+        async def asked_later() -> list[str]:
+            home.reply = next(answers)
+            return await asked()
+
+        loop = asyncio.get_running_loop()
+        begin = loop.time()
+        async with aclosing(reachability.changes(asked_later)) as changes:
+            hidden = await anext(changes)
+            assert hidden.is_dialled is False
+            assert hidden.relays == (OTHER,)
+            assert hidden.port == 4000
+            minutes = 15 + 1 + 15 + 1  # the first doubt was none
+            assert loop.time() - begin == pytest.approx(60 * minutes, abs=1)
+            again = await anext(changes)
+            assert again == first
+            assert not home.config.is_hidden
+        assert list(answers) == []
+        assert len(home.restarts) == 2
+
+    run_virtual(main())
+
+
+def test_a_forwarded_port_is_announced_in_each_network_anew() -> None:
+    async def main() -> None:
+        home = Home("/ip4/192.168.1.2/tcp/4000")
+        home.reply = reply(seen=OUTSIDE, reached=(4000,))
+        reachability = await home.reachability()
+        await reachability.settle(await asked())
+        assert home.config.announce_maddrs == (f"{OUTSIDE}/tcp/4000", *home.own)
+        async with aclosing(reachability.changes(asked)) as changes:
+            home.own = ["/ip4/10.0.0.7/tcp/4000"]
+            home.reply = reply(seen="/ip4/9.9.9.9", reached=(4000,))
+            moved = await anext(changes)
+            assert moved.text == f"reachable from outside at /ip4/9.9.9.9/tcp/4000/p2p/{US}"
+            assert home.config.announce_maddrs == ("/ip4/9.9.9.9/tcp/4000", *home.own)
+            home.reply = reply(seen="/ip6/2600::7", reached=(4000,))
+            both = ("/ip4/9.9.9.9/tcp/4000", "/ip6/2600::7/tcp/4000", *home.own)
+            await anext(changes)
+            assert home.config.announce_maddrs == both
+            num_restarts = len(home.restarts)
+            home.reply = reply(seen="/ip4/9.9.9.9", reached=(4000,))
+            await reachability.settle(await asked())
+            assert len(home.restarts) == num_restarts, "it is announced already"
+
+    run_virtual(main())
+
+
+def test_whoever_is_alone_in_a_network_says_no_more_than_that() -> None:
+    async def main() -> None:
+        home = Home("/ip4/192.168.1.2/tcp/4000")
+        home.reply = reply(seen="/ip4/192.168.1.2", reached=(4000,))
+        reachability = await home.reachability()
+        standing = await reachability.settle(await asked())
+        where = f"/ip4/192.168.1.2/tcp/4000/p2p/{US}"
+        assert standing.text == f"reachable on this network at {where}"
+        assert home.restarts == []
+        home.reply = reply(seen=None)
+        assert await reachability.settle(await asked()) == standing, "nobody contradicts it"
+
+    run_virtual(main())
 
 
 class FakeWatchdog:
