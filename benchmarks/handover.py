@@ -15,8 +15,8 @@ from typing import Any
 import click
 
 from benchmarks.lockstep import Lockstep, compare, settings
-from dipaco.inner import saved_moments
 from dipaco.moments import decode_moments, encode_moments
+from dipaco.optimizer import saved_moments
 from dipaco.start import Start
 from peer.path_work import OPTIMIZER_SUFFIX, PathWork
 

@@ -7,84 +7,37 @@ same steps therefore give the same bits.
 
 # ruff: noqa: N803, N806 - tensors carry their shape in their name
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dipaco.checkpoint import write_atomically
-from dipaco.config import InnerConfig, RunConfig
+from dipaco.config import RunConfig
 from dipaco.device import autocast, send
 from dipaco.evaluate import IGNORED, NOTHING, Evaluation, evaluate, targets_of, token_nll
-from dipaco.imports import bitsandbytes
 from dipaco.model import PathNet, add_to_module, read_module, write_module
 from dipaco.moments import Moments
+from dipaco.optimizer import (
+    OptimizerName,
+    learning_rate,
+    new_optimizer,
+    optimizer_state,
+    optimizer_tensors,
+)
 from dipaco.shards import Rows, Shard
-from dipaco.tensors import decode_tensors, encode_quickly, layout_of, split_tensors
+from dipaco.tensors import encode_quickly
 from dipaco.topology import ModuleID, PathID, Topology
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-OptimizerName = Literal["adamw", "adamw8bit"]
-
 _SCORE_ROWS = 256  # moved to the device at a time
-_IDENTITY = "identity"
-# Parameters, gradients, and working space of activations besides the optimizer, in bytes per
-# parameter: 4 + 4, and as much again.
-_TRAINING_BYTES_PER_PARAMETER = 16
-_ADAMW_BYTES_PER_PARAMETER = 8
-_ADAMW8BIT_BYTES_PER_PARAMETER = 2
 # Logits of training held at a time: few enough for the cache of a CPU core, enough to fill a GPU.
 _LOGITS_AT_ONCE = {"cpu": 2**19, "cuda": 2**27}
-
-
-def learning_rate(
-    config: InnerConfig, *, position_steps: int, total_steps: int, fresh_steps: int
-) -> float:
-    """Learning rate of one inner step: cosine over the run, warm-up over the optimizer's life.
-
-    `position_steps` is where the run is (version x inner_steps + step within the round), the
-    same for every peer; `fresh_steps` counts the steps since this optimizer had no state, so
-    that a peer that arrives late, or takes another path, warms up too.
-    """
-    warmup = min(1.0, (fresh_steps + 1) / (config.warmup_steps + 1))
-    progress = min(1.0, position_steps / total_steps)
-    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
-    final = config.final_learning_rate_fraction
-    return config.learning_rate * warmup * (final + (1.0 - final) * cosine)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OptimizerChoice:
-    """Which optimizer to use, and why, in words for a person."""
-
-    name: OptimizerName
-    reason: str
-
-
-def choose_optimizer(num_parameters: int, free_memory_bytes: int | None) -> OptimizerChoice:
-    """AdamW, or its 8-bit form where the memory of a GPU is short.
-
-    `free_memory_bytes` is None on a CPU.
-    """
-    if free_memory_bytes is None:
-        return OptimizerChoice(name="adamw", reason="the CPU trains with 32-bit AdamW")
-    needed = num_parameters * (_TRAINING_BYTES_PER_PARAMETER + _ADAMW_BYTES_PER_PARAMETER)
-    sizes = f"{needed / 2**30:.1f} GiB needed, {free_memory_bytes / 2**30:.1f} GiB free"
-    if needed <= free_memory_bytes:
-        return OptimizerChoice(name="adamw", reason=f"32-bit AdamW fits the GPU: {sizes}")
-    return OptimizerChoice(name="adamw8bit", reason=f"GPU memory is short for AdamW: {sizes}")
-
-
-def least_training_bytes(num_parameters: int) -> int:
-    """Memory without which a path of that many parameters is not trained, in bytes, about."""
-    return num_parameters * (_TRAINING_BYTES_PER_PARAMETER + _ADAMW8BIT_BYTES_PER_PARAMETER)
 
 
 class Batches:
@@ -296,7 +249,10 @@ class PathTrainer:
 
     def save_optimizer(self, file: Path) -> None:
         """Write the optimizer's state and step count, whole or not at all."""
-        write_atomically(file, encode_quickly(self._optimizer_tensors()))
+        tensors = optimizer_tensors(
+            self._optimizer, self._parameters, identity=self._identity, num_steps=self.num_steps
+        )
+        write_atomically(file, encode_quickly(tensors))
 
     def load_optimizer(self, file: Path) -> bool:
         """Continue where `save_optimizer` left off; False, and no change, if that cannot be.
@@ -304,13 +260,9 @@ class PathTrainer:
         The file may be absent, damaged, or of another model, path or optimizer.
         """
         try:
-            raw = file.read_bytes()
-            tensors = decode_tensors(raw, layout_of(raw))
-            identity = tensors.pop(_IDENTITY)
-            if bytes(identity.numpy()) != self._identity.encode():
-                return False
-            num_steps = int(tensors.pop("num_steps"))
-            state = self._optimizer_state(tensors)
+            num_steps, state = optimizer_state(
+                file.read_bytes(), self._parameters, identity=self._identity
+            )
         except (OSError, ValueError, LookupError):
             return False
         for parameter, entries in zip(self._parameters, state, strict=True):
@@ -353,30 +305,6 @@ class PathTrainer:
         hidden_ND.backward(gradient_ND)  # type: ignore[no-untyped-call]
         return loss
 
-    def _optimizer_tensors(self) -> dict[str, Tensor]:
-        """The optimizer's state by `parameter number.key`; whole numbers become int64 scalars."""
-        tensors = {
-            _IDENTITY: torch.frombuffer(bytearray(self._identity.encode()), dtype=torch.uint8),
-            "num_steps": torch.tensor(self.num_steps),
-        }
-        for number, parameter in enumerate(self._parameters):
-            for key, value in self._optimizer.state[parameter].items():
-                tensors[f"{number}.{key}"] = torch.as_tensor(value).cpu()
-        return tensors
-
-    def _optimizer_state(self, tensors: Mapping[str, Tensor]) -> list[dict[str, Any]]:
-        """The inverse of `_optimizer_tensors`; ValueError if it does not fit the network."""
-        state: list[dict[str, Any]] = [{} for _ in self._parameters]
-        for name, tensor in tensors.items():
-            number, key = name.split(".")
-            is_count = tensor.dtype == torch.int64
-            state[int(number)][key] = int(tensor) if is_count else tensor.to(self.device)
-        keys = ("exp_avg", "exp_avg_sq") if self.optimizer_name == "adamw" else ("state1", "state2")
-        for parameter, entries in zip(self._parameters, state, strict=True):
-            if "step" not in entries or any(entries[key].shape != parameter.shape for key in keys):
-                raise ValueError("the optimizer's state is of another network")
-        return state
-
 
 def counted_positions(hidden_BTD: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
     """Of all positions those with a target that counts: hidden [N, D] and targets [N], on the
@@ -386,50 +314,3 @@ def counted_positions(hidden_BTD: Tensor, targets_BT: Tensor) -> tuple[Tensor, T
     kept_N = (targets_N != IGNORED).nonzero().flatten()
     hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, send(kept_N, device))
     return hidden_ND, send(targets_N[kept_N], device)
-
-
-def saved_moments(file: Path) -> Moments | None:
-    """What `PathTrainer.save_optimizer` left in a file, for `PathTrainer.take_over` of another
-    peer; None if that is nothing, damaged, or not AdamW's 32-bit state.
-    """
-    try:
-        raw = np.memmap(file, dtype=np.uint8, mode="r").data
-        bodies = split_tensors(raw, layout_of(raw))
-        if not bytes(bodies[_IDENTITY]).startswith(b"adamw "):
-            return None
-        num_parameters = sum(name.endswith(".exp_avg") for name in bodies)
-        mean, mean_square = (
-            np.concatenate(
-                [np.frombuffer(bodies[f"{n}.{key}"], np.float32) for n in range(num_parameters)]
-            )
-            for key in ("exp_avg", "exp_avg_sq")
-        )
-        [num_steps] = np.frombuffer(bodies["num_steps"], np.int64)
-    except (OSError, ValueError, LookupError):
-        return None
-    return Moments(
-        num_steps=int(num_steps),
-        mean=torch.from_numpy(mean),
-        mean_square=torch.from_numpy(mean_square),
-    )
-
-
-def new_optimizer(
-    net: nn.Module, name: OptimizerName, config: InnerConfig
-) -> torch.optim.Optimizer:
-    """AdamW without weight decay on the norms."""
-    parameters = list(net.parameters())
-    groups = [
-        {
-            "params": [p for p in parameters if p.dim() > 1],
-            "weight_decay": config.weight_decay,
-        },
-        {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
-    ]
-    betas = (config.beta1, config.beta2)
-    if name == "adamw8bit":
-        optimizer: torch.optim.Optimizer = bitsandbytes().optim.AdamW8bit(
-            groups, lr=0.0, betas=betas
-        )
-        return optimizer
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)

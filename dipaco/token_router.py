@@ -20,8 +20,8 @@ from dipaco.config import RunConfig
 from dipaco.device import autocast
 from dipaco.errors import BadBytes, ConfigError
 from dipaco.evaluate import IGNORED
-from dipaco.inner import learning_rate, new_optimizer
 from dipaco.model import PathNet
+from dipaco.optimizer import learning_rate, new_optimizer
 from dipaco.shards import Rows
 from dipaco.tensors import Layout, decode_tensors, encode_tensors
 

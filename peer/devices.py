@@ -6,7 +6,8 @@ import torch
 
 from dipaco.config import RunConfig
 from dipaco.device import find_device, free_memory_bytes, require_compiler
-from dipaco.inner import OptimizerName, PathTrainer, choose_optimizer
+from dipaco.inner import PathTrainer
+from dipaco.optimizer import OptimizerName, choose_optimizer
 from dipaco.shards import Shard
 from dipaco.topology import PathID, Topology
 from peer.config import PeerConfig

@@ -17,8 +17,8 @@ from pathlib import Path
 from dht.errors import BadMessage, LocalFault, SwarmError
 from dipaco.config import InnerConfig
 from dipaco.errors import BadBytes
-from dipaco.inner import saved_moments
 from dipaco.moments import Moments, decode_moments, encode_moments, moments_bytes
+from dipaco.optimizer import saved_moments
 from dipaco.topology import PathID
 from peer.messages import HandoverReply, HandoverRequest
 from peer.modules import Held

@@ -12,8 +12,8 @@ from typing import TypeVar
 from dht.errors import LocalFault
 from dipaco.checkpoint import state_bytes
 from dipaco.config import RunConfig
-from dipaco.inner import least_training_bytes
 from dipaco.model import num_parameters
+from dipaco.optimizer import least_training_bytes
 from dipaco.topology import Topology
 from peer.config import PeerConfig
 from peer.events import MAX_LOG_BYTES

@@ -11,7 +11,7 @@ from statistics import median_low
 from dht.errors import Rejected, Unreachable
 from dht.keys import announcement_key, head_key
 from dht.records import MAX_LIFETIME_SECONDS, Announcement, Head, ManifestPointer, Record, Scores
-from dipaco.inner import least_training_bytes
+from dipaco.optimizer import least_training_bytes
 from dipaco.topology import ModuleID, PathID
 from peer.address_book import Addresses
 from peer.assignment import Snapshot, with_slot_under_way

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 
 from dipaco.device import autocast
 from dipaco.evaluate import IGNORED, targets_of
-from dipaco.inner import Batches, learning_rate
+from dipaco.inner import Batches
 from dipaco.model import PathNet, parameter_shapes, write_module
+from dipaco.optimizer import learning_rate
 from dipaco.start import Start
 from dipaco.topology import ModuleID
 

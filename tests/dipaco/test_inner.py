@@ -11,8 +11,9 @@ from dipaco import inner
 from dipaco.config import RunConfig
 from dipaco.device import require_compiler
 from dipaco.errors import ConfigError
-from dipaco.inner import Batches, PathTrainer, choose_optimizer, learning_rate
+from dipaco.inner import Batches, PathTrainer
 from dipaco.model import PathNet, initialize, read_module
+from dipaco.optimizer import choose_optimizer, learning_rate
 from dipaco.shards import Shard
 from dipaco.topology import ModuleID, PathID, Topology
 

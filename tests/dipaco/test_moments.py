@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dipaco.config import InnerConfig, RunConfig
 from dipaco.errors import BadBytes
-from dipaco.inner import PathTrainer, saved_moments
+from dipaco.inner import PathTrainer
 from dipaco.moments import (
     Moments,
     decode_moments,
@@ -19,6 +19,7 @@ from dipaco.moments import (
     greatest_ratio,
     moments_bytes,
 )
+from dipaco.optimizer import saved_moments
 from dipaco.tensors import decode_tensors, encode_tensors, layout_of
 from tests.dipaco.test_inner import a_trainer
 
