@@ -18,7 +18,8 @@ import torch
 
 from dipaco.checkpoint import ModuleState, encode_state, write_atomically
 from dipaco.config import RunConfig
-from dipaco.corpus import Split, load_documents, split_of
+from dipaco.corpus import load_documents, split_of
+from dipaco.document import Split
 from dipaco.errors import ConfigError
 from dipaco.inner import PathTrainer
 from dipaco.llama import read_llama

@@ -14,7 +14,7 @@ from typing import BinaryIO, get_args
 import numpy as np
 
 from dipaco.checkpoint import replacing
-from dipaco.corpus import Split
+from dipaco.document import Split
 from dipaco.errors import BadBytes, ConfigError
 from dipaco.shards import Rows
 

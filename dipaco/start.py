@@ -9,8 +9,8 @@ import torch
 
 from dipaco.checkpoint import ModuleState, decode_state
 from dipaco.config import RoundsConfig, RoutingConfig, RunConfig, TopologyConfig
-from dipaco.corpus import Split
 from dipaco.digest import BlobIndex, index_of_file
+from dipaco.document import Split
 from dipaco.errors import ConfigError
 from dipaco.model import PathNet, num_parameters, write_module
 from dipaco.routing import MAX_FIT_SEQUENCES, FeatureExtractor, Router, feature_extractor

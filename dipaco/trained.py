@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dipaco.checkpoint import write_atomically
 from dipaco.config import RunConfig
-from dipaco.corpus import Split
+from dipaco.document import Split
 from dipaco.errors import ConfigError
 from dipaco.evaluate import Evaluation, token_nll
 from dipaco.model import PathNet, write_module

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 import dipaco.corpus
 from dipaco.config import CorpusConfig
-from dipaco.corpus import Document, Split, load_documents, split_of
+from dipaco.corpus import load_documents, split_of
+from dipaco.document import Document, Split
 from dipaco.errors import ConfigError
 
 EMBEDDED = CorpusConfig(source="python", max_documents=150, max_document_bytes=2048)
@@ -49,7 +50,7 @@ def test_no_source_is_in_two_splits(embedded: list[Document]) -> None:
 
 
 def test_code_and_its_docstrings_are_apart(embedded: list[Document]) -> None:
-    from dipaco.corpus import _split_python
+    from dipaco.embedded_corpus import _split_python
 
     code, docstrings = _split_python(Path(json.__file__))
     assert "JSON (JavaScript Object Notation)" in docstrings

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dipaco.corpus import Split
+from dipaco.document import Split
 from dipaco.errors import BadBytes, ConfigError
 from dipaco.preparation import prepare_start
 from dipaco.sequences import SPLITS, read_split, rows_of, write_sequences
