@@ -31,9 +31,10 @@ from rich.table import Table
 from benchmarks.inner_step import Step, a_shard, paired, peer_step, run_turns
 from benchmarks.quality.plan import base_config, varied
 from dipaco.config import RunConfig
+from dipaco.dense import train_dense
+from dipaco.evaluate import total
 from dipaco.preparation import prepare_start
-from dipaco.reference import train, train_dense
-from dipaco.rerouting import whole
+from dipaco.reference import train
 from dipaco.shards import Rows, Shard
 from dipaco.start import Start
 from dipaco.topology import Topology
@@ -80,7 +81,7 @@ def train_ours_paths(directory: Path) -> Figures:
     rounds = start.config.rounds
     train(start, training_directory(directory, start.config), num_rounds=rounds.num_rounds)
     found = evaluate_model(TrainedModel.load(directory), full_test_rows(start))
-    return {"2x2": whole(found).perplexity}
+    return {"2x2": total(found).perplexity}
 
 
 def train_theirs(directory: Path, learning_rate: float) -> Figures:

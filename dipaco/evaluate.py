@@ -7,8 +7,9 @@ this holds for dense models too.
 # ruff: noqa: N803, N806 - tensors carry their shape in their name
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,15 @@ class Evaluation:
 
 
 NOTHING = Evaluation(nll_sum=0.0, num_tokens=0)
+
+
+def total(evaluations: Mapping[Any, Evaluation]) -> Evaluation:
+    """The whole model: every sequence, or chunk of one, through the path that the router gives it.
+
+    In the reports of rounds each path counts alike where shards have more validation rows than
+    `rounds.eval_sequences`.
+    """
+    return sum(evaluations.values(), NOTHING)
 
 
 def targets_of(tokens_BT: Tensor, *, prefix_tokens: int, pad: int) -> Tensor:

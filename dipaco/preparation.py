@@ -19,6 +19,7 @@ import torch
 from dipaco.checkpoint import ModuleState, encode_state, write_atomically
 from dipaco.config import RunConfig
 from dipaco.corpus import load_documents, split_of
+from dipaco.dense import single_path
 from dipaco.document import Split
 from dipaco.errors import ConfigError
 from dipaco.inner import PathTrainer
@@ -28,7 +29,7 @@ from dipaco.routing import MAX_FIT_SEQUENCES, HashRouter, Router, fit_centers
 from dipaco.sequences import write_sequences
 from dipaco.sharding import shard_corpus
 from dipaco.shards import Rows, Shard, evenly_spread
-from dipaco.start import RUN_FILE, START_FILE, TOKENIZER_FILE, Start, single_path
+from dipaco.start import RUN_FILE, START_FILE, TOKENIZER_FILE, Start
 from dipaco.tensors import decode_tensors, encode_tensors, layout_of
 from dipaco.tiny_lm import train_tiny_lm_router
 from dipaco.tokenizer import train_tokenizer

@@ -20,9 +20,8 @@ from dipaco.compression import EncodedGradient, compress_with_feedback
 from dipaco.config import RunConfig
 from dipaco.discriminative import fit_linear_router
 from dipaco.errors import BadBytes, ConfigError
-from dipaco.evaluate import NOTHING, Evaluation
+from dipaco.evaluate import Evaluation
 from dipaco.inner import PathTrainer
-from dipaco.model import read_module
 from dipaco.outer import Contribution, apply_contributions, contribution_weights
 from dipaco.rounds import (
     DAMAGED_HINT,
@@ -35,7 +34,7 @@ from dipaco.rounds import (
 from dipaco.sharding import Sharding, shard_corpus
 from dipaco.shards import Shard
 from dipaco.side_by_side import SideBySide
-from dipaco.start import Start, single_path
+from dipaco.start import Start
 from dipaco.topology import ModuleID, PathID, Topology
 
 States = dict[ModuleID, ModuleState]
@@ -334,57 +333,3 @@ class _Training:
 def phase_sharding(directory: Path, config: RunConfig, phase: int) -> Sharding:
     """The sharding that a discriminative phase after `phase` rounds left in a training."""
     return Sharding(config, directory / f"sharding-{phase:06}")
-
-
-def train_dense(
-    start: Start,
-    num_steps: int,
-    *,
-    device: torch.device | str = "cpu",
-    on_step: Callable[[int], None] = lambda step: None,
-) -> PathTrainer:
-    """Take all the steps of a `dense_trainer`."""
-    trainer = dense_trainer(start, num_steps, device=device)
-    for step in range(num_steps):
-        trainer.train_step(step)
-        on_step(step)
-    return trainer
-
-
-def dense_trainer(
-    start: Start, num_steps: int, *, device: torch.device | str = "cpu"
-) -> PathTrainer:
-    """What a DiPaCo is compared with: one network of a path's size on all of the training data.
-
-    Plain AdamW from the same start, with a path's batch and a schedule for `num_steps` steps. The
-    start was trained on the same rows in the same order: this goes on with those after its own.
-    """
-    config = single_path(start.config, num_steps)
-    topology = Topology.of(config)
-    shard = Shard(path=topology.paths[0], train=start.rows("train"), valid=start.rows("valid"))
-    trainer = PathTrainer(config, topology, shard.path, shard, device=device)
-    net = start.net()
-    for module in trainer.modules:
-        trainer.write_module(module, read_module(net, topology, module))
-    dense_start = start.config.dense_start
-    if not dense_start.checkpoint:
-        num_seen = dense_start.steps * dense_start.batch_sequences
-        trainer.seek(-(-num_seen // config.inner.batch_sequences))
-    return trainer
-
-
-def evaluate_dense(sharding: Sharding, dense: PathTrainer) -> Evaluations:
-    """The dense model on the sequences that each path is evaluated on."""
-    num_rows = sharding.config.rounds.eval_sequences
-    return {
-        path: dense.evaluate_rows(sharding.shard(path).valid[:num_rows])
-        for path in sharding.shard_tokens
-    }
-
-
-def total(evaluations: Evaluations) -> Evaluation:
-    """The whole model: every sequence through the path that the router gives it.
-
-    Where shards have more validation rows than `rounds.eval_sequences`, each path counts alike.
-    """
-    return sum(evaluations.values(), NOTHING)

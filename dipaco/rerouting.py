@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dipaco.config import ModelConfig
-from dipaco.evaluate import NOTHING, Evaluation, token_nll
+from dipaco.evaluate import Evaluation, token_nll
 from dipaco.routing import FeatureExtractor, Router, ranking
 from dipaco.shards import Rows
 
@@ -83,8 +83,3 @@ def evaluate_choices(
             num_tokens=int(counted_NT.sum()),
         )
     return evaluations
-
-
-def whole(evaluations: dict[int, Evaluation]) -> Evaluation:
-    """The whole model: the sum over its paths."""
-    return sum(evaluations.values(), NOTHING)

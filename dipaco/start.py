@@ -1,14 +1,14 @@
 """Everything a run begins with, in a directory that `dipaco.preparation` filled."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from dipaco.checkpoint import ModuleState, decode_state
-from dipaco.config import RoundsConfig, RoutingConfig, RunConfig, TopologyConfig
+from dipaco.config import RunConfig
 from dipaco.digest import BlobIndex, index_of_file
 from dipaco.document import Split
 from dipaco.errors import ConfigError
@@ -137,10 +137,3 @@ class Start:
     def feature_extractor(self, device: torch.device | str = "cpu") -> FeatureExtractor:
         """What routers see of a prefix, computed by the dense start on a device."""
         return feature_extractor(self.net().to(device))
-
-
-def single_path(config: RunConfig, num_steps: int) -> RunConfig:
-    """The run in which one path is the whole network: a dense model, for `num_steps` steps."""
-    rounds = RoundsConfig(num_rounds=1, inner_steps=max(num_steps, 1), round_seconds=1.0)
-    routing = RoutingConfig(prefix_tokens=config.routing.prefix_tokens)
-    return replace(config, topology=TopologyConfig(levels=(1,)), rounds=rounds, routing=routing)

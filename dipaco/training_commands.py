@@ -112,6 +112,7 @@ def _train(
     baseline: bool,
 ) -> "tuple[ReferenceResult, Evaluations | None]":
     from dipaco import reference
+    from dipaco.dense import evaluate_dense, train_dense
     from dipaco.rounds import latest_round
     from dipaco.trained import training_directory
 
@@ -146,10 +147,10 @@ def _train(
     if not baseline:
         return result, None
     task = progress.add_task("dense", total=rounds.total_steps)
-    dense = reference.train_dense(
+    dense = train_dense(
         start, rounds.total_steps, device=device, on_step=lambda step: progress.advance(task)
     )
-    return result, reference.evaluate_dense(result.sharding, dense)
+    return result, evaluate_dense(result.sharding, dense)
 
 
 _MANY_PATHS = 8  # more do not fit on a line
@@ -157,7 +158,7 @@ _MANY_PATHS = 8  # more do not fit on a line
 
 def _line_of(report: "RoundReport") -> str:
     """A round in one line."""
-    from dipaco.reference import total
+    from dipaco.evaluate import total
 
     perplexity = total(report.evaluations).perplexity
     losses = list(report.losses.items())
@@ -174,7 +175,7 @@ def _print_tables(start: "Start", result: "ReferenceResult", dense: "Evaluations
     from rich.console import Console
     from rich.table import Column, Table
 
-    from dipaco.reference import total
+    from dipaco.evaluate import total
 
     console = Console()
     columns = {"start": result.at_start, "end": result.at_end}

@@ -70,8 +70,8 @@ def evaluate(  # noqa: PLR0913 - one parameter per option
     """
     from rich.console import Console
 
+    from dipaco.evaluate import total
     from dipaco.progress import StageBars, progress_bars
-    from dipaco.rerouting import whole
     from dipaco.trained import TrainedModel, evaluate_model, sample
 
     device = open_device(device_name, threads)
@@ -93,8 +93,8 @@ def evaluate(  # noqa: PLR0913 - one parameter per option
         topology = model.start.topology
         figures = {
             "round": model.round,
-            "perplexity": {str(n): whole(result).perplexity for n, result in results.items()},
-            "tokens": whole(results[0]).num_tokens,
+            "perplexity": {str(n): total(result).perplexity for n, result in results.items()},
+            "tokens": total(results[0]).num_tokens,
             "paths": {
                 str(topology.path_at(number)): evaluation.perplexity
                 for number, evaluation in results[0].items()
@@ -109,7 +109,7 @@ def _print_evaluations(model: "TrainedModel", results: "dict[int, dict[int, Eval
     from rich.console import Console
     from rich.table import Table
 
-    from dipaco.rerouting import whole
+    from dipaco.evaluate import total
 
     names = ["once per sequence", *(f"every {interval} tokens" for interval in results if interval)]
     table = Table("path", "tokens", *names, title=f"perplexity after round {model.round}")
@@ -122,8 +122,8 @@ def _print_evaluations(model: "TrainedModel", results: "dict[int, dict[int, Eval
         tokens = f"{results[0][number].num_tokens:,}" if number in results[0] else "0"
         table.add_row(str(model.start.topology.path_at(number)), tokens, *cells)
     table.add_section()
-    cells = [f"{whole(result).perplexity:.2f}" for result in results.values()]
-    table.add_row("all", f"{whole(results[0]).num_tokens:,}", *cells)
+    cells = [f"{total(result).perplexity:.2f}" for result in results.values()]
+    table.add_row("all", f"{total(results[0]).num_tokens:,}", *cells)
     Console().print(table)
 
 

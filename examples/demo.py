@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from dipaco.reference import evaluate_dense, train_dense
+from dipaco.dense import evaluate_dense, train_dense
 from dipaco.rounds import Evaluations
 from dipaco.start import Start
 from examples.demo_report import print_report, report, verdicts

@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.table import Table
 
 from dipaco.checkpoint import decode_state
+from dipaco.evaluate import total
 from dipaco.inner import PathTrainer
 from dipaco.model import num_parameters
-from dipaco.reference import total
 from dipaco.rounds import Evaluations
 from dipaco.start import Start
 from dipaco.topology import ModuleID

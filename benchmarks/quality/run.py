@@ -20,11 +20,13 @@ from benchmarks.quality.plan import Experiment
 from benchmarks.quality.synchronous import train_synchronously
 from dipaco.checkpoint import write_atomically
 from dipaco.config import RunConfig
+from dipaco.dense import dense_trainer
+from dipaco.evaluate import total
 from dipaco.inner import PathTrainer
 from dipaco.model import PathNet
 from dipaco.preparation import prepare_start
-from dipaco.reference import dense_trainer, train
-from dipaco.rerouting import boundaries, choices_of_router, evaluate_choices, whole
+from dipaco.reference import train
+from dipaco.rerouting import boundaries, choices_of_router, evaluate_choices
 from dipaco.rounds import RoundReport
 from dipaco.routing import ranking
 from dipaco.shards import Rows, Shard
@@ -138,7 +140,7 @@ def _paths(experiment: Experiment, start: Start, device: str) -> Figures:
 
     def perplexity() -> float:
         """Of the sequences that every curve is about, each through the path of its prefix."""
-        return whole(evaluate_model(TrainedModel.load(start.directory, device), shown)).perplexity
+        return total(evaluate_model(TrainedModel.load(start.directory, device), shown)).perplexity
 
     def on_round(report: RoundReport) -> None:
         curve.add(report.round * config.rounds.inner_steps, perplexity)
@@ -156,27 +158,27 @@ def _paths(experiment: Experiment, start: Start, device: str) -> Figures:
     model = TrainedModel.load(start.directory, device)
     rows = sample(start, "test", TEST_SEQUENCES)
     figures: Figures = {
-        "ppl": whole(evaluate_model(model, rows)).perplexity,
+        "ppl": total(evaluate_model(model, rows)).perplexity,
         "train_seconds": seconds,
         "curve": curve.points,
         "norm_ratio": ratios,
         "shard_tokens": list(model.sharding.shard_tokens.values()),
     }
     for every in experiment.reroute:
-        figures[f"ppl_rerouted_{every}"] = whole(
+        figures[f"ppl_rerouted_{every}"] = total(
             evaluate_model(model, rows, every=every)
         ).perplexity
     if config.topology.num_paths == 1:
         figures["ppl_rerouted_32"] = figures["ppl"]  # there is but one path
     if experiment.options.early_stopping:
-        figures["ppl_early_stopped"] = whole(
+        figures["ppl_early_stopped"] = total(
             evaluate_model(model, rows, early_stopped=True)
         ).perplexity
     if experiment.token_router_steps:
         train_token_router_of(model, experiment.token_router_steps)
         for every in experiment.reroute:
             found = evaluate_model(model, rows, every=every, by_token=True)
-            figures[f"ppl_token_router_{every}"] = whole(found).perplexity
+            figures[f"ppl_token_router_{every}"] = total(found).perplexity
     if 1 < config.topology.num_paths <= _MAX_CONFUSION_PATHS:
         figures |= _confusion(model, rows)
     return figures
@@ -253,4 +255,4 @@ def _synchronous_perplexity(
     scored = evaluate_choices(
         lambda number: nets[number], rows, choices, at=at, model=model, device=device
     )
-    return whole(scored).perplexity
+    return total(scored).perplexity

@@ -5,9 +5,11 @@ import pytest
 import torch
 
 from dipaco.config import OuterConfig, RunConfig, TopologyConfig
+from dipaco.dense import evaluate_dense, train_dense
+from dipaco.evaluate import total
 from dipaco.inner import PathTrainer
 from dipaco.preparation import prepare_start
-from dipaco.reference import ReferenceResult, evaluate_dense, total, train, train_dense
+from dipaco.reference import ReferenceResult, train
 from dipaco.start import Start
 
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from dipaco.config import InnerConfig, RoutingConfig, RunConfig, TopologyConfig
+from dipaco.dense import dense_trainer
 from dipaco.errors import BadBytes, ConfigError
-from dipaco.evaluate import Evaluation
+from dipaco.evaluate import Evaluation, total
 from dipaco.inner import Batches
 from dipaco.preparation import prepare_start
-from dipaco.reference import Options, dense_trainer, paths_of_round, total, train
-from dipaco.rerouting import boundaries, evaluate_choices, whole
+from dipaco.reference import Options, paths_of_round, train
+from dipaco.rerouting import boundaries, evaluate_choices
 from dipaco.rounds import latest_round
 from dipaco.start import Start
 from dipaco.topology import PathID, Topology
@@ -195,7 +196,7 @@ def kept_perplexity(trained: TrainedModel, number: int) -> float:
         at=[trained.config.routing.prefix_tokens],
         model=trained.config.model,
     )
-    return whole(found).perplexity
+    return total(found).perplexity
 
 
 def test_early_stopping_keeps_each_path_at_its_best(trained: TrainedModel) -> None:
@@ -240,9 +241,9 @@ def test_early_stopping_may_begin_in_a_later_round(start: Start, tmp_path: Path)
 
 
 def test_rerouting_scores_every_token_once(trained: TrainedModel) -> None:
-    once = whole(evaluate_model(trained, trained.start.rows("test")))
+    once = total(evaluate_model(trained, trained.start.rows("test")))
     often = evaluate_model(trained, trained.start.rows("test"), every=8)
-    assert whole(often).num_tokens == once.num_tokens > 0
+    assert total(often).num_tokens == once.num_tokens > 0
     assert len(often) > 1
 
 
@@ -251,7 +252,7 @@ def test_evaluation_loads_one_path_at_a_time_and_agrees_with_training(
 ) -> None:
     """Scored by the shards' own rows, or routed anew: the same whole."""
     monkeypatch.setattr(TrainedModel, "net", counted(TrainedModel.net, loaded := []))
-    routed = whole(evaluate_model(trained, trained.start.rows("valid")))
+    routed = total(evaluate_model(trained, trained.start.rows("valid")))
     assert len(loaded) == len(set(loaded)) <= trained.start.topology.num_paths
     by_shard = []
     for number, path in enumerate(trained.start.topology.paths):
@@ -263,7 +264,7 @@ def test_evaluation_loads_one_path_at_a_time_and_agrees_with_training(
             at=[trained.config.routing.prefix_tokens],
             model=trained.config.model,
         )
-        by_shard.append(whole(found))
+        by_shard.append(total(found))
     together: Evaluation = sum(by_shard[1:], by_shard[0])
     assert together.num_tokens == routed.num_tokens
     assert together.perplexity == pytest.approx(routed.perplexity, rel=1e-3)
