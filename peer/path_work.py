@@ -141,6 +141,14 @@ class PathWork:
         """The version of a module that is under the path."""
         return self._bases[module].version
 
+    def is_new(self, module: ModuleID, version: int, state: str) -> bool:
+        """Whether a version that is held, of that digest, is not the one under the path yet.
+
+        It may be of the same number: then the one under the path lost a fork. None is older.
+        """
+        base = self._bases[module]
+        return version > base.version or (version == base.version and state != base.state)
+
     @property
     def is_counted(self) -> bool:
         """Whether the versions under the path contain everything it was trained."""
@@ -254,6 +262,14 @@ class PathWork:
 
         `counted` is the blob of our contribution that the version contains, or None. What it
         counted is in the new version; the progress since then, or all of it, stays on top.
+
+        If the log lost a fork, the version is of another history than the one under the path, or
+        than the one that was prepared for. The rule is the same: `counted` is what the winner's
+        certificates say, never the loser's. Drafts that are pending name the state under the path.
+        If the histories part there, the winner may count one of them; what only the loser counts
+        stays on top. If they part before, it counts none, and all that is on top stays there. What
+        the path was rebased for is no longer on top: it is lost with the history that counted it,
+        and neither added nor subtracted here.
         """
         drafts = self._pending.get(module, [])
         draft = next((draft for draft in drafts if draft.blob == counted), None)
@@ -271,7 +287,7 @@ class PathWork:
     def rebase(self, step: Rebasing) -> None:
         """Put a new version under the path: one pass over the parameters."""
         module, base = step.module, self._bases[step.module]
-        if step.version <= base.version:
+        if not self.is_new(module, step.version, step.state):
             return
         if step.counted not in (None, *self._pending.get(module, [])):  # it has started over since
             change = torch.sub(step.parameters, base.parameters)

@@ -401,16 +401,20 @@ class Volunteer:
     async def _apply_versions(self, *, wait: bool = False) -> None:
         """Put every new version under the path; after a whole new round, evaluate and announce.
 
-        One that is still being prepared for comes later, unless the caller can `wait`.
+        One that is still being prepared for comes later, unless the caller can `wait`. What was
+        prepared for a version that is not held any more, because there is a later one or it has
+        lost a fork, is of no use.
         """
         node, work = self._node, self._the_work()
         for module in work.trainer.modules:
-            if node.log.held[module].version > work.version(module):
+            while work.is_new(module, (held := node.log.held[module]).version, held.state):
                 if module not in self._rebasings:
                     task = asyncio.ensure_future(self._prepare_rebasing(module))
                     self._rebasings[module] = task
-                if wait or self._rebasings[module].done() or self._config.rounds.blocking:
-                    step = await self._rebasings.pop(module)
+                if not (wait or self._rebasings[module].done() or self._config.rounds.blocking):
+                    break
+                step = await self._rebasings.pop(module)
+                if step.state == node.log.held[module].state:
                     await self._instead("new versions", partial(work.rebase, step))
         if work.round > self._evaluated_round:
             self._evaluated_round = work.round

@@ -11,8 +11,8 @@ from dipaco.checkpoint import ModuleState
 from dipaco.compression import decode
 from dipaco.config import RunConfig, TopologyConfig
 from dipaco.inner import PathTrainer
-from dipaco.topology import PathID, Topology
-from peer.path_work import PathWork, drop_oldest
+from dipaco.topology import ModuleID, PathID, Topology
+from peer.path_work import PathWork, Rebasing, drop_oldest
 from tests.lab import little_config, make_shards
 
 PATH = PathID((0, 0))
@@ -114,6 +114,48 @@ def test_a_new_version_keeps_what_was_trained_since_the_contribution_that_it_cou
     assert (rest.tokens, rest.encode().base_version) == (2 * tokens, 1)
     work.rebase(counting)
     assert work.drafts(config, [module])[0].tokens == 2 * tokens, "a version is put there once"
+
+
+def test_the_version_that_wins_a_fork_takes_the_place_of_the_one_that_lost(tmp_path: Path) -> None:
+    config = little_config()
+    work = begun(config, tmp_path)
+    [applied, prepared, *_] = work.trainer.modules
+    read, tokens = work.trainer.read_module, work.trainer.tokens_per_step
+    starts = {module: read(module) for module in (applied, prepared)}
+    work.train(seconds=NO_LIMIT, max_steps=2, first_step=0)
+    drafts = dict(zip(starts, work.drafts(config, starts), strict=True))
+    for draft in drafts.values():
+        draft.encode()
+    work.train(seconds=NO_LIMIT, max_steps=1, first_step=2)
+
+    def version(module: ModuleID, state: str, value: float, *, counted: str | None) -> Rebasing:
+        parameters = torch.full_like(read(module), value)
+        return work.rebasing(module, 1, state, ModuleState.initial(parameters), counted=counted)
+
+    def left(module: ModuleID) -> tuple[int, str]:
+        [draft] = work.drafts(config, [module])
+        return draft.tokens, draft.encode().base_state
+
+    # The loser is under the path: what it counted is lost with it, what was trained since is not.
+    loser = version(applied, "b" * 64, 0.5, counted=drafts[applied].blob)
+    work.rebase(loser)
+    since = read(applied) - 0.5
+    work.rebase(version(applied, "c" * 64, 0.25, counted=None))
+    assert torch.allclose(read(applied), 0.25 + since, atol=1e-6)
+    assert left(applied) == (tokens, "c" * 64)
+
+    # The loser was only prepared for: what it alone counts was not counted.
+    version(prepared, "b" * 64, 0.5, counted=drafts[prepared].blob)
+    progress = read(prepared) - starts[prepared]
+    work.rebase(version(prepared, "c" * 64, 0.25, counted=None))
+    assert torch.allclose(read(prepared), 0.25 + progress, atol=1e-6)
+    assert left(prepared) == (3 * tokens, "c" * 64)
+
+    # An older version is none that won, whatever its state.
+    state = ModuleState.initial(starts[applied])
+    work.rebase(work.rebasing(applied, 2, "d" * 64, state, counted=None))
+    work.rebase(loser)
+    assert left(applied) == (tokens, "d" * 64)
 
 
 def test_the_optimizers_of_the_paths_trained_longest_ago_are_dropped_first(tmp_path: Path) -> None:
