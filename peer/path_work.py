@@ -26,7 +26,7 @@ from dipaco.evaluate import Evaluation
 from dipaco.inner import PathTrainer
 from dipaco.moments import Moments
 from dipaco.shards import Rows
-from dipaco.tensors import decode_tensors, encode_tensors, new_vector
+from dipaco.tensors import decode_tensors, encode_tensors, is_finite, layout_of, new_vector
 from dipaco.topology import ModuleID
 from peer.best import BEST_SUFFIX, keep_if_best
 
@@ -222,6 +222,7 @@ class PathWork:
         self.num_divergences += 1
         self._pending.clear()
         self._residuals.clear()
+        self._file(RESIDUAL_SUFFIX).unlink(missing_ok=True)
         self.trainer.forget()
         for module, base in self._bases.items():
             base.tokens = 0
@@ -292,13 +293,14 @@ class PathWork:
         if step.counted not in (None, *self._pending.get(module, [])):  # it has started over since
             change = torch.sub(step.parameters, base.parameters)
             step = replace(step, counted=None, residual=None, change=change)
-        self._pending.pop(module, None)
         tokens = base.tokens
         if step.counted is not None:
             tokens -= step.counted.tokens
-            self._residuals.pop(module, None)
-            if step.residual is not None:
+            if step.residual is None:
+                self._residuals.pop(module, None)
+            else:
                 self._residuals[module] = step.residual
+        self._pending.pop(module, None)
         if tokens:
             self.trainer.add_to_module(module, step.change)
         else:
@@ -344,27 +346,43 @@ class PathWork:
         not mind.
         """
         self.trainer.save_optimizer(self._file(OPTIMIZER_SUFFIX))
-        tensors = {str(module): residual for module, residual in self._residuals.items()}
+        tensors = {str(module): residual for module, residual in self._left_behind().items()}
         if tensors:
             write_atomically(self._file(RESIDUAL_SUFFIX), encode_tensors(tensors))
+        else:
+            self._file(RESIDUAL_SUFFIX).unlink(missing_ok=True)
         drop_oldest(self._directory, max_paths=PATHS_KEPT)
+
+    def _left_behind(self) -> dict[ModuleID, Tensor]:
+        """The residuals for the next start on this path.
+
+        The one that a draft contains has been sent with it, so what is left is what the draft
+        lost. If it is not counted in the end, its progress is lost by the new start anyway.
+        """
+        pending = dict(self._pending)  # first: what `rebase` takes from it is a residual by then
+        residuals: dict[ModuleID, Tensor | None] = dict(self._residuals)
+        for module, drafts in pending.items():
+            encoded = [draft for draft in drafts if draft.blob]
+            if encoded:
+                residuals[module] = encoded[-1].lost()
+        return {module: one for module, one in residuals.items() if one is not None}
 
     def _file(self, suffix: str) -> Path:
         return self._directory / f"{self.trainer.path}{suffix}"
 
     def _load_residuals(self) -> None:
-        """What earlier rounds lost in compression; a missing or damaged file loses just that."""
-        layout = {
-            str(module): (torch.float32, (self.trainer.read_module(module).numel(),))
-            for module in self.trainer.modules
-        }
+        """What earlier rounds lost in compression; what is missing or damaged loses just that."""
         try:
-            tensors: Mapping[str, Tensor] = decode_tensors(
-                self._file(RESIDUAL_SUFFIX).read_bytes(), layout
-            )
+            raw = self._file(RESIDUAL_SUFFIX).read_bytes()
+            tensors = decode_tensors(raw, layout_of(raw))
         except (OSError, ValueError):
             return
-        self._residuals = {ModuleID.parse(name): tensor for name, tensor in tensors.items()}
+        for module in self.trainer.modules:
+            residual, vector = tensors.get(str(module)), self.trainer.read_module(module)
+            if residual is None or (residual.dtype, residual.shape) != (vector.dtype, vector.shape):
+                continue
+            if is_finite(residual):  # else nothing that contains it would ever be counted
+                self._residuals[module] = residual
 
 
 def drop_oldest(directory: Path, *, max_paths: int, max_bytes: float = math.inf) -> None:

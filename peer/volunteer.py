@@ -349,6 +349,7 @@ class Volunteer:
             received_bytes=node.transport.traffic.wire_received_bytes,
         )
         if self._config.rounds.blocking:
+            await self._beside.finish()  # what is sent decides what is left for the next start
             await node.offload(work.save)
         else:
             self._is_saved = False

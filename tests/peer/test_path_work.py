@@ -1,18 +1,21 @@
 """A path's work through a change of manifest: nothing that was trained is lost or counted twice."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from dipaco.checkpoint import ModuleState
 from dipaco.compression import decode
 from dipaco.config import RunConfig, TopologyConfig
 from dipaco.inner import PathTrainer
+from dipaco.tensors import encode_tensors
 from dipaco.topology import ModuleID, PathID, Topology
-from peer.path_work import PathWork, Rebasing, drop_oldest
+from peer.path_work import RESIDUAL_SUFFIX, Draft, PathWork, Rebasing, drop_oldest
 from tests.lab import little_config, make_shards
 
 PATH = PathID((0, 0))
@@ -85,6 +88,102 @@ def test_a_residual_is_sent_once_when_the_wire_format_changes(tmp_path: Path) ->
         work.rebase(work.rebasing(module, version, "b" * 64, state, counted=draft.blob))
     # The first is rounded, the second carries what the first lost, the third has nothing to carry.
     assert carries_residual == [True, True, False]
+
+
+def residuals_on_disk(work: PathWork, config: RunConfig) -> dict[ModuleID, Tensor]:
+    """What the next start on the path sends besides what it trains."""
+    again = begun(config, work._directory)
+    starts = {module: again.trainer.read_module(module) for module in again.trainer.modules}
+    again.train(seconds=NO_LIMIT, max_steps=1, first_step=0)
+    taken_up = {}
+    for module, draft in zip(starts, again.drafts(config), strict=True):
+        draft.encode()
+        assert draft._encoded is not None
+        gradient = starts[module] - again.trainer.read_module(module)
+        taken_up[module] = draft._encoded[0] - gradient
+    return taken_up
+
+
+@pytest.mark.parametrize("wire_format", ["int4", "topk"])
+def test_a_residual_that_is_sent_already_is_not_sent_by_the_next_start(
+    tmp_path: Path, wire_format: str
+) -> None:
+    config = little_config(wire_format=wire_format, blocking=False)
+    work = begun(config, tmp_path)
+    [counted, ignored, unsent] = work.trainer.modules
+
+    def assert_saved(drafts: Mapping[ModuleID, Draft]) -> None:
+        """Each module's residual is what its draft lost; nothing, where there is none."""
+        work.save()
+        saved = residuals_on_disk(work, config)
+        for module, vector in saved.items():
+            left = drafts[module].lost() if module in drafts else torch.zeros_like(vector)
+            assert left is not None
+            assert torch.allclose(vector, left, atol=1e-6), module
+            assert module not in drafts or vector.abs().max() > 1e-4
+
+    def drafted(*modules: ModuleID) -> dict[ModuleID, Draft]:
+        work.train(seconds=NO_LIMIT, max_steps=2, first_step=0)
+        drafts = dict(zip(modules, work.drafts(config, modules), strict=True))
+        for draft in drafts.values():
+            draft.encode()
+        return drafts
+
+    first = drafted(counted, ignored)
+    work.drafts(config, [unsent])  # and not encoded
+    assert_saved(first)
+    second = drafted(counted, ignored, unsent)
+    assert_saved(second)
+    state = ModuleState.initial(work.trainer.read_module(counted))
+    work.rebase(work.rebasing(counted, 1, "b" * 64, state, counted=second[counted].blob))
+    assert_saved(second)
+    # What is not counted keeps its progress, and the residual that was there before it: none.
+    state = ModuleState.initial(work.trainer.read_module(ignored))
+    work.rebase(work.rebasing(ignored, 1, "b" * 64, state, counted=None))
+    assert_saved({counted: second[counted], unsent: second[unsent]})
+
+
+def test_residuals_go_from_the_disk_with_those_in_memory(tmp_path: Path) -> None:
+    config = little_config(wire_format="int4", blocking=False)
+    work = begun(config, tmp_path)
+    file = tmp_path / f"{PATH}{RESIDUAL_SUFFIX}"
+
+    def send(config: RunConfig) -> None:
+        work.train(seconds=NO_LIMIT, max_steps=1, first_step=0)
+        for draft in work.drafts(config):
+            draft.encode()
+        work.save()
+
+    send(config)
+    assert file.exists()
+    send(little_config(wire_format="float32", blocking=False))  # it takes them along
+    assert not file.exists()
+    send(config)
+    assert file.exists()
+    module = work.trainer.modules[0]
+    nan = torch.full_like(work.trainer.read_module(module), float("nan"))
+    work.trainer.write_module(module, nan)
+    work.train(seconds=NO_LIMIT, max_steps=1, first_step=0)
+    assert work.num_divergences == 1
+    assert not file.exists()
+    work.save()
+    assert not file.exists()
+
+
+def test_of_a_file_of_residuals_each_module_takes_what_fits_it(tmp_path: Path) -> None:
+    config = little_config(wire_format="int4", blocking=False)
+    work = begun(config, tmp_path)
+    [there, missing, odd] = work.trainer.modules
+    residuals = {
+        str(there): torch.full_like(work.trainer.read_module(there), 0.5),
+        str(odd): torch.full_like(work.trainer.read_module(odd), float("inf")),
+        "9.9": torch.zeros(3),
+    }
+    (tmp_path / f"{PATH}{RESIDUAL_SUFFIX}").write_bytes(encode_tensors(residuals))
+    taken_up = residuals_on_disk(work, config)
+    assert torch.allclose(taken_up[there], residuals[str(there)], atol=1e-6)
+    assert taken_up[missing].abs().max() < 1e-6
+    assert taken_up[odd].abs().max() < 1e-6
 
 
 def test_a_new_version_keeps_what_was_trained_since_the_contribution_that_it_counts(

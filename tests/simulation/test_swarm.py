@@ -9,6 +9,7 @@ import pytest
 
 from dipaco.config import TopologyConfig
 from dipaco.topology import ModuleID
+from peer.path_work import PathWork
 from tests.lab import Lab, LabPeer, certified_states, lab, little_config
 from tests.virtual_clock import run_virtual
 
@@ -348,6 +349,29 @@ def test_staggered_levels_contribute_one_after_another_and_all_advance(tmp_path:
             for entry in counted:
                 assert len(entry["contributors"]) == (4 if entry["module"] == "0.0" else 2)
             assert_agreement([bootstrap, *peers])
+
+    run_virtual(scenario())
+
+
+def test_what_an_exact_run_saves_after_a_slot_knows_all_that_was_sent_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the next start would send the residuals that are in it once more."""
+    are_encoded: list[bool] = []
+    save = PathWork.save
+
+    def noting(work: PathWork) -> None:
+        are_encoded.extend(bool(d.blob) for drafts in work._pending.values() for d in drafts)
+        save(work)
+
+    monkeypatch.setattr(PathWork, "save", noting)
+
+    async def scenario() -> None:
+        async with lab(tmp_path, little_config(num_rounds=2, wire_format="int4")) as place:
+            everyone = [await place.bootstrap(), await place.join("peer")]
+            await place.until_versions(1, everyone[1:], within=4 * ROUND)
+            assert are_encoded
+            assert all(are_encoded)
 
     run_virtual(scenario())
 
