@@ -1,6 +1,6 @@
 """What a volunteer needs to train a path, from its peers: shard, modules, optimizer state."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -42,10 +42,14 @@ class PathSource:
         """Start handing the optimizer's states of this peer's paths to others."""
         await self._handover.serve()
 
-    async def take(self, path: PathID) -> tuple[PathWork, Footing]:
+    async def take(
+        self, path: PathID, *, besides: Iterable[ModuleID] = ()
+    ) -> tuple[PathWork, Footing]:
         """Fetch what a path needs, announce it, and put its modules under a trainer.
 
-        Raises `Unreachable` if something is not to be had.
+        `besides`: the modules of the path that is trained until then. They are kept too, however
+        long this takes, since that path goes on if it fails. Raises `Unreachable` if something is
+        not to be had.
         """
         node, keeper = self._node, self._keeper
         manifest = node.manifest
@@ -53,7 +57,7 @@ class PathSource:
         ref = manifest.shard(path).blob
         await keeper.presence.change_path(path)
         await keeper.providers.obtain(ref)
-        keeper.own(modules, path)
+        keeper.own([*besides, *modules], path)
         if not await keeper.hold(modules):
             raise Unreachable(f"a module of path {path} has no holder that answers")
         shard = await node.offload(lambda: self._read_shard(path, ref.digest))

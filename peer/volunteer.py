@@ -162,9 +162,11 @@ class Volunteer:
 
     async def _take(self, path: PathID) -> None:
         """Train this path from now on."""
-        work, footing = await self._source.take(path)
+        besides = () if self._work is None else self._work.trainer.modules
+        work, footing = await self._source.take(path, besides=besides)
         await self._pause_work()
         self._work, self._footing = work, footing
+        self.keeper.own(work.trainer.modules, path)
         self._find_place(under_way=self._under_way(path))
         self._evaluated_round = work.round
         self._node.events.write(
@@ -458,7 +460,10 @@ class Volunteer:
         self.keeper.start(self.keeper.presence.announce(), "announcement")
 
     async def _maybe_move(self) -> None:
-        """Change to the path that the common assignment gives us, if it is another one."""
+        """Change to the path that the common assignment gives us, if it is another one.
+
+        If it is not to be had, the former one goes on; or any, if that is gone meanwhile.
+        """
         node, work = self._node, self._work
         if work is None or self.stop.is_set():
             return
@@ -471,7 +476,10 @@ class Volunteer:
             except SwarmError as error:
                 node.events.write("path not to be had", path=str(path), why=str(error))
                 self.keeper.own(work.trainer.modules, former)
-                await self.keeper.presence.change_path(former)
+                if node.log.held.keys() >= set(work.trainer.modules):
+                    await self.keeper.presence.change_path(former)
+                else:
+                    await self._take_any(joining_order(node.peer_id, self._snapshot))
 
     def _is_finished(self) -> bool:
         return self._work is not None and self._work.round >= self._config.rounds.num_rounds

@@ -2,8 +2,15 @@
 
 import asyncio
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
+from dipaco.config import TopologyConfig
+from dipaco.topology import ModuleID, PathID
+from peer.assignment import Snapshot
+from peer.keeper import RETIRE_SLOTS
 from tests.lab import Lab, LabPeer, certified_states, lab, little_config
 from tests.virtual_clock import run_virtual
 
@@ -112,5 +119,68 @@ def test_joiners_at_the_same_instant_settle_within_one_round(tmp_path: Path) -> 
                        if e["slot"] == slot + 1}  # fmt: skip
             assert len(settled) == len(peers)
             assert_agreement([*there, *joiners])
+
+    run_virtual(scenario())
+
+
+@pytest.mark.parametrize("is_former_gone", [False, True])
+def test_a_move_that_fails_after_slots_leaves_the_former_path_or_takes_any(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_former_gone: bool
+) -> None:
+    config = replace(
+        little_config(num_rounds=100, blocking=False, num_keepers=0),
+        topology=TopologyConfig(levels=(2,)),
+    )
+    num_slots = RETIRE_SLOTS + 3
+
+    async def scenario() -> None:
+        async with lab(tmp_path, config) as place:
+            await place.bootstrap()
+            peers = [await place.join(f"peer{n}", step_seconds=STEP_SECONDS) for n in range(3)]
+            await place.until_versions(2, peers, within=6 * ROUND)
+            mover = peers[0]
+            keeper, volunteer = mover.keeper, mover.volunteer
+            assert volunteer is not None
+            former = volunteer._the_work().trainer.path
+            other = PathID((1 - former.experts[0],))
+            [own, wanted] = [ModuleID(1, path.experts[0]) for path in (former, other)]
+            opened, has_failed = keeper.catch_up.open, False
+
+            async def open_in_vain(module: ModuleID) -> bool:
+                """Its holders leave in the middle of it, and do not come back for slots."""
+                nonlocal has_failed
+                if module != wanted or has_failed:
+                    return await opened(module)
+                await asyncio.sleep(num_slots * ROUND)
+                has_failed = True
+                if is_former_gone:
+                    keeper.node.log.drop(own)
+                    keeper.node.events.write("dropped", module=str(own))
+                return False
+
+            def choose(snapshot: Snapshot) -> None:
+                volunteer._snapshot = snapshot
+                volunteer._plan = {} if has_failed else {mover.peer_id: other}
+
+            monkeypatch.setattr(keeper.catch_up, "open", open_in_vain)
+            monkeypatch.setattr(volunteer, "_choose", choose)
+            await place.until(
+                lambda: has_failed, within=(num_slots + 3) * ROUND, what="a move that fails"
+            )
+            failed_time, num_paths = mover.events[-1]["time"], len(mover.seen("path"))
+            await place.until(
+                lambda: any(
+                    mover.peer_id in e["contributors"] and e["trained_slot"] >= keeper.node.slot - 1
+                    for e in mover.seen("version")
+                    if e["time"] > failed_time
+                ),
+                within=4 * ROUND,
+                what="being counted again",
+            )
+            assert [e["path"] for e in mover.seen("path not to be had")] == [str(other)]
+            assert len(mover.seen("path")) == num_paths + is_former_gone
+            if not is_former_gone:
+                assert not mover.seen("dropped")
+                assert keeper.presence.path == former
 
     run_virtual(scenario())
