@@ -1,4 +1,4 @@
-"""What a volunteer sees: a few lines at the start, one per round, and a live line in between.
+"""What a volunteer sees: a few lines at the start, one per round, and whatever goes wrong.
 
 Everything goes to stderr; stdout is for data. Meaning is never in color alone.
 """
@@ -19,9 +19,9 @@ class Display:
         self._verbosity = verbosity
         self._start = time.monotonic()
 
-    def say(self, tag: str, text: str) -> None:
-        """One line, with a tag and the time since the start."""
-        if not self._quiet:
+    def say(self, tag: str, text: str, *, is_error: bool = False) -> None:
+        """One line, with a tag and the time since the start; if quiet, of errors only."""
+        if is_error or not self._quiet:
             elapsed = time.monotonic() - self._start
             line = Text.assemble((f"{elapsed:7.1f} s", "dim"), f" [{tag}] {text}")
             self._console.print(line)
@@ -36,7 +36,7 @@ class Display:
         """An event of the peer; those not worth a line are shown only with `-v`."""
         line = describe(entry)
         if line is not None:
-            self.say(*line)
+            self.say(*line, is_error=entry["event"] in _ERRORS)
         elif self._verbosity:
             details = {k: v for k, v in entry.items() if k not in ("time", "event")}
             self.say(entry["event"], " ".join(f"{key}={value}" for key, value in details.items()))
@@ -56,8 +56,12 @@ _LINES = {
     "p2pd not restarted": ("network", "p2pd could not be restarted: {why}"),
     "p2pd keeps failing": ("network", "p2pd keeps failing; next attempt in {wait_seconds} s"),
     "duties declined": ("disk", "kept for others as far as the limit allows; not: {modules}"),
+    "waiting": ("run", "slot 0 begins in {seconds:.0f} s"),
+    "not counted": ("round", "nothing trained here was counted for {slots} rounds: {why}"),
+    "clock set back": ("clock", "it was ahead and has been set right; going on in slot {slot}"),
     "error": ("error", "{where}: {why}"),
 }
+_ERRORS = {"error", "not counted", "p2pd restarted", "p2pd not restarted", "p2pd keeps failing"}
 
 
 def describe(entry: dict[str, Any]) -> tuple[str, str] | None:

@@ -22,6 +22,7 @@ from peer.keeper import Keeper
 from peer.messages import Certificate
 from peer.modules import Held, counted_tokens
 from peer.node import Offload
+from peer.overdue import is_worth_a_notice, why_not_counted
 from peer.path_source import Footing, PathSource, TrainerFactory
 from peer.path_work import Draft, PathWork, Rebasing
 from peer.scoring import Scoring
@@ -72,6 +73,7 @@ class Volunteer:
         self._evaluated_round = -1
         self._beside = Beside()
         self._rebasings: dict[ModuleID, asyncio.Task[Rebasing]] = {}
+        self._counted_slot = -1  # the last slot in which something of ours was counted
         self._is_saved = True
         self._is_diverged = False  # in the last burst
 
@@ -135,6 +137,8 @@ class Volunteer:
         self._snapshot = await self.keeper.look_around()
         self._plan = self._snapshot.training
         await self._take_any(joining_order(node.peer_id, self._snapshot))
+        if node.slot < 0:
+            node.events.write("waiting", seconds=node.history.first.start_time - node.now())
         while node.slot < 0 and not self.stop.is_set():
             left = node.history.first.start_time - node.now()
             await self._pause(min(SETTLE_SECONDS, max(0.0, left)))
@@ -169,6 +173,7 @@ class Volunteer:
         self.keeper.own(work.trainer.modules, path)
         self._find_place(under_way=self._under_way(path))
         self._evaluated_round = work.round
+        self._counted_slot = self._node.slot
         self._node.events.write(
             "path",
             path=str(path),
@@ -350,6 +355,10 @@ class Volunteer:
             sent_bytes=node.transport.traffic.wire_sent_bytes,
             received_bytes=node.transport.traffic.wire_received_bytes,
         )
+        slots = slot - max(-1, self._counted_slot)
+        if is_worth_a_notice(slots):
+            held = [node.log.held[module] for module in work.trainer.modules]
+            node.events.write("not counted", slots=slots, why=why_not_counted(held, slot))
         if self._config.rounds.blocking:
             await self._beside.finish()  # what is sent decides what is left for the next start
             await node.offload(work.save)
@@ -417,6 +426,8 @@ class Volunteer:
                 if not (wait or self._rebasings[module].done() or self._config.rounds.blocking):
                     break
                 step = await self._rebasings.pop(module)
+                if step.counted is not None:
+                    self._counted_slot = node.slot
                 if step.state == node.log.held[module].state:
                     await self._instead("new versions", partial(work.rebase, step))
         if work.round > self._evaluated_round:
