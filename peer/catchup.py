@@ -9,29 +9,28 @@ at the first version where they do.
 """
 
 import asyncio
+import math
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
-from dht.errors import BadMessage, PeerFault, SwarmError, Unreachable
+from dht.errors import PeerFault, SwarmError, Unreachable
 from dht.records import Head
 from dipaco.checkpoint import decode_state, state_bytes
 from dipaco.errors import BadState
 from dipaco.topology import ModuleID
-from peer.certificate import check_chain, facts, wins
+from peer.certificate import facts, wins
+from peer.chains import Chains
 from peer.contributions import SLOTS_KEPT
 from peer.heads import Heads
-from peer.member import CHAIN_PROTOCOL, Member
-from peer.messages import MAX_MESSAGE_BYTES, Certificate, ChainReply, ChainRequest
-from peer.modules import Held
+from peer.member import Member
+from peer.messages import Certificate
 from peer.node import Node
 from peer.providers import Providers
-from peer.transport import deadline
 
-MAX_HOLDERS_TRIED = 4
-MAX_DISPROVEN = 1024  # claims remembered that led nowhere
+MAX_HOLDERS_TRIED = 4  # in one look for later versions
+MAX_CLAIMS_REMEMBERED = 8192  # that have not brought a module forward: all readers see of 32 keys
 MAX_VERSIONS_REPLAYED = 3  # more are as a rule forgotten by those who had the contributions
-CHAIN_TIMEOUT_SECONDS = 15.0  # for a message's worth of certificates
-HISTORY_TIMEOUT_SECONDS = 120.0  # for all of them
+TURN_SECONDS = 120.0  # of one holder's certificates, before another one's turn to go on with them
 
 
 class CatchUp:
@@ -42,8 +41,11 @@ class CatchUp:
         self._member = member
         self._heads = heads
         self._providers = providers
+        self._chains = Chains(node)
         self._locks: dict[ModuleID, asyncio.Lock] = {}
-        self._disproven: dict[tuple[ModuleID, str], None] = {}  # whose last claim led nowhere
+        # Whose claims have not brought a module forward when they were tried, longest ago first.
+        self._fruitless: dict[tuple[ModuleID, str], None] = {}
+        self._parts_brought: Counter[ModuleID] = Counter()  # of states that did not come whole
 
     async def open(self, module: ModuleID) -> bool:
         """Hold `module` at the newest certified version that can be had; False if none can."""
@@ -51,10 +53,10 @@ class CatchUp:
         async with self._lock(module):
             if module not in node.log.held:
                 resumed = await node.offload(lambda: node.log.open(module))
-                if resumed is not None:
-                    node.events.write("resumed", **_resumed_facts(resumed))
-            await self._refresh(module)
-            if module in node.log.held:
+                if resumed is not None and resumed.certificate is not None:
+                    node.events.write("resumed", **facts(resumed.certificate))
+            claims = await self._claims(module)
+            if await self._try(module, claims) or module in node.log.held:
                 return True
             try:
                 await self._providers.obtain(node.history.origin(module).state)
@@ -66,75 +68,88 @@ class CatchUp:
     async def refresh(self, module: ModuleID) -> bool:
         """Move to a newer certified version if some holder has one; True if that was so."""
         async with self._lock(module):
-            return await self._refresh(module)
+            return await self._try(module, await self._claims(module))
 
     def _lock(self, module: ModuleID) -> asyncio.Lock:
         """One at a time: who is late must not put an older version in a newer one's place."""
         return self._locks.setdefault(module, asyncio.Lock())
 
-    async def _refresh(self, module: ModuleID) -> bool:
+    async def _claims(self, module: ModuleID) -> list[Head]:
+        """The heads that claim more than is held here.
+
+        The best first, after all whose last one led nowhere; of these that tried longest ago.
+        """
         heads = await self._heads.read(module, max_age_seconds=0.0)
         held = self._node.log.held.get(module)
         origin = self._node.history.origin(module)
         version = held.version if held is not None else origin.version
         ours = held.certificate.digest if held is not None and held.certificate else ""
-        claims = [
+        places = {tried: place for place, tried in enumerate(self._fruitless)}
+        return [
             head
-            for head in sorted(heads, key=lambda head: self._rank(module, head))
+            for head in sorted(
+                heads, key=lambda head: (places.get((module, head.peer), -1), -head.version)
+            )
             if head.peer != self._node.peer_id
             and (head.version > version or (head.version == version and head.certificate != ours))
             and head.version > origin.version
         ]
+
+    async def _try(self, module: ModuleID, claims: Sequence[Head]) -> bool:
+        """Follow some of these claims, until one of them brings the module forward."""
+        node = self._node
         for head in claims[:MAX_HOLDERS_TRIED]:
+            before = self._brought(module)
             try:
                 if await self._follow(module, head, claims):
-                    self._disproven.pop((module, head.peer), None)
+                    self._fruitless.pop((module, head.peer), None)
                     return True
-                self._disproven[module, head.peer] = None
             except (PeerFault, Unreachable) as error:
-                self._disproven[module, head.peer] = None
-                self._node.faults.count(error, head.peer)
-        while len(self._disproven) > MAX_DISPROVEN:
-            del self._disproven[next(iter(self._disproven))]
+                node.faults.count(error, head.peer)
+            self._fruitless.pop((module, head.peer), None)
+            self._fruitless[module, head.peer] = None
+            if self._brought(module) != before and (newest := self._chains.newest_version(module)):
+                node.events.write(
+                    "catch-up cut short", module=str(module), version=newest, of=head.version
+                )
+        while len(self._fruitless) > MAX_CLAIMS_REMEMBERED:
+            del self._fruitless[next(iter(self._fruitless))]
         return False
 
-    def _rank(self, module: ModuleID, head: Head) -> tuple[bool, int]:
-        """The best claim first, after all of those whose last one led nowhere."""
-        return (module, head.peer) in self._disproven, -head.version
+    def _brought(self, module: ModuleID) -> int:
+        """Grows with whatever a claim brings that the next attempt need not get again."""
+        return self._chains.num_checked[module] + self._parts_brought[module]
 
-    async def _follow(self, module: ModuleID, head: Head, heads: Sequence[Head]) -> bool:
+    async def _follow(self, module: ModuleID, head: Head, claims: Sequence[Head]) -> bool:
         """Take up the history that `head`'s peer shows, if it is one and better than ours."""
         node = self._node
         held = node.log.held.get(module)
-        origin = node.history.origin(module)
-        chain = list(held.chain) if held is not None else []
-        newest = chain[-1].version if chain else origin.version + 1
-        theirs = await self._chain(module, head.peer, first_version=newest)
-        if chain and theirs and theirs[0].digest != chain[-1].digest:
-            theirs = await self._chain(module, head.peer, first_version=origin.version + 1)
-            chain = _common(chain, theirs)
-            theirs = theirs[len(chain) :]
-        elif chain and theirs:
-            theirs = theirs[1:]
+        ours = list(held.chain) if held is not None else []
+        turn_seconds = TURN_SECONDS if len(claims) > 1 else math.inf
+        checked = await self._chains.pull(module, head.peer, ours, turn_seconds=turn_seconds)
+        if checked is None:
+            return False
+        theirs = await node.offload(checked.certificates)
+        held, before = node.log.held.get(module), held
+        if before is not None and held is None:
+            return True  # it was given up meanwhile
+        ours = list(held.chain) if held is not None else []
+        chain, theirs = self._parted(module, ours, theirs)
         if theirs and held is not None and theirs[-1].version < held.version:
             return False  # versions only grow (promise P2)
         if not theirs or not self._is_better(module, chain, theirs):
+            self._chains.forget(module, checked)
             return False
-        parent, slot = chain[-1] if chain else None, node.slot
-        await node.offload(
-            lambda: check_chain(theirs, parent, origin=origin, slot=slot, sender=head.peer)
-        )
-        if any(certificate.proposal.run != node.run or certificate.module != str(module)
-               for certificate in theirs):  # fmt: skip
-            raise BadMessage(head.peer, "certificates of another run or module")
         if (
             held is not None
             and len(chain) == len(held.chain)  # it only goes on where ours ends
             and self._is_replay_cheaper(module, theirs)
             and await self._replay(module, theirs, head.peer)
         ):
+            self._chains.forget(module)
             return True
-        await self._fetch_state(module, theirs[-1], heads)
+        await self._fetch_state(module, theirs[-1], claims, shown_by=head.peer)
+        self._chains.forget(module)
         if node.log.held.get(module) is not held:
             return True  # the round itself brought us forward meanwhile
         node.log.adopt(module, [*chain, *theirs])
@@ -182,41 +197,37 @@ class CatchUp:
         )
         return better
 
-    async def _chain(self, module: ModuleID, peer: str, *, first_version: int) -> list[Certificate]:
-        """Certificates from `first_version` on; as many requests as it takes within the time."""
-        limit = self._node.history.newest.run_config.rounds.num_rounds
-        chain: list[Certificate] = []
-        async with deadline(peer, HISTORY_TIMEOUT_SECONDS):
-            while len(chain) <= limit:
-                request = ChainRequest(
-                    run=self._node.run, module=str(module), first_version=first_version + len(chain)
-                )
-                raw = await self._node.transport.request(
-                    peer,
-                    CHAIN_PROTOCOL,
-                    request.to_bytes(),
-                    timeout_seconds=CHAIN_TIMEOUT_SECONDS,
-                    max_response_bytes=MAX_MESSAGE_BYTES,
-                )
-                reply = ChainReply.from_bytes(raw, sender=peer)
-                if not reply.certificates:
-                    return chain
-                for certificate in reply.certificates:
-                    if certificate.version != first_version + len(chain):
-                        raise BadMessage(peer, "certificates out of order")
-                    chain.append(certificate)
-        raise BadMessage(peer, "more certificates than the run has rounds")
+    def _parted(
+        self, module: ModuleID, ours: Sequence[Certificate], theirs: Sequence[Certificate]
+    ) -> tuple[list[Certificate], list[Certificate]]:
+        """The shared beginning of two histories, and what follows it in `theirs`.
+
+        `theirs` begins at the origin, or continues a certificate of `ours`.
+        """
+        begin = theirs[0].version - self._node.history.origin(module).version - 1
+        same = 0
+        for mine, other in zip(ours[begin:], theirs, strict=False):
+            if mine.digest != other.digest:
+                break
+            same += 1
+        return list(ours[: begin + same]), list(theirs[same:])
 
     async def _fetch_state(
-        self, module: ModuleID, certificate: Certificate, heads: Sequence[Head]
+        self, module: ModuleID, certificate: Certificate, heads: Sequence[Head], *, shown_by: str
     ) -> None:
         node = self._node
         num_parameters = node.log.num_parameters(module)
         size = state_bytes(num_parameters)
-        holders = [head.peer for head in heads if head.state == certificate.result]
+        # Of who showed the certificate: its head may have been read long before that.
+        holders = [shown_by, *(head.peer for head in heads if head.state == certificate.result)]
         voters = [vote.peer for vote in certificate.votes]
         was_here = certificate.result in node.store  # whatever it is
-        await node.blobs.fetch(certificate.result, [*holders, *voters], max_bytes=size)
+        before = node.store.arrived_bytes(certificate.result)
+        try:
+            await node.blobs.fetch(certificate.result, [*holders, *voters], max_bytes=size)
+        except Unreachable:
+            self._parts_brought[module] += node.store.arrived_bytes(certificate.result) > before
+            raise
         try:
             raw = node.store.read(certificate.result)
             await node.offload(lambda: decode_state(raw or b"", num_parameters=num_parameters))
@@ -226,19 +237,3 @@ class CatchUp:
             raise Unreachable(
                 f"module {module}: a quorum certified a state that is none"
             ) from error
-
-
-def _resumed_facts(held: Held) -> dict[str, Any]:
-    if held.certificate is not None:
-        return facts(held.certificate)
-    return {"module": str(held.module), "version": held.version, "state": held.state}
-
-
-def _common(ours: list[Certificate], theirs: list[Certificate]) -> list[Certificate]:
-    """The shared beginning of two histories."""
-    common: list[Certificate] = []
-    for mine, other in zip(ours, theirs, strict=False):
-        if mine.digest != other.digest:
-            break
-        common.append(mine)
-    return common

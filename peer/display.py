@@ -46,6 +46,10 @@ _LINES = {
     "first step": ("train", "first inner step on path {path}"),
     "training diverged": ("train", "path {path} diverged; starting over from the swarm's versions"),
     "moved": ("path", "moved from path {former}: path {path} needs it more"),
+    "catch-up cut short": (
+        "module",
+        "module {module}: {version} of {of} versions' certificates are here; going on with that",
+    ),
     "caught up": ("module", "caught up with module {module} version {version}"),
     "diverged": ("module", "module {module}: own result differed from the certified one"),
     "path not to be had": ("path", "path {path} cannot be had: {why}"),

@@ -107,6 +107,13 @@ class BlobStore:
             self._indexes[index.digest] = index
         return index.digest
 
+    def arrived_bytes(self, digest: str) -> int:
+        """About how much of an unfinished download is on the disk."""
+        try:
+            return self._part_file(digest).stat().st_blocks * 512
+        except FileNotFoundError:
+            return 0
+
     def age_seconds(self, digest: str) -> float:
         """For how long the blob has been here, even if its file is linked and older; else 0."""
         try:
