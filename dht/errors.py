@@ -2,7 +2,8 @@
 
     SwarmError                  every error that the network side raises on purpose
     ├─ Unreachable              nobody answered in time            -> retry, with a limit
-    │  └─ Offline               our own p2pd is gone               -> wait: it is being replaced
+    │  ├─ Offline               our own p2pd is gone               -> wait: it is being replaced
+    │  └─ NotYet                somebody has it, as it seems       -> wait, then ask again
     ├─ Rejected                 the swarm refused our record       -> re-read, then try again
     ├─ RunMismatch              another run, protocol or clock     -> stop, say what to do
     ├─ LocalFault               this machine cannot (p2pd, key)    -> stop, say what to do
@@ -34,6 +35,10 @@ class Unreachable(SwarmError):
 
 class Offline(Unreachable):
     """Our own p2pd is gone, so nobody can be reached; whoever was asked is not at fault."""
+
+
+class NotYet(Unreachable):
+    """What is known to be somewhere cannot be had now; anything older would be of no use."""
 
 
 class Rejected(SwarmError):

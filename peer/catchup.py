@@ -5,7 +5,8 @@ everybody else gets one whole state. Either has the digest that the newest certi
 
 Head records say who claims which version; they are rumours, so the best claim is tried first and
 believed only as far as its certificates reach. Two histories that differ resolve by the fixed rule
-at the first version where they do.
+at the first version where they do. While somebody may well have a later version, a module is not
+begun at its origin: what is trained from there would count for nothing.
 """
 
 import asyncio
@@ -13,7 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-from dht.errors import PeerFault, SwarmError, Unreachable
+from dht.errors import BadMessage, NotYet, Offline, PeerFault, SwarmError, Unreachable
 from dht.records import Head
 from dipaco.checkpoint import decode_state, state_bytes
 from dipaco.errors import BadState
@@ -28,6 +29,7 @@ from peer.node import Node
 from peer.providers import Providers
 
 MAX_HOLDERS_TRIED = 4  # in one look for later versions
+MAX_FRUITLESS = 8  # looks in a row that bring nothing of a claim, before it is not waited for
 MAX_CLAIMS_REMEMBERED = 8192  # that have not brought a module forward: all readers see of 32 keys
 MAX_VERSIONS_REPLAYED = 3  # more are as a rule forgotten by those who had the contributions
 TURN_SECONDS = 120.0  # of one holder's certificates, before another one's turn to go on with them
@@ -43,12 +45,16 @@ class CatchUp:
         self._providers = providers
         self._chains = Chains(node)
         self._locks: dict[ModuleID, asyncio.Lock] = {}
-        # Whose claims have not brought a module forward when they were tried, longest ago first.
-        self._fruitless: dict[tuple[ModuleID, str], None] = {}
+        # Whose claims have not brought a module forward when they were tried, longest ago first,
+        # and how often in a row nothing at all came of it.
+        self._fruitless: dict[tuple[ModuleID, str], int] = {}
         self._parts_brought: Counter[ModuleID] = Counter()  # of states that did not come whole
 
     async def open(self, module: ModuleID) -> bool:
-        """Hold `module` at the newest certified version that can be had; False if none can."""
+        """Hold `module` at the newest certified version that can be had; False if none can.
+
+        Raises `NotYet` if only its origin can, though there is a later version elsewhere.
+        """
         node = self._node
         async with self._lock(module):
             if module not in node.log.held:
@@ -58,6 +64,11 @@ class CatchUp:
             claims = await self._claims(module)
             if await self._try(module, claims) or module in node.log.held:
                 return True
+            if elsewhere := [c.version for c in claims if self._is_credible(module, c)]:
+                raise NotYet(
+                    f"module {module} is at version {max(elsewhere)} elsewhere, "
+                    "but nobody hands it out"
+                )
             try:
                 await self._providers.obtain(node.history.origin(module).state)
             except SwarmError:
@@ -99,16 +110,22 @@ class CatchUp:
         """Follow some of these claims, until one of them brings the module forward."""
         node = self._node
         for head in claims[:MAX_HOLDERS_TRIED]:
-            before = self._brought(module)
+            before, num_more = self._brought(module), 1
             try:
                 if await self._follow(module, head, claims):
                     self._fruitless.pop((module, head.peer), None)
                     return True
+                num_more = MAX_FRUITLESS  # it has answered, and shown nothing
             except (PeerFault, Unreachable) as error:
+                if isinstance(error, BadMessage):
+                    num_more = MAX_FRUITLESS
+                elif isinstance(error, Offline):
+                    num_more = 0  # it was not asked
                 node.faults.count(error, head.peer)
-            self._fruitless.pop((module, head.peer), None)
-            self._fruitless[module, head.peer] = None
-            if self._brought(module) != before and (newest := self._chains.newest_version(module)):
+            tries = self._fruitless.pop((module, head.peer), 0) + num_more
+            has_brought = self._brought(module) != before
+            self._fruitless[module, head.peer] = 0 if has_brought else tries
+            if has_brought and (newest := self._chains.newest_version(module)):
                 node.events.write(
                     "catch-up cut short", module=str(module), version=newest, of=head.version
                 )
@@ -119,6 +136,20 @@ class CatchUp:
     def _brought(self, module: ModuleID) -> int:
         """Grows with whatever a claim brings that the next attempt need not get again."""
         return self._chains.num_checked[module] + self._parts_brought[module]
+
+    def _is_credible(self, module: ModuleID, head: Head) -> bool:
+        """Whether what `head` claims can be, and has not been looked for in vain too often.
+
+        Else a single peer could keep all newcomers waiting for a version that nobody has.
+        """
+        node = self._node
+        if node.slot < 0:
+            return False
+        possible = node.slot + 2  # one version per slot, and the clocks differ
+        return (
+            head.version - node.history.origin(module).version <= possible
+            and self._fruitless.get((module, head.peer), 0) < MAX_FRUITLESS
+        )
 
     async def _follow(self, module: ModuleID, head: Head, claims: Sequence[Head]) -> bool:
         """Take up the history that `head`'s peer shows, if it is one and better than ours."""

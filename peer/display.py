@@ -50,6 +50,7 @@ _LINES = {
         "module",
         "module {module}: {version} of {of} versions' certificates are here; going on with that",
     ),
+    "waiting for modules": ("path", "trying again in {seconds:.0f} s"),
     "caught up": ("module", "caught up with module {module} version {version}"),
     "diverged": ("module", "module {module}: own result differed from the certified one"),
     "path not to be had": ("path", "path {path} cannot be had: {why}"),

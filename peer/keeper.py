@@ -109,9 +109,16 @@ class Keeper:
             await self._leave()
 
     async def hold(self, modules: Iterable[ModuleID]) -> bool:
-        """Hold these modules at their newest versions and say so; False if one cannot be had."""
-        found = await asyncio.gather(*(self._hold(module) for module in modules))
+        """Hold these modules at their newest versions and say so; False if one cannot be had.
+
+        Raises `NotYet` if that may change soon, after all that can be had are held.
+        """
+        holding = (self._hold(module) for module in modules)
+        found = await asyncio.gather(*holding, return_exceptions=True)
         self._held_changed.notify()
+        for result in found:
+            if isinstance(result, BaseException):
+                raise result
         return all(found)
 
     async def _take_up(self) -> None:
@@ -253,7 +260,8 @@ class Keeper:
             if self._keeps(module_name(module), [p for p in trained if module not in trained[p]])
         }
         duties = self._affordable(duties)
-        await self.hold(sorted(duties - set(node.log.held)))
+        # What cannot be had now must not keep the others from being followed.
+        await self.guard(self.hold(sorted(duties - set(node.log.held))), "modules to keep")
         for module in sorted(node.log.held):
             # Looked up anew each time: a path may be taken while this waits.
             if module in duties or module in self._own:

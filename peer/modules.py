@@ -101,7 +101,7 @@ class ModuleLog:
         return num_parameters(manifest.run_config.model, manifest.topology, module)
 
     def open(self, module: ModuleID) -> Held | None:
-        """Take up what the disk has of `module`; None if there is no intact version of it."""
+        """Take up what the disk has of `module`; None if that is no certified version of it."""
         origin = self._history.origin(module)
         chain = self._read_chain(module, origin)
         held = Held(module=module, origin=origin, chain=list(chain))
@@ -111,7 +111,8 @@ class ModuleLog:
             held.chain.pop()
         else:
             self._take_again(held, raw, chain[len(held.chain) :])
-            self.held[module] = held
+            if held.chain:  # of an origin the disk cannot tell whether it is still the newest
+                self.held[module] = held
         for certificate in chain[len(held.chain) :]:
             self._certificate_file(module, certificate.version).unlink()
         return self.held.get(module)

@@ -101,8 +101,8 @@ class Presence:
         self.scores[path] = record
         await self._store(record)
 
-    async def change_path(self, path: PathID) -> None:
-        """Withdraw the announcement of the former path, and announce the new one."""
+    async def change_path(self, path: PathID | None) -> None:
+        """Withdraw the announcement of the former path, and announce the new one, if any."""
         before = self._announcement()
         self.path = path
         self.progress.valid_nll, self.progress.valid_tokens = None, 0  # of the former one

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
-from dht.errors import LocalFault, SwarmError, Unreachable
+from dht.errors import LocalFault, NotYet, SwarmError, Unreachable
 from dipaco.config import RunConfig
 from dipaco.outer import warm_up
 from dipaco.topology import ModuleID, PathID
@@ -32,6 +32,8 @@ BURST_SECONDS = 0.5  # of inner steps between two looks at the clock and at new 
 SCORING_SHARE = 0.5  # of a burst, after each burst while a phase of the routing is due
 PLAN_SHARE = 0.75  # of a slot: when paths are chosen for the next one
 LAST_LOOK_SHARE = 0.05  # of a slot: between two looks at whether other paths are finished, too
+WAIT_SECONDS = 30.0  # and a slot at most, before what could not be had yet is tried again
+MAX_PATHS_TRIED = 4  # whose modules cannot be had yet, before that: they have some in common
 SETTLE_SECONDS = 1.0  # between two looks at who else is there, before the run starts
 
 T = TypeVar("T")
@@ -146,23 +148,36 @@ class Volunteer:
             await self._maybe_move()
 
     async def _take_any(self, paths: Sequence[PathID]) -> None:
-        """Take the first of `paths` whose shard and modules can be had."""
+        """Take the first of `paths` whose shard and modules can be had.
+
+        Waits while that may change; each claim that is waited for has a limited number of tries.
+        """
         if not paths:
             raise LocalFault(
                 "no path of this run fits into the memory for training",
                 hint="allow more memory, or use another device",
             )
-        for path in paths:
-            try:
-                await self._take(path)
-            except SwarmError as error:
-                self._node.events.write("path not to be had", path=str(path), why=str(error))
-            else:
-                return
-        raise Unreachable(
-            "no path's shard and modules could be fetched",
-            hint="the peers that hold them may be gone; try again later or another address",
-        )
+        while not self.stop.is_set():
+            num_later = 0
+            for path in paths:
+                try:
+                    await self._take(path)
+                except SwarmError as error:
+                    self._node.events.write("path not to be had", path=str(path), why=str(error))
+                    num_later += isinstance(error, NotYet)
+                else:
+                    return
+                if num_later == MAX_PATHS_TRIED:
+                    break
+            if not num_later:
+                raise Unreachable(
+                    "no path's shard and modules could be fetched",
+                    hint="the peers that hold them may be gone; try again later or another address",
+                )
+            await self.keeper.presence.change_path(None)  # others need not count on us meanwhile
+            seconds = min(WAIT_SECONDS, self._config.rounds.round_seconds)
+            self._node.events.write("waiting for modules", seconds=seconds)
+            await self._pause(seconds)
 
     async def _take(self, path: PathID) -> None:
         """Train this path from now on."""

@@ -1,4 +1,4 @@
-"""Who comes late to a long run begins where it is, however slow its line."""
+"""Who comes late to a long run begins where it is, or waits; never where it began."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from dht.errors import NotYet, Offline
 from dht.memory import MemorySwarm
 from dht.records import Head
 from dipaco.checkpoint import ModuleState, encode_state
 from dipaco.config import TopologyConfig
 from dipaco.topology import ModuleID
-from peer.catchup import TURN_SECONDS
+from peer.catchup import MAX_FRUITLESS, TURN_SECONDS
 from peer.chains import STALL_SECONDS
 from peer.member import CHAIN_PROTOCOL
 from peer.memory import Line
@@ -91,6 +92,58 @@ def test_a_newcomer_on_a_slow_line_joins_a_long_run(
     run_virtual(scenario())
 
 
+@pytest.mark.parametrize("is_start_here", [False, True])
+def test_a_newcomer_waits_for_what_nobody_hands_out_yet(
+    tmp_path: Path, *, is_start_here: bool
+) -> None:
+    """Also if the first version is on its disk, with which it could begin."""
+
+    async def scenario() -> None:
+        async with lab(tmp_path, CONFIG, start_in=-NUM_VERSIONS * ROUND) as place:
+            bootstrap = await old_run(place)
+            handlers = place.network.transports[bootstrap.peer_id]._handlers
+            handler = handlers.pop(CHAIN_PROTOCOL)
+            if is_start_here:
+                await place.join("late")
+                store = place.peers["late"].keeper.node.store
+                for module in place.run.manifest.topology.modules:
+                    store.add(encode_state(place.run.starts[module]))
+                await place.kill("late")
+            late = await place.join("late", step_seconds=2.0)
+            await place.until(
+                lambda: bool(late.seen("waiting for modules")), within=8 * ROUND, what="waiting"
+            )
+            reasons = {entry["why"] for entry in late.seen("path not to be had")}
+            assert reasons == {
+                f"module 0.0 is at version {NUM_VERSIONS} elsewhere, but nobody hands it out"
+            }
+            assert not late.versions()
+            assert late.keeper.presence.path is None, "others would count on it"
+            handlers[CHAIN_PROTOCOL] = handler
+            await place.until(lambda: bool(late.seen("path")), within=4 * ROUND, what="a path")
+            assert [entry["round"] for entry in late.seen("path")] == [NUM_VERSIONS]
+            await is_counted(place, late)
+
+    run_virtual(scenario())
+
+
+def test_it_can_be_told_to_stop_while_it_waits(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with lab(tmp_path, CONFIG, start_in=-NUM_VERSIONS * ROUND) as place:
+            bootstrap = await old_run(place)
+            del place.network.transports[bootstrap.peer_id]._handlers[CHAIN_PROTOCOL]
+            late = await place.join("late")
+            await place.until(
+                lambda: bool(late.seen("waiting for modules")), within=8 * ROUND, what="waiting"
+            )
+            assert late.volunteer is not None
+            assert late.task is not None
+            late.volunteer.stop.set()
+            await asyncio.wait_for(late.task, 1.0)
+
+    run_virtual(scenario())
+
+
 def test_who_hands_out_certificates_slowly_has_its_turn_and_then_another_goes_on(
     tmp_path: Path,
 ) -> None:
@@ -120,6 +173,64 @@ def test_who_hands_out_certificates_slowly_has_its_turn_and_then_another_goes_on
             assert asked
 
     run_virtual(scenario())
+
+
+def test_a_claim_is_not_disproven_while_this_peer_cannot_ask(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        async with lab(tmp_path, CONFIG, start_in=-NUM_VERSIONS * ROUND) as place:
+            await old_run(place)
+            late = await place._start("late", 2, keep_all=False, trains=False)
+            catch_up, module = late.keeper.catch_up, ModuleID(0, 0)
+
+            async def request(*_: object, **__: object) -> bytes:
+                raise Offline("p2pd is gone")
+
+            with monkeypatch.context() as patch:
+                patch.setattr(late.keeper.node.transport, "request", request)
+                for _ in range(2 * MAX_FRUITLESS):
+                    with pytest.raises(NotYet):
+                        await catch_up.open(module)
+            assert await catch_up.open(module)
+            assert late.versions() == {"0.0": NUM_VERSIONS}
+
+    run_virtual(scenario())
+
+
+@pytest.mark.parametrize(
+    ("claimed", "answers", "may_wait"),
+    [(5, False, True), (10**9, False, False), (5, True, False)],
+)
+def test_one_liar_does_not_keep_a_newcomer_from_the_start_of_a_run(
+    tmp_path: Path, claimed: int, *, answers: bool, may_wait: bool
+) -> None:
+    """It claims a version that it never hands out, or hands out nothing; nobody has any."""
+
+    async def scenario() -> None:
+        async with lab(tmp_path, CONFIG, start_in=-10 * ROUND) as place:
+            await place.bootstrap()
+            modules = place.run.manifest.topology.modules
+            if answers:
+                liar = place.network.transport(LIAR.peer_id)
+                await liar.serve(CHAIN_PROTOCOL, nothing, max_request_bytes=1024)
+            for module in modules:
+                await claim(place, module, claimed)
+            late = await place.join("late", step_seconds=2.0)
+            await place.until(
+                lambda: bool(late.seen("path")),
+                within=12 * ROUND if may_wait else ROUND,
+                what="a path",
+            )
+            assert late.seen("path")[0]["round"] == 0
+            assert bool(late.seen("waiting for modules")) == may_wait
+            await is_counted(place, late)
+
+    run_virtual(scenario())
+
+
+async def nothing(peer_id: str, payload: bytes) -> AsyncIterator[bytes]:
+    yield ChainReply(certificates=()).to_bytes()
 
 
 async def claim(place: Lab, module: ModuleID, version: int) -> None:
