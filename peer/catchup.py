@@ -19,6 +19,7 @@ from dht.records import Head
 from dipaco.checkpoint import decode_state, state_bytes
 from dipaco.errors import BadState
 from dipaco.topology import ModuleID
+from peer.archive import Link
 from peer.certificate import facts, wins
 from peer.chains import Chains
 from peer.contributions import SLOTS_KEPT
@@ -211,7 +212,7 @@ class CatchUp:
         return True
 
     def _is_better(
-        self, module: ModuleID, common: list[Certificate], theirs: list[Certificate]
+        self, module: ModuleID, common: Sequence[Link], theirs: Sequence[Certificate]
     ) -> bool:
         held = self._node.log.held.get(module)
         ours = held.chain[len(common) :] if held is not None else []
@@ -229,8 +230,8 @@ class CatchUp:
         return better
 
     def _parted(
-        self, module: ModuleID, ours: Sequence[Certificate], theirs: Sequence[Certificate]
-    ) -> tuple[list[Certificate], list[Certificate]]:
+        self, module: ModuleID, ours: Sequence[Link], theirs: Sequence[Certificate]
+    ) -> tuple[list[Link], list[Certificate]]:
         """The shared beginning of two histories, and what follows it in `theirs`.
 
         `theirs` begins at the origin, or continues a certificate of `ours`.

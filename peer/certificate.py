@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from dht.errors import BadMessage
+from peer.archive import Link
 from peer.manifest import Origin
 from peer.messages import Certificate, Commitment, Member, Proposal, Vote
 
@@ -131,7 +132,7 @@ def check_chain(
         parent = certificate
 
 
-def wins(theirs: Sequence[Certificate], ours: Sequence[Certificate]) -> bool:
+def wins(theirs: Sequence[Link], ours: Sequence[Link]) -> bool:
     """Whether everyone settles on `theirs`, of two histories of a module from where they part.
 
     The longer one first, since nobody goes back: else a short history with more tokens in its first
@@ -139,7 +140,7 @@ def wins(theirs: Sequence[Certificate], ours: Sequence[Certificate]) -> bool:
     in its first version, then the smaller digest: a rule that needs no further message.
     """
 
-    def order(history: Sequence[Certificate]) -> tuple[int, int, str]:
+    def order(history: Sequence[Link]) -> tuple[int, int, str]:
         return -len(history), -history[0].proposal.tokens, history[0].digest
 
     return order(theirs) < order(ours)

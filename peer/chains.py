@@ -9,9 +9,11 @@ import asyncio
 import math
 from collections import Counter
 from collections.abc import Sequence
+from itertools import takewhile
 
 from dht.errors import BadMessage
 from dipaco.topology import ModuleID
+from peer.archive import Link, whole
 from peer.certificate import check_chain
 from peer.member import CHAIN_PROTOCOL
 from peer.messages import MAX_MESSAGE_BYTES, Certificate, ChainReply, ChainRequest
@@ -60,7 +62,7 @@ class Chains:
         self,
         module: ModuleID,
         peer: str,
-        ours: Sequence[Certificate],
+        ours: Sequence[Link],
         *,
         turn_seconds: float = math.inf,
     ) -> Checked | None:
@@ -92,10 +94,10 @@ class Chains:
         return max((newest.version for newest in kept if newest is not None), default=0)
 
     async def _begin(
-        self, module: ModuleID, peer: str, ours: Sequence[Certificate]
+        self, module: ModuleID, peer: str, ours: Sequence[Link]
     ) -> tuple[Checked, list[Certificate]]:
         """What `peer`'s history has in common with one that is known here, and what comes next."""
-        known = [*self._usable(module, ours), *([Checked(ours[-1])] if ours else [])]
+        known = [*self._usable(module, ours), *([Checked(whole(ours[-1]))] if ours else [])]
         theirs: list[Certificate] = []
         for checked in known:
             assert checked.newest is not None, "neither is empty"
@@ -107,7 +109,7 @@ class Chains:
             return start, []  # it is not as far as this peer
         return start, await self._ask(module, peer, self._next_version(module, start))
 
-    def _usable(self, module: ModuleID, ours: Sequence[Certificate]) -> list[Checked]:
+    def _usable(self, module: ModuleID, ours: Sequence[Link]) -> list[Checked]:
         """What is kept of the module and later than `ours`, what grew last first."""
         first_version = self._node.history.origin(module).version + 1
         held_version = ours[-1].version if ours else 0
@@ -128,16 +130,17 @@ class Chains:
         peer: str,
         checked: Checked,
         theirs: list[Certificate],
-        ours: Sequence[Certificate],
+        ours: Sequence[Link],
     ) -> Checked:
         """Take in what comes next of a history; what of it is in `ours` was checked long ago."""
         node = self._node
         origin, slot = node.history.origin(module), node.slot
-        while theirs and not len(checked):
-            place = theirs[0].version - origin.version - 1
-            if place >= len(ours) or ours[place].digest != theirs[0].digest:
-                break
-            checked, theirs = Checked(ours[place]), theirs[1:]
+        if not len(checked):
+            known = ours[theirs[0].version - origin.version - 1 :]
+            pairs = zip(known, theirs, strict=False)
+            same = list(takewhile(lambda pair: pair[0].digest == pair[1].digest, pairs))
+            if same:
+                checked, theirs = Checked(same[-1][1]), theirs[len(same) :]
 
         def check() -> None:
             check_chain(theirs, checked.newest, origin=origin, slot=slot, sender=peer)

@@ -20,6 +20,7 @@ from dipaco.errors import BadBytes
 from dipaco.moments import Moments, decode_moments, encode_moments, moments_bytes
 from dipaco.optimizer import saved_moments
 from dipaco.topology import PathID
+from peer.archive import shares
 from peer.messages import HandoverReply, HandoverRequest
 from peer.modules import Held
 from peer.node import Node
@@ -148,10 +149,10 @@ def predecessors(
     slots = {other: slot for other, theirs in announced.items() if theirs == path}
     for held in modules:
         for certificate in held.chain:
-            for commitment in certificate.proposal.contributions:
-                if commitment.path == str(path):
-                    for part in commitment.parts:
-                        slots[part.peer] = max(slots.get(part.peer, -1), commitment.slot)
+            for share in shares(certificate):
+                if share.path == str(path):
+                    for contributor in share.peers:
+                        slots[contributor] = max(slots.get(contributor, -1), share.slot)
     own = slots.pop(peer, -1) if has_own else -1
     slots.pop(peer, None)
     asked = [other for other in slots if own < 0 or slots[other] - own >= CURRENT_SLOTS]

@@ -14,6 +14,7 @@ from dipaco.errors import BadState
 from dipaco.outer import OuterUpdate
 from dipaco.topology import ModuleID
 from peer.acceptor import Acceptor
+from peer.archive import Archived, Link, whole
 from peer.certificate import (
     check_certificate,
     check_link,
@@ -437,20 +438,23 @@ class Member:
     async def _on_chain(self, peer_id: str, payload: bytes) -> Message:
         request = ChainRequest.from_bytes(payload, sender=peer_id)
         _, held = self._held(request.module, request.run, peer_id)
-        return _chain_reply(held.after(request.first_version - 1))
+        after = held.after(request.first_version - 1)
+        if after and isinstance(after[0], Archived):  # that is on the disk
+            return await self._node.offload(lambda: _chain_reply(after))
+        return _chain_reply(after)
 
 
 def _next(held: Held, version: int) -> Certificate | None:
     """The certificate of the version after `version`; None if that is not later than the origin."""
     after = held.after(version)
-    return after[0] if after and after[0].version == version + 1 else None
+    return whole(after[0]) if after and after[0].version == version + 1 else None
 
 
-def _chain_reply(certificates: list[Certificate]) -> ChainReply:
-    """As many of `certificates`, oldest first, as one message holds."""
+def _chain_reply(links: list[Link]) -> ChainReply:
+    """As many of these certificates, oldest first, as one message holds."""
     fitting: list[Certificate] = []
     room = MAX_MESSAGE_BYTES - 1024
-    for certificate in certificates[:256]:
+    for certificate in map(whole, links[:256]):
         room -= len(certificate.to_bytes()) + 1
         if room < 0:
             break

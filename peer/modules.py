@@ -9,7 +9,7 @@ certificate with an intact state makes a version current.
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from dipaco.digest import index_of
 from dipaco.errors import BadState, DipacoError
 from dipaco.model import num_parameters
 from dipaco.topology import ModuleID, PathID
+from peer.archive import WHOLE_KEPT, Archived, Link, shares, whole
 from peer.history import History
 from peer.manifest import Origin
 from peer.messages import Certificate
@@ -35,12 +36,12 @@ class Held:
 
     module: ModuleID
     origin: Origin
-    chain: list[Certificate] = field(default_factory=list)  # the versions after the origin's
+    chain: list[Link] = field(default_factory=list)  # the versions after the origin's
 
     @property
     def certificate(self) -> Certificate | None:
         """The newest certificate; None at the origin."""
-        return self.chain[-1] if self.chain else None
+        return whole(self.chain[-1]) if self.chain else None
 
     @property
     def version(self) -> int:
@@ -57,17 +58,17 @@ class Held:
         """What the next certificate must name as its parent."""
         return self.chain[-1].digest if self.chain else self.origin.state.digest
 
-    def up_to(self, version: int) -> list[Certificate]:
+    def up_to(self, version: int) -> list[Link]:
         """The certificates of all versions up to `version`, oldest first."""
         return self.chain[: max(0, version - self.origin.version)]
 
-    def after(self, version: int) -> list[Certificate]:
+    def after(self, version: int) -> list[Link]:
         """The certificates of all versions later than `version`, oldest first."""
         return self.chain[max(0, version - self.origin.version) :]
 
 
 def counted_tokens(
-    certificates: Iterable[Certificate],
+    certificates: Iterable[Link],
     path: PathID,
     *,
     first_slot: int = 0,
@@ -76,10 +77,10 @@ def counted_tokens(
     """Tokens of `path` that `certificates` count, of slots from one on and before another."""
     name = str(path)
     return sum(
-        commitment.tokens
+        share.tokens
         for certificate in certificates
-        for commitment in certificate.proposal.contributions
-        if commitment.path == name and first_slot <= commitment.slot < before
+        for share in shares(certificate)
+        if share.path == name and first_slot <= share.slot < before
     )
 
 
@@ -111,13 +112,14 @@ class ModuleLog:
             held.chain.pop()
         else:
             self._take_again(held, raw, chain[len(held.chain) :])
+            held.chain = self._archived(module, held.chain)
             if held.chain:  # of an origin the disk cannot tell whether it is still the newest
                 self.held[module] = held
         for certificate in chain[len(held.chain) :]:
             self._certificate_file(module, certificate.version).unlink()
         return self.held.get(module)
 
-    def _take_again(self, held: Held, raw: bytes, missing: Iterable[Certificate]) -> None:
+    def _take_again(self, held: Held, raw: bytes, missing: Iterable[Link]) -> None:
         """Compute states that are not here from `raw`, that of `held`, as far as that can be done.
 
         What comes out has the digest that the certificate names, or does not count.
@@ -171,7 +173,7 @@ class ModuleLog:
         chain = [(c.version, c.result) for c in self._read_chain(module, origin)]
         return [*reversed(chain), (origin.version, origin.state.digest)]
 
-    def adopt(self, module: ModuleID, chain: list[Certificate]) -> Held:
+    def adopt(self, module: ModuleID, chain: Sequence[Link]) -> Held:
         """Make `chain` (checked, from the origin) this module's; its last state is here."""
         held = self.held.get(module)
         before = held.chain if held is not None else []
@@ -180,9 +182,10 @@ class ModuleLog:
         for position, certificate in enumerate(chain):
             if position >= len(before) or before[position] is not certificate:
                 file = self._certificate_file(module, certificate.version)
-                write_atomically(file, certificate.to_bytes())
+                write_atomically(file, whole(certificate).to_bytes())
         for certificate in before[len(chain) :]:
             self._certificate_file(module, certificate.version).unlink(missing_ok=True)
+        new.chain = self._archived(module, chain)
         self.held[module] = new
         if held is not None and held.state != new.state:
             with self._recent_lock:
@@ -223,7 +226,7 @@ class ModuleLog:
                     break
                 total_bytes -= state_bytes(self._recent.pop(oldest).num_parameters)
 
-    def _forget_states(self, before: list[Certificate], new: Held | None) -> None:
+    def _forget_states(self, before: list[Link], new: Held | None) -> None:
         """Delete the states of versions that nobody will ask for; shared origins stay."""
         kept = {ref.digest for manifest in self._history.versions for ref in manifest.origins}
         for held in [*self.held.values(), *([new] if new else [])]:
@@ -238,8 +241,20 @@ class ModuleLog:
         directory.mkdir(parents=True, exist_ok=True)
         return directory / f"{version:08d}.json"
 
-    def _read_chain(self, module: ModuleID, origin: Origin) -> list[Certificate]:
-        chain: list[Certificate] = []
+    def _archived(self, module: ModuleID, chain: Sequence[Link]) -> list[Link]:
+        """`chain`, which is on the disk, with only the newest certificates whole."""
+        return [
+            *(
+                Archived(old, self._certificate_file(module, old.version))
+                if isinstance(old, Certificate)
+                else old
+                for old in chain[:-WHOLE_KEPT]
+            ),
+            *map(whole, chain[-WHOLE_KEPT:]),
+        ]
+
+    def _read_chain(self, module: ModuleID, origin: Origin) -> list[Link]:
+        chain: list[Link] = []
         for file in sorted((self._directory / str(module)).glob("*.json")):
             try:
                 certificate = Certificate.from_bytes(file.read_bytes(), sender="disk")
@@ -248,4 +263,6 @@ class ModuleLog:
             if certificate.version != origin.version + len(chain) + 1:
                 break
             chain.append(certificate)
+            if len(chain) > WHOLE_KEPT:  # one after another: all of them would take much memory
+                chain[-WHOLE_KEPT - 1 :] = self._archived(module, chain[-WHOLE_KEPT - 1 :])
         return chain

@@ -16,10 +16,10 @@ from dht.errors import LocalFault, NotYet, SwarmError, Unreachable
 from dipaco.config import RunConfig
 from dipaco.outer import warm_up
 from dipaco.topology import ModuleID, PathID
+from peer.archive import Link, shares
 from peer.assignment import Snapshot, assign_paths, joining_order
 from peer.beside import Beside
 from peer.keeper import Keeper
-from peer.messages import Certificate
 from peer.modules import Held, counted_tokens
 from peer.node import Offload
 from peer.overdue import is_worth_a_notice, why_not_counted
@@ -521,7 +521,7 @@ class Volunteer:
 
     def _commits(self) -> int:
         return sum(
-            self._node.peer_id in certificate.proposal.contributors
+            any(self._node.peer_id in share.peers for share in shares(certificate))
             for certificate in self._node.log.held[self._rarest_module()].chain
         )
 
@@ -554,13 +554,10 @@ def _is_decided(held: Held, slot: int) -> bool:
     return held.certificate is not None and held.certificate.ballot.slot >= slot
 
 
-def _counted_blob(certificates: Sequence[Certificate], peer: str) -> str | None:
+def _counted_blob(certificates: Sequence[Link], peer: str) -> str | None:
     """The last contribution of `peer` that these certificates contain."""
-    blobs = [
-        part.blob
-        for certificate in certificates
-        for commitment in certificate.proposal.contributions
-        for part in commitment.parts
-        if part.peer == peer
-    ]
-    return blobs[-1] if blobs else None
+    for certificate in reversed(certificates):
+        if any(peer in share.peers for share in shares(certificate)):
+            parts = (p for c in certificate.proposal.contributions for p in c.parts)
+            return next(part.blob for part in parts if part.peer == peer)
+    return None

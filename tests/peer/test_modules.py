@@ -5,11 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from dht.errors import LocalFault
 from dipaco.checkpoint import ModuleState, encode_state
-from dipaco.topology import ModuleID
+from dipaco.topology import ModuleID, PathID
+from peer.archive import WHOLE_KEPT, Archived, shares, whole
 from peer.history import History
 from peer.messages import Certificate
-from peer.modules import ModuleLog
+from peer.modules import ModuleLog, counted_tokens
 from peer.store import BlobStore
 from tests.lab import identity, little_config, make_run
 from tests.peer.test_certificate import PEERS, certificate, commitment, proposal
@@ -83,3 +85,44 @@ def test_old_states_are_deleted_and_the_start_is_kept(place: Place) -> None:
     kept = [certificate.result in place.store for certificate in versions]
     assert kept == [False, False, False, True, True]
     assert RUN.manifest.starts[MODULE.level].digest in place.store
+
+
+def test_old_certificates_are_read_from_the_disk_again(place: Place) -> None:
+    made = [place.advance() for _ in range(WHOLE_KEPT + 3)]
+    again = place.reopened().open(MODULE)
+    assert again is not None
+    for held in (place.log.held[MODULE], again):
+        is_old = [isinstance(link, Archived) for link in held.chain]
+        assert is_old == [True] * 3 + [False] * WHOLE_KEPT
+        assert [whole(link).to_bytes() for link in held.chain] == [c.to_bytes() for c in made]
+        assert [shares(link) for link in held.chain] == [
+            shares(certificate) for certificate in made
+        ]
+        assert [link.digest for link in held.after(1)] == [c.digest for c in made[1:]]
+        assert counted_tokens(held.chain, PathID.parse("0.0")) == 100 * len(made)
+    assert place.log.versions_on_disk(MODULE)[-2:] == [
+        (1, made[0].result),
+        (0, place.log.held[MODULE].origin.state.digest),
+    ]
+
+
+def test_an_old_certificate_is_never_another_one_in_its_place(place: Place) -> None:
+    made = [place.advance() for _ in range(WHOLE_KEPT + 2)]
+    old, other, *_ = place.log.held[MODULE].chain
+    directory = place.directory / "modules" / str(MODULE)
+    (directory / "00000001.json").write_bytes(made[1].to_bytes())
+    (directory / "00000002.json").unlink()
+    for link in (old, other):
+        with pytest.raises(LocalFault):
+            whole(link)
+
+
+def test_a_history_that_falls_back_is_whole_at_its_end_again(place: Place) -> None:
+    made = [place.advance() for _ in range(3 * WHOLE_KEPT)]
+    short = place.log.held[MODULE].chain[: WHOLE_KEPT + 1]
+    assert isinstance(short[-1], Archived)
+    size = place.log.num_parameters(MODULE)
+    place.store.add(encode_state(ModuleState.initial(torch.full((size,), float(len(short))))))
+    held = place.log.adopt(MODULE, short)
+    assert [isinstance(link, Certificate) for link in held.chain] == [False] + [True] * WHOLE_KEPT
+    assert held.certificate == made[WHOLE_KEPT]

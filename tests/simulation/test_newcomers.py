@@ -14,6 +14,7 @@ from dht.records import Head
 from dipaco.checkpoint import ModuleState, encode_state
 from dipaco.config import TopologyConfig
 from dipaco.topology import ModuleID
+from peer.archive import whole
 from peer.catchup import MAX_FRUITLESS, TURN_SECONDS
 from peer.chains import STALL_SECONDS
 from peer.member import CHAIN_PROTOCOL
@@ -75,9 +76,9 @@ def test_a_newcomer_on_a_slow_line_joins_a_long_run(
             place.network.lines[late.peer_id] = slow
             begin_time = asyncio.get_running_loop().time()
             chain_bytes = sum(
-                len(certificate.to_bytes())
+                len(whole(link).to_bytes())
                 for held in bootstrap.keeper.node.log.held.values()
-                for certificate in held.chain
+                for link in held.chain
             )
             assert chain_bytes / slow.bandwidth_bytes_per_second > 200.0
             await place.until(
