@@ -136,8 +136,10 @@ class Keeper:
             if certificates[-1].proposal.slot >= node.slot - RETIRE_SLOTS
             and node.peer_id in {seat.peer for seat in certificates[-1].proposal.next_roster}
         ]
-        await self.hold(seated)
-        self.start(self.hold(set(newest).difference(seated)), "modules on disk")
+        try:
+            await self.hold(seated)
+        finally:
+            self.start(self.hold(set(newest).difference(seated)), "modules on disk")
 
     def _resumable(self) -> dict[ModuleID, list[Certificate]]:
         """The last certificates of every module that the disk has a state of."""
