@@ -173,6 +173,9 @@ class Keeper:
             coroutine.close()
             return
         task = asyncio.create_task(self.guard(coroutine, name))
+        task.add_done_callback(
+            lambda _: coroutine.close()
+        )  # it may have been cancelled before it began
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
