@@ -85,23 +85,37 @@ def check_link(
     `slot` is the clock's. What comes with time, such as a rebuilt roster, must have come: a
     certificate is not of a slot after the next one.
     """
-    proposal = certificate.proposal
-    if certificate.ballot.slot > slot + 1:
+    proposal, in_slot = certificate.proposal, certificate.ballot.slot
+    if in_slot > slot + 1:
         raise BadMessage(
             sender, f"certificate {proposal.module} v{proposal.version}: of a slot to come"
         )
+    check_succession(proposal, parent, origin=origin, slot=in_slot, sender=sender)
+    if not is_roster_due(proposal, parent, in_slot):
+        raise BadMessage(sender, f"certificate {proposal.module} v{proposal.version}: wrong roster")
+
+
+def check_succession(
+    proposal: Proposal, parent: Certificate | None, *, origin: Origin, slot: int, sender: str
+) -> None:
+    """Raise `BadMessage` unless a ballot of `slot` may make `proposal` the version after `parent`
+    (None: the module's origin).
+
+    Whoever votes asks this, too: votes for what no certificate can be made of would bind the
+    members to it, and the module would stand still.
+    """
+
+    def require(condition: bool, why: str) -> None:
+        if not condition:
+            raise BadMessage(sender, f"{proposal.module} v{proposal.version}: {why}")
+
     version, digest, state = (origin.version, origin.state.digest, origin.state.digest)
     if parent is not None:
         version, digest, state = (parent.version, parent.digest, parent.result)
-    if proposal.version != version + 1 or proposal.parent != digest:
-        raise BadMessage(sender, f"certificate {proposal.module} v{proposal.version}: wrong parent")
+    require(proposal.version == version + 1 and proposal.parent == digest, "wrong parent")
     before = parent.proposal.slot if parent is not None else -1
-    if not before < proposal.slot <= certificate.ballot.slot:
-        raise BadMessage(sender, f"certificate {proposal.module} v{proposal.version}: wrong slot")
-    if any(commitment.base_state != state for commitment in proposal.contributions):
-        raise BadMessage(sender, f"certificate {proposal.module} v{proposal.version}: wrong base")
-    if not is_roster_due(proposal, parent, certificate.ballot.slot):
-        raise BadMessage(sender, f"certificate {proposal.module} v{proposal.version}: wrong roster")
+    require(before < proposal.slot <= slot, "wrong slot")
+    require(all(c.base_state == state for c in proposal.contributions), "wrong base")
 
 
 def is_roster_due(proposal: Proposal, parent: Certificate | None, slot: int) -> bool:

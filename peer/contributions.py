@@ -18,12 +18,11 @@ from dipaco.topology import ModuleID, PathID
 from peer.certificate import contribution_order
 from peer.changes import Changes
 from peer.manifest import Manifest
-from peer.messages import MAX_CONTRIBUTIONS, Commitment, Member
+from peer.messages import MAX_CONTRIBUTIONS, MAX_COUNTED, Commitment, Member
 from peer.node import Node
 from peer.reduction import format_of, mapped_gradient
 
 SLOTS_KEPT = 2  # older commitments are forgotten, and their blobs deleted
-MAX_COUNTED = 16  # contributions that one version is made of
 MAX_PULLS = 8  # contributions pulled at once
 # Far more than any training does, and so little that no state made of such overflows a float32.
 MAX_NORM = 1e15

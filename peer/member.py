@@ -19,6 +19,7 @@ from peer.certificate import (
     check_certificate,
     check_link,
     check_proposal,
+    check_succession,
     facts,
     is_roster_due,
     may_rebuild,
@@ -172,7 +173,7 @@ class Member:
         known = self.contributions.known(module, request.ballot.slot)
         state = self._acceptor.state(request.module, request.version, request.parent)
         return HaveReply(
-            promised=promised,
+            promised=promised and state.promised == request.ballot,  # still: others asked meanwhile
             leaving=module in self.retiring,
             held=tuple(c.digest for c in self.contributions.held(known)),
             commitments=tuple(known),
@@ -193,6 +194,9 @@ class Member:
         if not self._may_lead(ballot, held):
             return ProposeReply(reason="a ballot of a slot that is not now, or without a seat")
         check_proposal(proposal, sender=sender)
+        check_succession(
+            proposal, held.certificate, origin=held.origin, slot=ballot.slot, sender=sender
+        )
         if not self._is_manifest_in_force(proposal, ballot.slot):
             return ProposeReply(reason="not by the manifest that this member knows to be in force")
         if not await self._roster_is_right(proposal, held, ballot.slot):

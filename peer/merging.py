@@ -15,9 +15,8 @@ from dipaco.compression import encode
 from dipaco.outer import average
 from peer.certificate import contribution_order
 from peer.committer import Committer
-from peer.contributions import MAX_COUNTED
 from peer.member import Member
-from peer.messages import Commitment
+from peer.messages import MAX_COUNTED, Commitment
 from peer.modules import Held
 from peer.node import Node
 from peer.reduction import merged_format

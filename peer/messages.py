@@ -17,11 +17,12 @@ from dht.identity import Identity, verify
 
 PROTOCOL_VERSION = 1
 
-# A certificate of 16 contributions and a roster of 32 is about 28 kB of JSON.
+# A certificate of 16 contributions and a roster of 32 is about 30 kB of JSON.
 MAX_MESSAGE_BYTES = 256 * 1024
 MAX_ROSTER = 64
 MAX_REASON_CHARACTERS = 200
-MAX_CONTRIBUTIONS = 64
+MAX_CONTRIBUTIONS = 64  # offered to one round
+MAX_COUNTED = 16  # of these, or of merged ones, that one version is made of
 MAX_KNOWN = 2 * MAX_CONTRIBUTIONS  # commitments to one round, with those that merge others
 MAX_WAIT_SECONDS = 60.0  # that a leader may ask a member to take before it answers
 MAX_TOKENS = 2**36  # of one contribution; sums of many stay numbers that JSON keeps exact
@@ -153,9 +154,7 @@ class Proposal(Hashed):
     module: ModuleName
     version: Annotated[int, Field(ge=1, le=2**31)]
     parent: Digest  # digest of the certificate of version - 1; of the origin's state if none is
-    contributions: Annotated[
-        tuple[Commitment, ...], Field(min_length=1, max_length=MAX_CONTRIBUTIONS)
-    ]
+    contributions: Annotated[tuple[Commitment, ...], Field(min_length=1, max_length=MAX_COUNTED)]
     roster: Annotated[tuple[Member, ...], Field(min_length=1, max_length=MAX_ROSTER)]
     rebuilt: bool  # the roster was taken from the announcements, not from the parent certificate
     next_roster: Annotated[tuple[Member, ...], Field(min_length=1, max_length=MAX_ROSTER)]

@@ -16,13 +16,13 @@ from peer.certificate import (
     check_certificate,
     check_link,
     check_proposal,
+    check_succession,
     counted,
     may_rebuild,
     quorum_votes,
     roster_of,
 )
 from peer.committer import Committer
-from peer.contributions import MAX_COUNTED
 from peer.courier import MESSAGE_TIMEOUT_SECONDS, Kind
 from peer.heads import Heads
 from peer.member import (
@@ -33,6 +33,7 @@ from peer.member import (
 from peer.merging import Merging
 from peer.messages import (
     MAX_REASON_CHARACTERS,
+    MAX_COUNTED,
     MAX_ROSTER,
     MAX_WAIT_SECONDS,
     Ballot,
@@ -293,22 +294,25 @@ class Rounds:
         others = {peer: request for peer in peers if peer != node.peer_id}
         asking = self._member.courier.ask_all(HaveReply, others, Kind.HAVE, window)
         if node.peer_id not in peers:
-            return await self._credible(await asking, held)
+            return await self._credible(await asking, held, ballot)
         mine, replies = await asyncio.gather(
             self._member.have(request, sender=node.peer_id), asking
         )
-        return {**await self._credible(replies, held), node.peer_id: mine}
+        return {**await self._credible(replies, held, ballot), node.peer_id: mine}
 
-    async def _credible(self, replies: Mapping[str, HaveReply], held: Held) -> dict[str, HaveReply]:
+    async def _credible(
+        self, replies: Mapping[str, HaveReply], held: Held, ballot: Ballot
+    ) -> dict[str, HaveReply]:
         """Without those of another history, and those that say what cannot be so."""
         credible = {}
+        run, slot = self._node.run, self._node.slot
         for peer, reply in replies.items():
             done = reply.certificate
             try:
                 if done is not None and done.proposal.parent != held.parent:
                     await self._member.learn(done, sender=peer)
                     continue
-                check_have_reply(reply, held, run=self._node.run, slot=self._node.slot, sender=peer)
+                check_have_reply(reply, held, ballot, run=run, slot=slot, sender=peer)
             except BadMessage as error:
                 self._node.faults.count(error, peer)
             else:
@@ -457,10 +461,13 @@ class Rounds:
         )
 
 
-def check_have_reply(reply: HaveReply, held: Held, *, run: str, slot: int, sender: str) -> None:
+def check_have_reply(
+    reply: HaveReply, held: Held, ballot: Ballot, *, run: str, slot: int, sender: str
+) -> None:
     """Raise `BadMessage` if a certificate or proposal in it is not one of `held`'s next version.
 
-    `slot` is the clock's.
+    What it voted for is proposed again, so nothing but what everyone may vote for in `ballot`
+    will do. `slot` is the clock's.
     """
     certificate, accepted = reply.certificate, reply.accepted
     proposals = [accepted] if accepted is not None else []
@@ -473,7 +480,13 @@ def check_have_reply(reply: HaveReply, held: Held, *, run: str, slot: int, sende
         check_certificate(certificate, sender=sender)
         check_link(certificate, held.certificate, origin=held.origin, slot=slot, sender=sender)
     if accepted is not None:
+        voted = reply.accepted_ballot
+        if voted is None or (reply.promised and voted.order > ballot.order):
+            raise BadMessage(sender, "a vote in no ballot, or in a later one than is promised")
         check_proposal(accepted, sender=sender)
+        check_succession(
+            accepted, held.certificate, origin=held.origin, slot=voted.slot, sender=sender
+        )
 
 
 def _locked(replies: Iterable[HaveReply], roster: tuple[Seat, ...]) -> Proposal | None:

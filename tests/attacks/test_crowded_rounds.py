@@ -4,9 +4,9 @@ from pathlib import Path
 
 from dipaco.compression import encoded_bytes
 from dipaco.topology import ModuleID
-from peer.contributions import MAX_COUNTED
 from peer.messages import (
     MAX_CONTRIBUTIONS,
+    MAX_COUNTED,
     MAX_MESSAGE_BYTES,
     MAX_TOKENS,
     Commitment,

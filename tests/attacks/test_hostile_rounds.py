@@ -134,6 +134,27 @@ async def advances(place: Lab, module: ModuleID) -> None:
     assert not any(p.task is not None and p.task.done() for p in place.peers.values())
 
 
+async def take_seat(stranger: Stranger) -> tuple[Seat, ...]:
+    """Announce a head until the next roster has the stranger in it; returns that roster."""
+    log = stranger.node.log
+    for _ in range(12 * 4):
+        held = log.held[MODULE]
+        assert held.certificate is not None
+        roster = held.certificate.proposal.next_roster
+        if stranger.key.peer_id in {seat.peer for seat in roster}:
+            return roster
+        await stranger.announce(MODULE, version=held.version, certificate=held.certificate.digest)
+        await asyncio.sleep(ROUND_SECONDS / 12)
+    pytest.fail("it was given no seat")
+
+
+def changed_proposal(stranger: Stranger, roster: tuple[Seat, ...], **changes: object) -> Proposal:
+    """A proposal that is consistent in itself, of a contribution with these fields."""
+    changes |= {"path": "0", "signature": ""}
+    commitment = stranger.commitment(MODULE).model_copy(update=changes)
+    return next_proposal(stranger, sign(commitment, stranger.key), roster)
+
+
 def next_proposal(stranger: Stranger, commitment: Commitment, roster: tuple[Seat, ...]) -> Proposal:
     held = stranger.node.log.held[MODULE]
     assert held.certificate is not None
@@ -290,6 +311,102 @@ def test_a_member_with_an_old_certificate_does_not_end_attempts(tmp_path: Path) 
                 await asyncio.sleep(ROUND_SECONDS / 4)
             await advances(place, MODULE)
             assert asked
+
+    run_virtual(scenario())
+
+
+@pytest.mark.parametrize("change", ["base", "slot"])
+def test_no_vote_for_what_no_certificate_can_be_made_of(tmp_path: Path, change: str) -> None:
+    """Votes for it would bind their members to it: the module would never have a version again."""
+
+    async def scenario() -> None:
+        async with swarm(tmp_path, levels=(1,)) as place:
+            stranger = Stranger(place)
+            await stranger.serve()
+            roster = await take_seat(stranger)
+            key, node = stranger.key, stranger.node
+            certificate = node.log.held[MODULE].certificate
+            assert certificate is not None
+            before = certificate.proposal.slot
+            what = {"base_state": "0" * 64} if change == "base" else {"slot": before}
+            proposal = changed_proposal(stranger, roster, **what)
+            ballot = Ballot(slot=node.slot, attempt=0, leader=key.peer_id)
+            request = ProposeRequest(ballot=ballot, proposal=proposal)
+            others = {peer.peer_id: request for peer in stranger.honest}
+            await stranger.courier.ask_all(ProposeReply, others, Kind.PROPOSE, 30.0)
+            for peer in stranger.honest:
+                assert [e["why"] for e in peer.seen("fault") if f"wrong {change}" in e["why"]]
+                assert proposal.digest not in {e["proposal"] for e in peer.seen("voted")}
+            await advances(place, MODULE)
+
+    run_virtual(scenario())
+
+
+@pytest.mark.parametrize("lie", ["base", "later ballot"])
+def test_a_member_that_says_what_it_cannot_have_voted_for_does_not_end_attempts(
+    tmp_path: Path, lie: str
+) -> None:
+    async def scenario() -> None:
+        async with swarm(tmp_path, levels=(1,)) as place:
+            stranger = Stranger(place)
+            await stranger.serve()
+            asked = 0
+
+            async def have(peer_id: str, payload: bytes) -> bytes:
+                nonlocal asked
+                asked += 1
+                request = HaveRequest.from_bytes(payload, sender=peer_id)
+                certificate = stranger.node.log.held[MODULE].certificate
+                assert certificate is not None
+                roster = certificate.proposal.next_roster
+                slot = request.ballot.slot + (lie == "later ballot")
+                what = {"base_state": "0" * 64} if lie == "base" else {"slot": slot}
+                return HaveReply(
+                    promised=True,
+                    held=(),
+                    commitments=(),
+                    accepted=changed_proposal(stranger, roster, **what),
+                    accepted_ballot=Ballot(slot=slot, attempt=0, leader=stranger.key.peer_id),
+                ).to_bytes()
+
+            async def nothing(peer_id: str, payload: bytes) -> bytes:
+                raise ValueError("no")
+
+            answers: dict[Kind, Answer] = dict.fromkeys(Kind, nothing)
+            await stranger.courier.serve({**answers, Kind.HAVE: have})
+            await take_seat(stranger)
+            await advances(place, MODULE)
+            assert asked
+            faults = [e for peer in stranger.honest for e in peer.seen("fault")]
+            assert "BadMessage" in {e["kind"] for e in faults if e["peer"] == stranger.key.peer_id}
+
+    run_virtual(scenario())
+
+
+def test_a_promise_that_is_overtaken_while_bytes_are_pulled_is_none(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with swarm(tmp_path, levels=(1,)) as place:
+            stranger = Stranger(place)
+            await take_seat(stranger)
+            victim, node = place.peers["peer0"].keeper, stranger.node
+            held = node.log.held[MODULE]
+            missing = stranger.commitment(MODULE).model_copy(update={"path": "0", "signature": ""})
+            requests = [
+                HaveRequest(
+                    run=node.run,
+                    module=str(MODULE),
+                    version=held.version + 1,
+                    parent=held.parent,
+                    ballot=Ballot(slot=node.slot, attempt=attempt, leader=stranger.key.peer_id),
+                    commitments=(sign(missing, stranger.key),),
+                    wait_seconds=0.5,
+                )
+                for attempt in range(2)
+            ]
+            asked = (victim.member.have(r, sender=stranger.key.peer_id) for r in requests)
+            first, second = await asyncio.gather(*asked)
+            assert second.promised
+            assert not first.promised
 
     run_virtual(scenario())
 

@@ -8,13 +8,14 @@ from peer.certificate import (
     check_certificate,
     check_link,
     check_proposal,
+    check_succession,
     contribution_order,
     counted,
     quorum_votes,
     wins,
 )
 from peer.manifest import BlobRef, Origin
-from peer.messages import Ballot, Certificate, Commitment, Member, Proposal, Vote, sign
+from peer.messages import MAX_COUNTED, Ballot, Certificate, Commitment, Member, Proposal, Vote, sign
 
 PEERS = sorted((Identity(bytes([n]) * 32) for n in range(1, 6)), key=lambda i: i.peer_id)
 RUN, START, RESULT = "a" * 64, "b" * 64, "c" * 64
@@ -138,6 +139,39 @@ def test_a_link_needs_the_right_parent_base_and_roster() -> None:
             slot=3,
             sender="x",
         )
+
+
+def test_who_votes_asks_for_the_same_parent_base_and_slot() -> None:
+    earlier = commitment(PEERS[0], slot=2)
+    first = certificate(proposal(PEERS[:3], contributions=(earlier,)), PEERS[:2])
+
+    def second(**changes: object) -> Proposal:
+        values = {"base_version": 1, "base_state": RESULT, **changes}
+        contributions = (commitment(PEERS[0], **values),)
+        what = proposal(PEERS[:3], version=2, parent=first.digest, contributions=contributions)
+        check_proposal(what, sender="x")
+        return what
+
+    check_succession(second(), first, origin=ORIGIN, slot=3, sender="x")
+    check_succession(second(), first, origin=ORIGIN, slot=9, sender="x")  # proposed again
+    check_succession(first.proposal, None, origin=ORIGIN, slot=2, sender="x")
+    wrong: list[tuple[str, Proposal, Certificate | None]] = [
+        ("wrong base", second(base_state=START), first),
+        ("wrong slot", second(slot=2), first),
+        ("wrong slot", second(slot=4), first),
+        ("wrong parent", second(), None),
+        ("wrong parent", first.proposal, first),
+    ]
+    for why, what, parent in wrong:
+        with pytest.raises(BadMessage, match=why):
+            check_succession(what, parent, origin=ORIGIN, slot=3, sender="x")
+
+
+def test_a_proposal_of_more_than_a_version_counts_is_none() -> None:
+    most = tuple(commitment(PEERS[0]) for _ in range(MAX_COUNTED))
+    assert len(proposal(PEERS[:1], contributions=most).contributions) == MAX_COUNTED
+    with pytest.raises(ValueError, match=f"at most {MAX_COUNTED}"):
+        proposal(PEERS[:1], contributions=(*most, most[0]))
 
 
 def test_what_two_ballots_certified_is_one_certificate() -> None:
