@@ -11,6 +11,7 @@ import numpy as np
 from dht.errors import Unreachable
 from dipaco.checkpoint import ModuleState
 from dipaco.compression import EncodedGradient, WireFormat
+from dipaco.errors import BadContribution
 from dipaco.outer import OuterUpdate, apply_contributions, contribution_weights
 from dipaco.topology import PathID
 from peer.manifest import Manifest
@@ -40,6 +41,9 @@ def mapped_gradient(
     `manifest` is the one that the commitment names. Raises `BadContribution` if the blob is not an
     outer gradient of its module, `Unreachable` if it is not here.
     """
+    index = store.index(commitment.blob)
+    if index is not None and index.size != commitment.blob_bytes:  # an empty one cannot be mapped
+        raise BadContribution(f"a blob of {index.size} bytes, not {commitment.blob_bytes}")
     file = store.intact_file(commitment.blob)
     if file is None:
         raise Unreachable(f"contribution {commitment.blob[:12]} is not on disk, or damaged")

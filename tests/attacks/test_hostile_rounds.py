@@ -1,6 +1,7 @@
 """A stranger speaks to the members of a round. What it may not do is refused; training goes on."""
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -253,6 +254,31 @@ def test_a_commitment_deletes_nothing_that_it_names(tmp_path: Path) -> None:
             await asyncio.sleep(4 * ROUND_SECONDS)  # until the commitments are forgotten
             for digest in named[1:]:
                 assert all(digest in peer.keeper.node.store for peer in here[digest])
+
+    run_virtual(scenario())
+
+
+@pytest.mark.parametrize("raw", [b"", b"too short"])
+def test_a_commitment_to_bytes_of_another_size_is_a_fault_of_its_signer(
+    tmp_path: Path, raw: bytes
+) -> None:
+    async def scenario() -> None:
+        async with lab(tmp_path, little_config(), start_in=-1.0) as place:
+            await place.bootstrap()
+            stranger = Stranger(place)
+            await stranger.serve()
+            unseen: list[dict[str, object]] = []
+            loop = asyncio.get_running_loop()
+            loop.set_exception_handler(lambda _, context: unseen.append(context))
+            commitment = stranger.commitment(MODULE, blob=stranger.store.add(raw))
+            await stranger.commit(commitment)
+            await asyncio.sleep(2.0)
+            gc.collect()
+            assert not unseen
+            [victim] = stranger.honest
+            [fault] = victim.seen("fault")
+            assert fault["peer"] == stranger.key.peer_id
+            assert f"{len(raw)} bytes" in fault["why"]
 
     run_virtual(scenario())
 
