@@ -7,19 +7,24 @@ there is no room for it.
 """
 
 import hashlib
+import logging
 from collections import defaultdict
 from collections.abc import Iterable
 from fractions import Fraction
 
+from dht.errors import SwarmError
 from dipaco.compression import encode
+from dipaco.errors import DipacoError
 from dipaco.outer import average
 from peer.certificate import contribution_order
 from peer.committer import Committer
 from peer.member import Member
-from peer.messages import MAX_COUNTED, Commitment
+from peer.messages import MAX_COUNTED, MAX_TOKENS, Commitment
 from peer.modules import Held
 from peer.node import Node
 from peer.reduction import merged_format
+
+log = logging.getLogger(__name__)
 
 Group = tuple[Commitment, ...]
 
@@ -49,6 +54,21 @@ def groups_to_merge(commitments: Iterable[Commitment], *, limit: int) -> list[Gr
     return [group for group in groups if len(group) > 1]
 
 
+def countable(group: Iterable[Commitment], *, max_tokens: int) -> list[Commitment]:
+    """Those of a group that have no more tokens together than a commitment may name.
+
+    The first, which merges, and the smallest others: who claims too many is left out by itself.
+    """
+    own, *others = group
+    chosen, tokens = [own], own.tokens
+    for other in sorted(others, key=lambda commitment: commitment.tokens):
+        tokens += other.tokens
+        if tokens > max_tokens:
+            break
+        chosen.append(other)
+    return sorted(chosen, key=contribution_order)
+
+
 def _turn(commitment: Commitment) -> bytes:
     name = f"merge|{commitment.module}|{commitment.slot}|{commitment.peer}"
     return hashlib.sha256(name.encode()).digest()
@@ -76,7 +96,7 @@ class Merging:
             return
         mine = next((group for group in groups if group[0].peer == self._node.peer_id), None)
         if mine is not None:
-            await self._merge(held, mine, until)
+            await self._try_to_merge(held, mine, until)
         leads = {group[0].peer for group in groups}
 
         def is_merged() -> bool:
@@ -85,11 +105,25 @@ class Merging:
 
         await self._member.changes.until(is_merged, max(0.0, until - self._node.now()))
 
+    async def _try_to_merge(self, held: Held, group: Group, until: float) -> None:
+        """A boundary: whoever merges may have to lead the round, whatever comes of the merging."""
+        where = f"merging of {held.module}"
+        try:
+            await self._merge(held, group, until)
+        except (SwarmError, DipacoError, OSError) as error:
+            self._node.events.write("error", where=where, why=str(error))
+        except Exception as error:
+            log.exception("unexpected error in %s", where)
+            self._node.events.write("error", where=where, why=repr(error))
+
     async def _merge(self, held: Held, group: Group, until: float) -> None:
         """Average what can be had of a group in time, and commit to that."""
         node, contributions = self._node, self._member.contributions
         await contributions.obtain(group, [], max(0.0, until - node.now()))
-        there = sorted(contributions.held(group), key=contribution_order)
+        there = contributions.held(group)
+        if group[0] not in there:
+            return
+        there = countable(there, max_tokens=MAX_TOKENS)
         if len(there) < 2:
             return
         outer = node.history.at(group[0].slot).run_config.outer

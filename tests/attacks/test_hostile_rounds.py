@@ -308,6 +308,35 @@ def test_no_contribution_is_too_large_for_those_who_count_it(
     run_virtual(scenario())
 
 
+def test_who_claims_too_many_tokens_is_not_merged_and_the_others_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("round", "contributions", "merging"):
+        monkeypatch.setattr(f"peer.{module}.MAX_COUNTED", 1)
+
+    async def scenario() -> None:
+        async with swarm(tmp_path, levels=(1,)) as place:
+            peers = [place.peers["peer0"], await place.join("peer1", step_seconds=2.0)]
+            stranger = Stranger(place)
+            await stranger.serve()
+            await place.until_versions(2, peers, within=3 * ROUND_SECONDS)
+            node, last = stranger.node, stranger.node.slot + 4
+            while node.slot < last:
+                next_slot_time = node.history.first.slot_start(node.slot + 1)
+                await asyncio.sleep(next_slot_time - node.now() - 0.5)
+                large = stranger.commitment(MODULE, tokens=MAX_TOKENS)
+                large = large.model_copy(update={"path": "0", "signature": ""})
+                await stranger.commit(sign(large, stranger.key))
+                await asyncio.sleep(1.0)
+            await asyncio.sleep(ROUND_SECONDS / 2)
+            merged = [e["parts"] for peer in peers for e in peer.seen("merged")]
+            assert sorted(peer.peer_id for peer in peers) in map(sorted, merged)
+            assert not any(stranger.key.peer_id in parts for parts in merged)
+            assert not [e for peer in peers for e in peer.seen("error")]
+
+    run_virtual(scenario())
+
+
 def test_a_member_with_an_old_certificate_does_not_end_attempts(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with swarm(tmp_path) as place:

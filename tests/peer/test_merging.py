@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from dht.errors import BadMessage
 from peer.certificate import check_proposal, counted
 from peer.contributions import check_parts
-from peer.merging import groups_to_merge
+from peer.merging import countable, groups_to_merge
 from peer.messages import Commitment, Part
 from tests.lab import identity
 from tests.peer.test_certificate import PEERS, commitment, proposal
@@ -48,6 +48,23 @@ def test_what_is_left_after_merging_fits(paths: list[int], limit: int) -> None:
         alone = Counter(map(str, paths))[str(path)] - sum(sizes)
         assert max([*sizes, 1]) - min([*sizes, *([1] if alone else [])] or [1]) <= 1
     assert groups == groups_to_merge(reversed(singles), limit=limit), "whoever looks sees the same"
+
+
+def test_no_more_is_merged_than_one_commitment_may_claim() -> None:
+    group = [single(number, tokens=tokens) for number, tokens in enumerate([40, 60, 20, 30])]
+    merged_tokens = {
+        most: sorted(c.tokens for c in countable(group, max_tokens=most))
+        for most in (150, 149, 90, 89, 60, 59)
+    }
+    assert merged_tokens == {
+        150: [20, 30, 40, 60],
+        149: [20, 30, 40],
+        90: [20, 30, 40],
+        89: [20, 40],
+        60: [20, 40],
+        59: [40],
+    }
+    assert merged(countable(group, max_tokens=90)).tokens == 90
 
 
 def test_a_merged_commitment_goes_before_its_parts_and_nothing_counts_twice() -> None:

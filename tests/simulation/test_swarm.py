@@ -285,8 +285,9 @@ def test_in_a_crowded_round_some_merge_and_everyone_counts(
     run_virtual(scenario())
 
 
+@pytest.mark.parametrize("is_broken", [False, True])
 def test_what_a_silent_peer_should_have_merged_the_next_rounds_count(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_broken: bool
 ) -> None:
     """Nobody merges: a version counts two of four, and nothing that was trained is lost."""
     crowd(monkeypatch, max_counted=2)
@@ -295,6 +296,8 @@ def test_what_a_silent_peer_should_have_merged_the_next_rounds_count(
     async def merge(*_: object) -> None:
         nonlocal silent
         silent += 1
+        if is_broken:
+            raise ValueError("no")
 
     monkeypatch.setattr("peer.merging.Merging._merge", merge)
     config = little_config(num_rounds=5, blocking=False)
@@ -308,6 +311,9 @@ def test_what_a_silent_peer_should_have_merged_the_next_rounds_count(
             chain = peers[0].keeper.node.log.held[ModuleID(0, 0)].chain
             counts = Counter(c.peer for made in chain for c in made.proposal.contributions)
             assert silent > 0
+            errors = [entry["where"] for peer in peers for entry in peer.seen("error")]
+            assert len(errors) == is_broken * silent
+            assert set(errors) <= {"merging of 0.0", "merging of 1.0"}, "and not the whole round"
             assert all(len(made.proposal.contributions) <= 2 for made in chain)
             assert set(counts) == {peer.peer_id for peer in peers[1:]}
             waited = [c.tokens for c in chain[-1].proposal.contributions]
