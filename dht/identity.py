@@ -137,6 +137,7 @@ def _verifier(peer_id: str) -> Ed25519PublicKey:
     return Ed25519PublicKey.from_public_bytes(public_key_of(peer_id))
 
 
+@lru_cache(maxsize=4096)  # every message names peers, the same ones again and again
 def public_key_of(peer_id: str) -> bytes:
     """The 32-byte Ed25519 public key that a peer ID embeds; ValueError if it embeds none."""
     if len(peer_id) != PEER_ID_CHARACTERS:

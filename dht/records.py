@@ -16,10 +16,18 @@ import struct
 from functools import lru_cache
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+)
 
 from dht.errors import BadRecord
-from dht.identity import SIGNATURE_BYTES, Identity, verify
+from dht.identity import SIGNATURE_BYTES, Identity, public_key_of, verify
 from dht.keys import announcement_key, head_key, manifest_key, provider_key, scores_key
 
 MAX_RECORD_BYTES = 4096  # signature and payload
@@ -27,9 +35,21 @@ MAX_LIFETIME_SECONDS = 600.0
 MAX_CLOCK_SKEW_SECONDS = 3.0  # as much as hivemind allows between any two clocks of a swarm
 _DOMAIN = b"dipaco-record/1"
 
+
+def _peer_id(text: str) -> str:
+    public_key_of(text)
+    return text
+
+
+# The texts of all that peers say, in records and in messages.
 RunID = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
 Name = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]{1,64}$")]
-PeerIDText = Annotated[str, StringConstraints(pattern=r"^12D3KooW[1-9A-HJ-NP-Za-km-z]{44}$")]
+# Not every text that looks like a peer ID holds a key; a name that no one can have is no name.
+PeerIDText = Annotated[
+    str,
+    StringConstraints(pattern=r"^12D3KooW[1-9A-HJ-NP-Za-km-z]{44}$"),
+    AfterValidator(_peer_id),
+]
 PathText = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,6}(\.[0-9]{1,6}){0,15}$")]
 ModuleText = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,4}\.[0-9]{1,6}$")]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]

@@ -8,14 +8,15 @@ learned value. A restarted member reads this file and so never votes twice in on
 from pathlib import Path
 
 from dht.errors import BadMessage
+from dht.records import ModuleText
 from dipaco.checkpoint import write_atomically
-from peer.messages import Ballot, Message, ModuleName, Proposal, Version
+from peer.messages import Ballot, Message, Proposal, Version
 
 
 class Promise(Message):
     """What a member is bound to for one version of one module."""
 
-    module: ModuleName
+    module: ModuleText
     version: Version
     parent: str  # a promise under another parent certificate is another decision
     promised: Ballot | None = None

@@ -16,7 +16,8 @@ from weakref import WeakValueDictionary
 
 from pydantic import Field
 
-from peer.messages import Digest, Message
+from dht.records import Digest
+from peer.messages import Message
 from peer.store import BlobStore
 from peer.transport import Transport
 

@@ -176,10 +176,14 @@ class Courier:
                     if all(letter.answer.done() for letter in batch):
                         break
             raise Unreachable(f"peer {peer} did not answer")
-        except SwarmError as error:
+        except Exception as error:  # the task boundary: nobody waits here, whoever asked does
+            failed = error
+            if not isinstance(error, SwarmError):  # such as for a name that is no peer's
+                failed = Unreachable(f"peer {peer} cannot be asked: {error!r}")
+                failed.__cause__ = error
             for letter in batch:
                 if not letter.answer.done():
-                    letter.answer.set_exception(error)
+                    letter.answer.set_exception(failed)
         finally:
             for letter in batch:
                 letter.answer.cancel()

@@ -309,6 +309,11 @@ class Download:
             source.is_dropped = (
                 isinstance(error, BadBlob) or source.num_faults >= MAX_FAULTS_PER_SOURCE
             )
+        except ValueError as error:  # its name is no peer's, so it will never be a source
+            self._faults.count(
+                Unreachable(f"peer {source.peer} cannot be asked: {error}"), source.peer
+            )
+            source.is_dropped = True
         except Exception as error:  # of ours, such as a full disk: it ends the download
             self._failure = error
 

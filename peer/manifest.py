@@ -13,15 +13,13 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from dht.errors import BadMessage, RunMismatch
+from dht.records import Digest, ModuleText, PathText
 from dipaco.config import RunConfig
 from dipaco.digest import blob_digest
 from dipaco.topology import PathID, Topology
 from peer.messages import (
     PROTOCOL_VERSION,
-    Digest,
     Message,
-    ModuleName,
-    PathName,
     SignedMessage,
     Slot,
     Version,
@@ -42,7 +40,7 @@ class BlobRef(Message):
 class ShardRef(Message):
     """The shard of one path."""
 
-    path: PathName
+    path: PathText
     blob: BlobRef
     tokens: Annotated[int, Field(ge=1, le=2**53)]  # training tokens: the path's weight
 
@@ -50,8 +48,8 @@ class ShardRef(Message):
 class Birth(Message):
     """A module that a version of the manifest adds: it begins as a certified version of another."""
 
-    module: ModuleName
-    source: ModuleName
+    module: ModuleText
+    source: ModuleText
     version: Version  # of the source, and the one at which the new module's log begins
     state: BlobRef
 

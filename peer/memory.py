@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dht.errors import BadMessage, Unreachable
+from dht.identity import peer_id_bytes
 from peer.framing import HEADER, FrameKind
 from peer.transport import (
     REFUSAL,
@@ -239,6 +240,7 @@ class MemoryTransport:
         return server
 
     async def _open(self, exchange: _Exchange, peer_id: str, protocol: str, payload: bytes) -> None:
+        peer_id_bytes(peer_id)  # ValueError, as over libp2p
         server = await self._dial(peer_id, HEADER.size + len(payload))
         self.traffic.sent_bytes += HEADER.size + len(payload)
         for end in (self, server):

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dht.errors import BadMessage
 from dht.identity import Identity, verify
+from dht.records import Digest, ModuleText, PathText, PeerIDText
 
 PROTOCOL_VERSION = 1
 
@@ -27,10 +28,6 @@ MAX_KNOWN = 2 * MAX_CONTRIBUTIONS  # commitments to one round, with those that m
 MAX_WAIT_SECONDS = 60.0  # that a leader may ask a member to take before it answers
 MAX_TOKENS = 2**36  # of one contribution; sums of many stay numbers that JSON keeps exact
 
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-PeerName = Annotated[str, Field(pattern=r"^[1-9A-HJ-NP-Za-km-z]{40,64}$")]
-ModuleName = Annotated[str, Field(pattern=r"^[0-9]{1,4}\.[0-9]{1,6}$")]
-PathName = Annotated[str, Field(pattern=r"^[0-9]{1,6}(\.[0-9]{1,6}){0,15}$")]
 Version = Annotated[int, Field(ge=0, le=2**31)]
 Slot = Annotated[int, Field(ge=0, le=2**31)]
 Tokens = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
@@ -68,7 +65,7 @@ class Hashed(Message):
 class SignedMessage(Hashed):
     """A message that names its signer (`peer`) and carries that peer's signature."""
 
-    peer: PeerName
+    peer: PeerIDText
     signature: str = Field(default="", pattern=r"^([0-9a-f]{128})?$")
 
     def signed_bytes(self) -> bytes:
@@ -97,7 +94,7 @@ def sign(message: S, identity: Identity) -> S:
 class Part(Message):
     """A contribution that has been averaged into a merged one."""
 
-    peer: PeerName
+    peer: PeerIDText
     blob: Digest
 
 
@@ -111,11 +108,11 @@ class Commitment(SignedMessage):
 
     run: Digest
     manifest: Digest  # the version in force in the slot, as the signer knows it
-    module: ModuleName
+    module: ModuleText
     slot: Slot
     base_version: Version
     base_state: Digest  # digest of the module state that the outer gradient starts from
-    path: PathName
+    path: PathText
     tokens: Tokens  # trained since that state
     blob: Digest
     blob_bytes: Annotated[int, Field(ge=1, le=2**40)]
@@ -130,8 +127,8 @@ class Commitment(SignedMessage):
 class Member(Message):
     """One seat of a roster: a trainer of `path`, or a keeper (`path` is None)."""
 
-    peer: PeerName
-    path: PathName | None
+    peer: PeerIDText
+    path: PathText | None
 
 
 class Ballot(Message):
@@ -139,7 +136,7 @@ class Ballot(Message):
 
     slot: Slot
     attempt: Annotated[int, Field(ge=0, le=1000)]
-    leader: PeerName
+    leader: PeerIDText
 
     @property
     def order(self) -> tuple[int, int, str]:
@@ -151,7 +148,7 @@ class Proposal(Hashed):
     """What a leader asks the roster to make the module's next version."""
 
     run: Digest
-    module: ModuleName
+    module: ModuleText
     version: Annotated[int, Field(ge=1, le=2**31)]
     parent: Digest  # digest of the certificate of version - 1; of the origin's state if none is
     contributions: Annotated[tuple[Commitment, ...], Field(min_length=1, max_length=MAX_COUNTED)]
@@ -225,7 +222,7 @@ class HaveRequest(Message):
     """Leader to member: promise this ballot, and say which of these contributions you hold."""
 
     run: Digest
-    module: ModuleName
+    module: ModuleText
     version: Version  # the version to be made
     parent: Digest
     ballot: Ballot
@@ -278,7 +275,7 @@ class ChainRequest(Message):
     """Asks a holder for a module's certificates with version >= `first_version`."""
 
     run: Digest
-    module: ModuleName
+    module: ModuleText
     first_version: Version
 
 
@@ -292,7 +289,7 @@ class HandoverRequest(Message):
     """Asks whoever trained a path for what its optimizer has learnt of it."""
 
     run: Digest
-    path: PathName
+    path: PathText
 
 
 class HandoverReply(Message):

@@ -29,6 +29,7 @@ from peer.messages import (
     HaveRequest,
     HelloReply,
     HelloRequest,
+    Member,
     Message,
     ProposeReply,
     ProposeRequest,
@@ -74,6 +75,16 @@ json_values = st.recursive(
 def test_bytes_are_a_message_or_a_fault_of_their_sender(kind: type[Message], raw: bytes) -> None:
     with contextlib.suppress(BadMessage):
         kind.from_bytes(raw, sender="somebody")
+
+
+@pytest.mark.parametrize("name", ["1" * 40, "12D3KooW" + "z" * 44, "12D3KooW" + "1" * 43, ""])
+def test_a_name_that_no_peer_can_have_is_refused(name: str) -> None:
+    """Else whoever is to ask everyone whom a certificate names would stumble over it for ever."""
+    member = Member(peer=identity(1).peer_id, path=None)
+    raw = member.to_bytes()
+    assert Member.from_bytes(raw, sender="somebody") == member
+    with pytest.raises(BadMessage):
+        Member.from_bytes(raw.replace(member.peer.encode(), name.encode()), sender="somebody")
 
 
 @pytest.mark.parametrize("kind", TYPES)

@@ -109,6 +109,7 @@ def signed(payload: bytes, key: str) -> bytes:
         {"kind": ["provider"]},
         {"withdrawn": "yes"},
         {"peer": "x" * 52},
+        {"peer": "12D3KooW" + "z" * 44},
     ],
     ids=str,
 )

@@ -15,6 +15,7 @@ from peer.events import EventLog
 from peer.faults import Faults
 from peer.memory import Line, MemoryNetwork
 from peer.store import BlobStore
+from tests.names import peer_named
 from tests.virtual_clock import run_virtual
 
 BLOB = random.Random(0).randbytes(20 * CHUNK_BYTES + 7)
@@ -31,12 +32,14 @@ class Place:
         self.store = BlobStore(directory / "client")
         self.events = EventLog(directory / "events", lambda: 0.0)
         self.faults = Faults(self.events)
-        self.client = BlobClient(self.store, self.network.transport("client"), self.faults)
+        self.client = BlobClient(
+            self.store, self.network.transport(peer_named("client")), self.faults
+        )
 
     async def source(self, name: str, blob: bytes = BLOB) -> BlobStore:
         store = BlobStore(self.directory / name)
         store.add(blob)
-        await BlobServer(store).serve(self.network.transport(name))
+        await BlobServer(store).serve(self.network.transport(peer_named(name)))
         return store
 
     async def liar(self, name: str, blob: bytes = BLOB) -> None:
@@ -56,11 +59,12 @@ class Place:
             for _ in chunks:
                 yield b"\0" * CHUNK_BYTES
 
-        transport = self.network.transport(name)
+        transport = self.network.transport(peer_named(name))
         await transport.serve(BLOB_PROTOCOL, answer, max_request_bytes=512)
 
     async def fetch(self, *sources: str, seconds: float = 100.0) -> None:
-        await self.client.fetch(DIGEST, sources, max_bytes=len(BLOB), timeout_seconds=seconds)
+        peers = [peer_named(name) for name in sources]
+        await self.client.fetch(DIGEST, peers, max_bytes=len(BLOB), timeout_seconds=seconds)
 
 
 @pytest.fixture
@@ -78,7 +82,7 @@ def run(place: Place, coroutine: object) -> None:
 def test_sources_share_the_work(place: Place) -> None:
     async def scenario() -> None:
         place.network.default_line = Line(bandwidth_bytes_per_second=CHUNK_BYTES)
-        place.network.lines["client"] = Line()
+        place.network.lines[peer_named("client")] = Line()
         for name in ("one", "two"):
             await place.source(name)
         start = asyncio.get_running_loop().time()
@@ -97,7 +101,7 @@ def test_a_liar_is_found_out_counted_and_replaced(place: Place) -> None:
         await place.source("honest")
         await place.fetch("liar", "honest")
         assert place.store.read(DIGEST) == BLOB
-        assert place.faults.by_peer["liar"]["BadBlob"] == 1
+        assert place.faults.by_peer[peer_named("liar")]["BadBlob"] == 1
 
     run(place, scenario())
 
@@ -109,7 +113,7 @@ def test_a_small_blob_survives_a_liar_asked_first(tmp_path: Path) -> None:
     async def scenario() -> None:
         await place.liar("liar", SMALL)
         await place.source("honest", SMALL)
-        sources = ["liar", "honest"]
+        sources = [peer_named("liar"), peer_named("honest")]
         digest = blob_digest(SMALL)
         await place.client.fetch(digest, sources, max_bytes=len(SMALL), timeout_seconds=100)
         assert place.store.read(digest) == SMALL
@@ -137,13 +141,13 @@ def test_what_arrived_before_a_crash_is_not_fetched_again(place: Place) -> None:
         await place.source("first")
         with pytest.raises(Unreachable):
             await place.fetch("first", seconds=10)
-        before = place.network.transports["client"].traffic.received_bytes
+        before = place.network.transports[peer_named("client")].traffic.received_bytes
         await asyncio.sleep(1)
-        place.network.crash("first")
+        place.network.crash(peer_named("first"))
         await place.source("second")
         await place.fetch("second")
         assert place.store.read(DIGEST) == BLOB
-        second = place.network.transports["client"].traffic.received_bytes - before
+        second = place.network.transports[peer_named("client")].traffic.received_bytes - before
         # At most the run of chunks that the crash cut is asked for again.
         assert second < len(BLOB) - 2 * CHUNK_BYTES
 
@@ -153,11 +157,13 @@ def test_what_arrived_before_a_crash_is_not_fetched_again(place: Place) -> None:
 def test_who_allows_less_does_not_keep_the_blob_from_who_allows_more(place: Place) -> None:
     async def scenario() -> None:
         await place.source("source")
-        small = place.client.fetch(DIGEST, ["source"], max_bytes=1000, timeout_seconds=10)
+        small = place.client.fetch(
+            DIGEST, [peer_named("source")], max_bytes=1000, timeout_seconds=10
+        )
         both = [asyncio.create_task(small), asyncio.create_task(place.fetch("source"))]
         await asyncio.gather(*both)
         assert place.store.read(DIGEST) == BLOB
-        assert "source" not in place.faults.by_peer
+        assert peer_named("source") not in place.faults.by_peer
 
     run(place, scenario())
 
@@ -166,8 +172,10 @@ def test_a_blob_larger_than_allowed_is_refused_before_it_is_read(place: Place) -
     async def scenario() -> None:
         await place.source("source")
         with pytest.raises(Unreachable):
-            await place.client.fetch(DIGEST, ["source"], max_bytes=1000, timeout_seconds=10)
-        assert place.faults.by_peer["source"]["BadBlob"] == 1
-        assert place.network.transports["client"].traffic.received_bytes < 4096
+            await place.client.fetch(
+                DIGEST, [peer_named("source")], max_bytes=1000, timeout_seconds=10
+            )
+        assert place.faults.by_peer[peer_named("source")]["BadBlob"] == 1
+        assert place.network.transports[peer_named("client")].traffic.received_bytes < 4096
 
     run(place, scenario())

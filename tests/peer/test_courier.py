@@ -12,6 +12,7 @@ from peer.courier import MAX_LETTERS, ROUND_PROTOCOL, Courier, Kind
 from peer.events import EventLog
 from peer.faults import Faults
 from peer.memory import MemoryNetwork
+from peer.messages import HelloRequest
 from peer.transport import RemoteError
 from tests.lab import identity
 from tests.virtual_clock import run_virtual
@@ -97,6 +98,24 @@ def test_who_stops_waiting_does_not_stop_the_others(tmp_path: Path) -> None:
         await asyncio.sleep(0.5)
         gone.cancel()
         assert await staying == b"b"
+        await pair.close()
+
+    run_virtual(scenario())
+
+
+def test_a_name_that_is_no_peers_is_nobody_who_answers(tmp_path: Path) -> None:
+    """It must not look to whoever asks as if they had been cancelled."""
+
+    async def scenario() -> None:
+        pair = Pair(tmp_path, lambda message: asyncio.sleep(0, message))
+        await pair.serve()
+        bogus = "1" * 40
+        with pytest.raises(Unreachable, match="not the peer ID"):
+            await pair.courier.ask(bogus, Kind.HAVE, b"a", timeout_seconds=10.0)
+        requests = {peer: HelloRequest(protocol=1) for peer in (bogus, OTHER)}
+        replies = await pair.courier.ask_all(HelloRequest, requests, Kind.HAVE, 10.0)
+        assert list(replies) == [OTHER]
+        assert pair.faults.by_peer == {bogus: {"Unreachable": 1}}
         await pair.close()
 
     run_virtual(scenario())

@@ -24,6 +24,7 @@ from peer.sources import (
     Sources,
 )
 from peer.store import BlobStore
+from tests.names import peer_named
 from tests.virtual_clock import run_virtual
 
 if TYPE_CHECKING:
@@ -49,8 +50,8 @@ class Peers:
 
     async def start(self, name: str, *, has_it: bool = False, line: Line | None = None) -> None:
         if line is not None:
-            self.network.lines[name] = line
-        transport = self.network.transport(name)
+            self.network.lines[peer_named(name)] = line
+        transport = self.network.transport(peer_named(name))
         store = self.stores[name] = BlobStore(self.directory / name)
         if has_it:
             store.add(BLOB)
@@ -61,16 +62,16 @@ class Peers:
         """Returns how many seconds it took."""
         start = asyncio.get_running_loop().time()
         await self.clients[name].fetch(
-            DIGEST, sources, max_bytes=len(BLOB), timeout_seconds=seconds
+            DIGEST, map(peer_named, sources), max_bytes=len(BLOB), timeout_seconds=seconds
         )
         assert self.stores[name].read(DIGEST) == BLOB
         return asyncio.get_running_loop().time() - start
 
     def sent_blobs(self, name: str) -> float:
-        return self.network.transports[name].traffic.sent_bytes / len(BLOB)
+        return self.network.transports[peer_named(name)].traffic.sent_bytes / len(BLOB)
 
     def received_blobs(self, name: str) -> float:
-        return self.network.transports[name].traffic.received_bytes / len(BLOB)
+        return self.network.transports[peer_named(name)].traffic.received_bytes / len(BLOB)
 
 
 @pytest.fixture
@@ -133,9 +134,9 @@ def test_what_is_here_in_no_time_is_asked_of_one_source_unless_that_is_silent(
         await peers.start("client", line=Line())
         for name in names:
             await peers.start(name, has_it=True, line=fast)
-            peers.clients["client"].sources.brought(name, len(BLOB), 1.0)
+            peers.clients["client"].sources.brought(peer_named(name), len(BLOB), 1.0)
         if is_cut_off:
-            peers.network.partition({"client"}, {"first"})
+            peers.network.partition([peer_named("client")], [peer_named("first")])
         seconds = await peers.fetch("client", *names)
         sent = [peers.sent_blobs(name) > 0 for name in names]
         if is_cut_off:
@@ -164,7 +165,7 @@ def test_what_nobody_has_all_of_is_given_up(peers: Peers) -> None:
         with pytest.raises(Unreachable, match=f"{len(part.missing)} chunks"):
             await peers.fetch("client", "half")
         assert asyncio.get_running_loop().time() < NUM_CHUNKS * 2
-        peers.clients["client"].sources.brought("origin", CHUNK_BYTES, 1.0)
+        peers.clients["client"].sources.brought(peer_named("origin"), CHUNK_BYTES, 1.0)
         await peers.fetch("client", "half", "origin")
         part.close()
 
@@ -187,10 +188,10 @@ def test_a_download_that_stalls_is_given_up_however_many_sources_it_has(peers: P
         await peers.start("client")
         await peers.start("source", has_it=True)
         others = [f"other{number}" for number in range(MAX_SOURCES_KNOWN - 1)]
-        peers.network.partition({"client"}, others)
+        peers.network.partition([peer_named("client")], map(peer_named, others))
         fetching = asyncio.create_task(peers.fetch("client", "source", *others))
         await asyncio.sleep(NUM_CHUNKS / 2)
-        peers.network.partition({"client"}, {"source"})
+        peers.network.partition([peer_named("client")], [peer_named("source")])
         cut_time = asyncio.get_running_loop().time()
         with pytest.raises(Unreachable, match="nothing of"):
             await fetching
@@ -201,6 +202,21 @@ def test_a_download_that_stalls_is_given_up_however_many_sources_it_has(peers: P
         part = peers.stores["client"].open_part(index)
         assert len(part.missing) < 0.7 * NUM_CHUNKS, "what came before is kept"
         part.close()
+
+    run_virtual(scenario())
+
+
+def test_a_source_whose_name_is_no_peers_does_not_stop_the_others(peers: Peers) -> None:
+    async def scenario() -> None:
+        await peers.start("client")
+        await peers.start("source", has_it=True)
+        client = peers.clients["client"]
+        bogus = "1" * 40
+        with pytest.raises(Unreachable, match="none of the peers"):
+            await client.fetch(DIGEST, [bogus], max_bytes=len(BLOB))
+        await client.fetch(DIGEST, [bogus, peer_named("source")], max_bytes=len(BLOB))
+        assert peers.stores["client"].read(DIGEST) == BLOB
+        assert peers.faults.by_peer == {bogus: {"Unreachable": 2}}
 
     run_virtual(scenario())
 

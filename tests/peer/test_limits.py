@@ -26,6 +26,7 @@ from peer.memory import MemoryNetwork
 from peer.modules import MAX_RECENT_BYTES
 from peer.store import BlobStore
 from tests.lab import LabPeer, identity, lab, little_config, make_run
+from tests.names import peer_named
 from tests.virtual_clock import run_virtual
 
 if TYPE_CHECKING:
@@ -117,9 +118,11 @@ def test_a_disk_that_fills_up_in_a_download_is_named_and_what_came_is_kept(
         network = MemoryNetwork()
         source, store = BlobStore(tmp_path / "source"), BlobStore(tmp_path / "client")
         digest = source.add(BLOB)
-        await BlobServer(source).serve(network.transport("source"))
-        client = BlobClient(store, network.transport("client"), Faults(events))
-        fetch = partial(client.fetch, digest, ["source"], max_bytes=len(BLOB), timeout_seconds=10)
+        await BlobServer(source).serve(network.transport(peer_named("source")))
+        client = BlobClient(store, network.transport(peer_named("client")), Faults(events))
+        fetch = partial(
+            client.fetch, digest, [peer_named("source")], max_bytes=len(BLOB), timeout_seconds=10
+        )
         with pytest.raises(LocalFault, match="disk is full"):
             await fetch()
         assert digest not in store

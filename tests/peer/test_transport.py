@@ -8,6 +8,7 @@ import pytest
 from dht.errors import Unreachable
 from peer.memory import Line, MemoryNetwork
 from peer.transport import MAX_STREAMS_PER_PEER, IncomingLimit, RemoteError
+from tests.names import peer_named
 from tests.peer.transport_contract import CHUNK, ECHO, Handlers, ask, check_transport, collect
 from tests.virtual_clock import DeadlockError, run_virtual
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 COUNT, HANG = "/test/count/1", "/test/hang/1"
+A, B, C = (peer_named(name) for name in "abc")
 
 
 def now() -> float:
@@ -24,7 +26,7 @@ def now() -> float:
 def test_keeps_the_promises_of_a_transport() -> None:
     async def main() -> None:
         network = MemoryNetwork()
-        await check_transport(network.transport("a"), network.transport("b"))
+        await check_transport(network.transport(A), network.transport(B))
 
     run_virtual(main())
 
@@ -33,12 +35,12 @@ def test_time_passes_as_latency_and_bandwidth_say() -> None:
     async def main() -> None:
         line = Line(latency_seconds=0.05, bandwidth_bytes_per_second=2**20)
         network = MemoryNetwork(line=line)
-        a, b = network.transport("a"), network.transport("b")
+        a, b = network.transport(A), network.transport(B)
         await Handlers().serve(b)
-        await ask(a, "b", ECHO)
+        await ask(a, B, ECHO)
         assert now() == pytest.approx(0.2, abs=1e-3), "two ways, each through two lines"
         started = now()
-        await collect(a, "b", COUNT, b"1")
+        await collect(a, B, COUNT, b"1")
         assert now() - started == pytest.approx(0.2 + 1.0, abs=1e-3), "one frame in one second"
 
     run_virtual(main())
@@ -47,10 +49,11 @@ def test_time_passes_as_latency_and_bandwidth_say() -> None:
 def test_transfers_share_a_line() -> None:
     async def main() -> None:
         network = MemoryNetwork()
-        network.lines["server"] = Line(bandwidth_bytes_per_second=len(CHUNK))
-        await Handlers().serve(network.transport("server"))
-        clients = [network.transport(name) for name in "abc"]
-        await asyncio.gather(*(collect(client, "server", COUNT, b"1") for client in clients))
+        server = peer_named("server")
+        network.lines[server] = Line(bandwidth_bytes_per_second=len(CHUNK))
+        await Handlers().serve(network.transport(server))
+        clients = [network.transport(peer) for peer in (A, B, C)]
+        await asyncio.gather(*(collect(client, server, COUNT, b"1") for client in clients))
         assert now() == pytest.approx(3.0, abs=1e-3)
 
     run_virtual(main())
@@ -59,18 +62,18 @@ def test_transfers_share_a_line() -> None:
 def test_a_partition_swallows_until_it_heals() -> None:
     async def main() -> None:
         network = MemoryNetwork()
-        a, b = network.transport("a"), network.transport("b")
+        a, b = network.transport(A), network.transport(B)
         await Handlers().serve(b)
-        network.partition(["a"], ["b", "c"])
+        network.partition([A], [B, C])
         with pytest.raises(Unreachable, match="within 5 s"):
-            await ask(a, "b", ECHO)
+            await ask(a, B, ECHO)
         assert now() == 5.0
         with pytest.raises(Unreachable):
-            await a.connect("/memory/p2p/b")
+            await a.connect(f"/memory/p2p/{B}")
         assert network.faults["partition"] == 2
         asyncio.get_running_loop().call_later(2, network.heal)
-        assert await ask(a, "b", ECHO, b"late") == b"a late"
-        assert await a.connect("/memory/p2p/b") == "b"
+        assert await ask(a, B, ECHO, b"late") == f"{A} late".encode()
+        assert await a.connect(f"/memory/p2p/{B}") == B
 
     run_virtual(main())
 
@@ -78,22 +81,22 @@ def test_a_partition_swallows_until_it_heals() -> None:
 def test_a_crash_cuts_streams_at_once_and_refuses_new_ones() -> None:
     async def main() -> None:
         network = MemoryNetwork()
-        a, b, c = (network.transport(name) for name in "abc")
+        a, b, c = (network.transport(peer) for peer in (A, B, C))
         handlers = Handlers()
         await handlers.serve(b)
-        asyncio.get_running_loop().call_later(1, network.crash, "b")
+        asyncio.get_running_loop().call_later(1, network.crash, B)
         with pytest.raises(Unreachable, match="cut"):
-            await collect(a, "b", HANG, b"")
+            await collect(a, B, HANG, b"")
         assert now() == 1.0
         assert handlers.is_left.is_set()
         with pytest.raises(Unreachable, match="not running"):
-            await ask(c, "b", ECHO)
+            await ask(c, B, ECHO)
         with pytest.raises(Unreachable, match="not running"):
-            await ask(b, "a", ECHO)
+            await ask(b, A, ECHO)
         assert network.faults["crash"] == 1
-        restarted = network.transport("b")
+        restarted = network.transport(B)
         await handlers.serve(restarted)
-        assert await ask(c, "b", ECHO, b"again") == b"c again"
+        assert await ask(c, B, ECHO, b"again") == f"{C} again".encode()
 
     run_virtual(main())
 
@@ -101,12 +104,12 @@ def test_a_crash_cuts_streams_at_once_and_refuses_new_ones() -> None:
 def test_a_crashed_client_is_noticed_by_its_server() -> None:
     async def main() -> None:
         network = MemoryNetwork()
-        a, b = network.transport("a"), network.transport("b")
+        a, b = network.transport(A), network.transport(B)
         handlers = Handlers()
         await handlers.serve(b)
-        asyncio.get_running_loop().call_later(1, network.crash, "a")
+        asyncio.get_running_loop().call_later(1, network.crash, A)
         with pytest.raises(Unreachable):
-            await collect(a, "b", HANG, b"")
+            await collect(a, B, HANG, b"")
         await handlers.is_left.wait()
         assert handlers.num_open == 0
 
@@ -116,12 +119,12 @@ def test_a_crashed_client_is_noticed_by_its_server() -> None:
 def test_loss_cuts_streams_the_same_way_for_one_seed() -> None:
     async def main(seed: int) -> list[bool]:
         network = MemoryNetwork(seed=seed, line=Line(loss=0.2))
-        a, b = network.transport("a"), network.transport("b")
+        a, b = network.transport(A), network.transport(B)
         await Handlers().serve(b)
         results = []
         for _ in range(30):
             try:
-                await ask(a, "b", ECHO)
+                await ask(a, B, ECHO)
                 results.append(True)
             except Unreachable:
                 results.append(False)
@@ -142,12 +145,12 @@ def test_a_greedy_peer_is_refused_and_others_are_not() -> None:
 def test_a_closed_transport_answers_nobody() -> None:
     async def main() -> None:
         network = MemoryNetwork()
-        a, b = network.transport("a"), network.transport("b")
+        a, b = network.transport(A), network.transport(B)
         await Handlers().serve(b)
         await b.close()
         await b.close()
         with pytest.raises(Unreachable):
-            await ask(a, "b", ECHO)
+            await ask(a, B, ECHO)
 
     run_virtual(main())
 
@@ -156,13 +159,13 @@ def test_hundreds_of_peers_share_one_process() -> None:
     async def main() -> float:
         line = Line(latency_seconds=0.05, bandwidth_bytes_per_second=1e6)
         network = MemoryNetwork(line=line)
-        transports = [network.transport(str(i)) for i in range(200)]
+        transports = [network.transport(peer_named(f"{i}")) for i in range(200)]
         for transport in transports:
             await Handlers().serve(transport)
 
         async def chatter(i: int) -> None:
             for k in range(1, 6):
-                await ask(transports[i], str((i + k) % 200), ECHO, bytes(500))
+                await ask(transports[i], transports[(i + k) % 200].peer_id, ECHO, bytes(500))
                 await asyncio.sleep(10)
 
         await asyncio.gather(*map(chatter, range(200)))
@@ -178,13 +181,13 @@ def test_an_endless_answer_is_cut_where_one_frame_was_due() -> None:
 
     async def main() -> None:
         network = MemoryNetwork()
-        a, b = network.transport("a"), network.transport("b")
+        a, b = network.transport(A), network.transport(B)
         await b.serve("/endless", endless, max_request_bytes=10)
         with pytest.raises(Exception, match="several"):
-            await ask(a, "b", "/endless")
+            await ask(a, B, "/endless")
         assert b.traffic.sent_bytes < 100
         with pytest.raises(RemoteError, match="11 bytes"):
-            await ask(a, "b", "/endless", bytes(11))
+            await ask(a, B, "/endless", bytes(11))
 
     run_virtual(main())
 

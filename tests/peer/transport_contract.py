@@ -127,6 +127,9 @@ async def check_errors(client: Transport, peer_id: str) -> None:
         await ask(client, peer_id, "/test/unknown/1")
     with pytest.raises(ValueError, match="itself"):
         await ask(client, client.peer_id, ECHO)
+    for name in ("1" * 40, client.peer_id[:-1], "12D3KooW" + "z" * 44):
+        with pytest.raises(ValueError, match="not the peer ID"):
+            await ask(client, name, ECHO)
     assert issubclass(RemoteError, PeerFault)
 
 
