@@ -32,8 +32,8 @@ from peer.member import (
 )
 from peer.merging import Merging
 from peer.messages import (
-    MAX_REASON_CHARACTERS,
     MAX_COUNTED,
+    MAX_REASON_CHARACTERS,
     MAX_ROSTER,
     MAX_WAIT_SECONDS,
     Ballot,

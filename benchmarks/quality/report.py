@@ -78,7 +78,7 @@ def _baseline(name: str) -> str:
         return "dense-small"
     if "-seed-" in name:
         return f"dense-seed-{name.rpartition('-seed-')[2]}"
-    if name in _ROUTERS:
+    if name in _ROUTERS or name == "dense-routers":
         return "dense-routers"
     return "dense" if name in _MAIN else "dense-short"
 

@@ -264,7 +264,8 @@ def test_a_commitment_to_bytes_of_another_size_is_a_fault_of_its_signer(
 ) -> None:
     async def scenario() -> None:
         async with lab(tmp_path, little_config(), start_in=-1.0) as place:
-            await place.bootstrap()
+            held = (await place.bootstrap()).keeper.node.log.held
+            await place.until(lambda: MODULE in held, within=ROUND_SECONDS, what="a module")
             stranger = Stranger(place)
             await stranger.serve()
             unseen: list[dict[str, object]] = []
