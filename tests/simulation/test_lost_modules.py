@@ -170,7 +170,7 @@ def test_a_duty_is_not_given_up_before_others_hold_the_module(tmp_path: Path) ->
             assert min(lowest.values()) > 0
             for number in range(12):
                 peer_id = identity(2 + len(place.numbers)).peer_id
-                place.network.lines[peer_id] = Line(bandwidth_bytes_per_second=2000)
+                place.network.lines[peer_id] = Line(bandwidth_bytes_per_second=3500)
                 await place.join(f"new{number}", through="peer0", step_seconds=ROUND / 8)
             for _ in range(12):
                 await asyncio.sleep(ROUND / 2)
