@@ -130,7 +130,8 @@ def apply_contributions(
 
     With `rescale` = "rda" norms and directions are averaged separately (Decoupled DiLoCo, arXiv
     2604.21428): the result points where the weighted directions do and is as long as the weighted
-    average of the norms, however much the gradients agree.
+    average of the norms, however much the gradients agree. There that is done for each tensor, and
+    embeddings are averaged plainly; here it is done for the module as a whole.
     """
     weights, gradients = _fitting(contributions)
     if gradients[0].num_values != state.num_parameters:

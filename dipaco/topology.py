@@ -6,6 +6,10 @@ interchangeable modules each. A last level, where configured, holds the path-spe
 path picks one expert in each *configured* level; the modules of level 0 and of the last level
 follow from it.
 
+Unless it is path-specific, the embedding is one module that all paths share. The paper does not say
+where it belongs; the size of its 8x8, 1.2 billion parameters, suggests that every module of some
+level has one of its own.
+
 Pure and cheap: nothing enumerates the paths unless asked for them.
 """
 
