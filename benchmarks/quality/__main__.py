@@ -27,6 +27,8 @@ from benchmarks.quality.report import print_tables, write_markdown, write_plots
 from benchmarks.quality.run import Figures, prepare, run
 from dipaco.config import RunConfig, TopologyConfig
 
+TABLE_WIDTH = 150  # characters: a narrower terminal wraps lines, and cuts no figures
+
 
 def base_of(config: RunConfig) -> tuple[str, RunConfig]:
     """A name for text, seed and dense start, and a small run that prepares just these."""
@@ -114,7 +116,7 @@ def main(  # noqa: PLR0913 - one parameter per option
                 )
                 ordered = {e.name: figures[e.name] for e in plan if e.name in figures}
                 write(ordered, json_file, plots_dir)
-    print_tables(ordered, Console())
+    print_tables(ordered, Console(width=max(Console().width, TABLE_WIDTH)))
     click.echo(f"{time.monotonic() - begun:.0f} s on {workers} workers")
 
 
