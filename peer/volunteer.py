@@ -188,7 +188,7 @@ class Volunteer:
         self.keeper.own(work.trainer.modules, path)
         self._find_place(under_way=self._under_way(path))
         self._evaluated_round = work.round
-        self._counted_slot = self._node.slot
+        self._counted_slot = max(-1, self._node.slot)
         self._node.events.write(
             "path",
             path=str(path),
@@ -370,7 +370,7 @@ class Volunteer:
             sent_bytes=node.transport.traffic.wire_sent_bytes,
             received_bytes=node.transport.traffic.wire_received_bytes,
         )
-        slots = slot - max(-1, self._counted_slot)
+        slots = slot - self._counted_slot
         if is_worth_a_notice(slots):
             held = [node.log.held[module] for module in work.trainer.modules]
             node.events.write("not counted", slots=slots, why=why_not_counted(held, slot))
@@ -441,10 +441,10 @@ class Volunteer:
                 if not (wait or self._rebasings[module].done() or self._config.rounds.blocking):
                     break
                 step = await self._rebasings.pop(module)
-                if step.counted is not None:
-                    self._counted_slot = node.slot
                 if step.state == node.log.held[module].state:
                     await self._instead("new versions", partial(work.rebase, step))
+                    if step.counted is not None:
+                        self._counted_slot = node.slot
         if work.round > self._evaluated_round:
             self._evaluated_round = work.round
             self._beside.do(self._evaluate(work.round))
