@@ -1,10 +1,11 @@
 """The port that a peer listens on: the same one after a restart, so that others find it again."""
 
-import socket
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from dht.daemon import check_ports
+from dht.errors import LocalFault
 from peer.reachability import ports_of
 
 _ANY_PORT = "/tcp/0"
@@ -19,8 +20,11 @@ def as_before(host_maddrs: Sequence[str], address_file: Path) -> tuple[str, ...]
     match list(host_maddrs):
         case [maddr] if maddr.endswith(_ANY_PORT):
             before = _ports_in(address_file)
-            if len(before) == 1 and _is_free(before[0]):
-                return (maddr.removesuffix(_ANY_PORT) + f"/tcp/{before[0]}",)
+            if len(before) == 1:
+                chosen = (maddr.removesuffix(_ANY_PORT) + f"/tcp/{before[0]}",)
+                with suppress(LocalFault):
+                    check_ports(chosen)
+                    return chosen
     return tuple(host_maddrs)
 
 
@@ -29,12 +33,3 @@ def _ports_in(address_file: Path) -> tuple[int, ...]:
         return ports_of(address_file.read_text().split())
     except (OSError, ValueError):
         return ()
-
-
-def _is_free(port: int) -> bool:
-    """Whether nobody listens on it, at any address of this machine."""
-    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # old connections do not count
-        probe.bind(("0.0.0.0", port))
-        return True
-    return False
