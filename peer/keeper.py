@@ -6,16 +6,15 @@ survives when everyone who trained it leaves (promise P6).
 """
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
 from dht.errors import SwarmError
-from dipaco.errors import DipacoError
 from dipaco.topology import ModuleID, PathID
 from peer.assignment import Snapshot, assign_paths, keeps, module_name, shard_name
 from peer.blob_server import BlobServer
+from peer.boundary import guarded
 from peer.catchup import CatchUp
 from peer.certificate import may_rebuild
 from peer.changes import Changes
@@ -32,8 +31,6 @@ from peer.node import Node
 from peer.presence import Presence
 from peer.providers import Providers
 from peer.round import Rounds
-
-log = logging.getLogger(__name__)
 
 DUTY_SECONDS_MAX = 30.0  # between two looks at who keeps what, when slots are long
 RETIRE_SLOTS = 2  # for which a module is still held that no longer falls to this peer
@@ -173,9 +170,8 @@ class Keeper:
             coroutine.close()
             return
         task = asyncio.create_task(self.guard(coroutine, name))
-        task.add_done_callback(
-            lambda _: coroutine.close()
-        )  # it may have been cancelled before it began
+        # It may be cancelled before it begins.
+        task.add_done_callback(lambda _: coroutine.close())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -184,13 +180,7 @@ class Keeper:
 
         Rule: log it, and go on; every loop starts afresh at its next slot.
         """
-        try:
-            await coroutine
-        except (SwarmError, DipacoError, OSError) as error:
-            self.node.events.write("error", where=name, why=str(error))
-        except Exception as error:
-            log.exception("unexpected error in %s", name)
-            self.node.events.write("error", where=name, why=repr(error))
+        await guarded(coroutine, name, self.node.events)
 
     async def _hold(self, module: ModuleID) -> bool:
         if module in self.node.log.held:

@@ -7,15 +7,13 @@ there is no room for it.
 """
 
 import hashlib
-import logging
 from collections import defaultdict
 from collections.abc import Iterable
 from fractions import Fraction
 
-from dht.errors import SwarmError
 from dipaco.compression import encode
-from dipaco.errors import DipacoError
 from dipaco.outer import average
+from peer.boundary import guarded
 from peer.certificate import contribution_order
 from peer.committer import Committer
 from peer.member import Member
@@ -23,8 +21,6 @@ from peer.messages import MAX_COUNTED, MAX_TOKENS, Commitment
 from peer.modules import Held
 from peer.node import Node
 from peer.reduction import merged_format
-
-log = logging.getLogger(__name__)
 
 Group = tuple[Commitment, ...]
 
@@ -96,7 +92,9 @@ class Merging:
             return
         mine = next((group for group in groups if group[0].peer == self._node.peer_id), None)
         if mine is not None:
-            await self._try_to_merge(held, mine, until)
+            # Whoever merges may have to lead the round, whatever comes of the merging.
+            where = f"merging of {held.module}"
+            await guarded(self._merge(held, mine, until), where, self._node.events)
         leads = {group[0].peer for group in groups}
 
         def is_merged() -> bool:
@@ -104,17 +102,6 @@ class Merging:
             return leads <= {commitment.peer for commitment in known if commitment.merged}
 
         await self._member.changes.until(is_merged, max(0.0, until - self._node.now()))
-
-    async def _try_to_merge(self, held: Held, group: Group, until: float) -> None:
-        """A boundary: whoever merges may have to lead the round, whatever comes of the merging."""
-        where = f"merging of {held.module}"
-        try:
-            await self._merge(held, group, until)
-        except (SwarmError, DipacoError, OSError) as error:
-            self._node.events.write("error", where=where, why=str(error))
-        except Exception as error:
-            log.exception("unexpected error in %s", where)
-            self._node.events.write("error", where=where, why=repr(error))
 
     async def _merge(self, held: Held, group: Group, until: float) -> None:
         """Average what can be had of a group in time, and commit to that."""
