@@ -43,13 +43,12 @@ async def serve(directory: Path, config: PeerConfig, display: Display, *, start_
     run = manifest.digest
     run_dir = run_directory(config.state_dir, run)
     book = address_book(run_dir, run)
-    async with open_network(config, known_maddrs=book.maddrs) as network:
+    async with open_network(config, known_maddrs=lambda: book.maddrs) as network:
         node = make_node(network, manifest=manifest, run_dir=run_dir)
         display.say("run", f"{manifest.name} ({run[:12]})")
         await asyncio.to_thread(lambda: load_blobs(node.store, start, directory))
         keeper = Keeper(node, Providers(node.swarm, node.store, node.blobs), keep_all=True)
         keeper.presence.on_addresses = book.note
-        network.watchdog.known_maddrs = lambda: book.maddrs
         operator = Operator(
             keeper,
             PreparedCorpus(start, directory, node.store),

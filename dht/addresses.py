@@ -30,3 +30,8 @@ def split_maddr(maddr: str) -> tuple[str, str]:
             hint="an address looks like /ip4/203.0.113.7/tcp/31337/p2p/12D3KooW…",
         ) from e
     return where, peer_id
+
+
+def peer_of(maddr: str) -> str:
+    """The peer ID that an address ends in; `LocalFault` if it is none."""
+    return split_maddr(maddr)[1]

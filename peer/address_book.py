@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from dht.addresses import split_maddr
+from dht.addresses import peer_of
 from dht.errors import LocalFault
 from dipaco.checkpoint import write_atomically
 
@@ -64,7 +64,7 @@ def _own(peer: str, maddrs: Sequence[str]) -> list[str]:
     own = []
     for maddr in maddrs[:MAX_MADDRS]:
         try:
-            if split_maddr(maddr)[1] == peer:
+            if peer_of(maddr) == peer:
                 own.append(maddr)
         except LocalFault:
             continue

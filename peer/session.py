@@ -8,13 +8,14 @@ import asyncio
 import errno
 import fcntl
 import resource
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from dht.addresses import peer_of
 from dht.daemon import Daemon, DaemonConfig
 from dht.errors import LocalFault, PeerFault, RunMismatch, Unreachable
 from dht.identity import Identity
@@ -60,13 +61,16 @@ class Network:
 
 @asynccontextmanager
 async def open_network(
-    config: PeerConfig, *, known_maddrs: Sequence[str] = (), launcher: tuple[str, ...] = ()
+    config: PeerConfig,
+    *,
+    known_maddrs: Callable[[], Sequence[str]] = tuple,
+    launcher: tuple[str, ...] = (),
 ) -> AsyncIterator[Network]:
     """Start p2pd with this machine's identity and enter the DHT through `config.initial_peers`.
 
-    `known_maddrs` are addresses of earlier days, which are tried, too. Who has such may find nobody
-    and goes on trying; for everyone else that is `Unreachable`. `launcher` is a command that runs
-    p2pd, such as `nsenter`.
+    `known_maddrs` gives addresses of earlier days, which are tried, too, now and whenever this peer
+    is alone. Who has such may find nobody; for everyone else that is `Unreachable`. `launcher` is a
+    command that runs p2pd, such as `nsenter`.
     """
     from dht.kademlia import KademliaSwarm  # hivemind takes seconds to import
     from peer.rpc import Libp2pTransport
@@ -91,17 +95,22 @@ async def open_network(
         stack.push_async_callback(daemon.close)
         swarm = await KademliaSwarm.open(daemon, identity)
         stack.push_async_callback(swarm.close)
-        initial_peers = [*config.initial_peers, *known_maddrs]
         try:
-            await swarm.join(initial_peers)
+            await swarm.join([*config.initial_peers, *known_maddrs()])
         except Unreachable:
-            if not known_maddrs:
+            if not known_maddrs():
                 raise
         meter = Meter(config.max_bytes_per_second)
         swarm.on_call = meter.called
         transport = Libp2pTransport(swarm.p2p, meter=meter)
         stack.push_async_callback(transport.close)
-        watchdog = Watchdog(daemon, swarm, transport, initial_peers=initial_peers)
+        watchdog = Watchdog(
+            daemon,
+            swarm,
+            transport,
+            initial_peers=config.initial_peers,
+            known_maddrs=known_maddrs,
+        )
         await stack.enter_async_context(watchdog.running())
         await DialBack(swarm, transport, is_relay=config.relays).serve()
         yield Network(
@@ -144,7 +153,7 @@ async def find_run(
     try:
         return await _ask_for_run(network, initial_peers)
     except Unreachable:
-        names = [_peer_of(maddr) for maddr in initial_peers]
+        names = [peer_of(maddr) for maddr in initial_peers]
         known = [book for book in books if any(name in book for name in names)]
         if len(known) != 1:
             raise
@@ -156,12 +165,8 @@ async def find_run(
     return found if found.run == book.run else FoundRun(run=book.run, newest={})
 
 
-def _peer_of(maddr: str) -> str:
-    return maddr.rsplit("/p2p/", 1)[-1]
-
-
 async def _ask_for_run(network: Network, maddrs: Sequence[str]) -> FoundRun:
-    names = list(dict.fromkeys(map(_peer_of, maddrs)))
+    names = list(dict.fromkeys(map(peer_of, maddrs)))
     replies = await asyncio.gather(
         *(say_hello(network.transport, name) for name in names), return_exceptions=True
     )
@@ -269,16 +274,21 @@ async def open_node(
 ) -> AsyncIterator[tuple[Node, Providers, Network, AddressBook]]:
     """Join the network and the run that `config.initial_peers` belong to."""
     books = [AddressBook(file) for file in config.state_dir.glob(f"runs/*/{ADDRESS_BOOK_FILE}")]
-    known_maddrs = [maddr for book in books for maddr in book.maddrs]
+
+    def known_maddrs() -> list[str]:
+        return [maddr for book in books for maddr in book.maddrs]
+
     async with open_network(config, known_maddrs=known_maddrs) as network:
         found = await find_run(network, config.initial_peers, books)
         run_dir = run_directory(config.state_dir, found.run)
         node = await enter_run(network, found, run_dir)
         providers = Providers(node.swarm, node.store, node.blobs)
         providers.hints.extend(found.newest)
-        book = address_book(run_dir, found.run)
-        network.watchdog.known_maddrs = lambda: book.maddrs
-        given = {_peer_of(maddr): [maddr] for maddr in config.initial_peers}
+        book = next((book for book in books if book.run == found.run), None)
+        if book is None:
+            book = address_book(run_dir, found.run)
+            books.append(book)
+        given = {peer_of(maddr): [maddr] for maddr in config.initial_peers}
         book.note({peer: maddrs for peer, maddrs in given.items() if peer in found.newest})
         try:
             yield node, providers, network, book

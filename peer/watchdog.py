@@ -43,7 +43,8 @@ Report = Callable[..., None]
 class Watchdog:
     """Keeps a p2pd running under a swarm and a transport, and these in the swarm.
 
-    `report`, and the further addresses `known_maddrs` to enter by, may be set at any time.
+    Enters them by `initial_peers`, and by what `known_maddrs` gives at that moment. `report` may be
+    set at any time.
     """
 
     def __init__(
@@ -53,13 +54,14 @@ class Watchdog:
         transport: Libp2pTransport,
         *,
         initial_peers: Sequence[str] = (),
+        known_maddrs: Callable[[], Sequence[str]] = tuple,
     ) -> None:
         self.report: Report = _log_event
-        self.known_maddrs: Callable[[], Sequence[str]] = tuple
         self._daemon = daemon
         self._swarm = swarm
         self._transport = transport
         self._initial_peers = initial_peers
+        self._known_maddrs = known_maddrs
         self._known: dict[str, str] = {}  # peer ID -> address; the one seen last comes last
         self._restarts: deque[float] = deque(maxlen=MAX_RESTARTS)  # their times, of the loop
         self._busy = asyncio.Lock()  # p2pd is being asked or restarted
@@ -165,7 +167,7 @@ class Watchdog:
     async def _rejoin(self) -> None:
         """Dial everyone we know of, and publish our records; later, if nobody answers."""
         try:
-            maddrs = (*self._initial_peers, *self._known.values(), *self.known_maddrs())
+            maddrs = (*self._initial_peers, *self._known.values(), *self._known_maddrs())
             await self._swarm.join(list(dict.fromkeys(maddrs)))
             await self._swarm.publish_again()
         except SwarmError as error:

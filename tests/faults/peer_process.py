@@ -274,13 +274,12 @@ async def _serve(directory: Path, initial_peers: tuple[str, ...]) -> None:
     config = PeerConfig(state_dir=directory, initial_peers=initial_peers, host_maddrs=LOOPBACK)
     run_dir = run_directory(directory, manifest.digest)
     book = address_book(run_dir, manifest.digest)
-    async with open_network(config, known_maddrs=book.maddrs) as network:
+    async with open_network(config, known_maddrs=lambda: book.maddrs) as network:
         node = make_node(network, manifest=manifest, run_dir=run_dir)
         for file in (directory / BLOBS_DIR).iterdir():
             node.store.add(file.read_bytes())
         keeper = Keeper(node, Providers(node.swarm, node.store, node.blobs), keep_all=True)
         keeper.presence.on_addresses = book.note
-        network.watchdog.known_maddrs = lambda: book.maddrs
         stopped = asyncio.Event()
         asyncio.get_running_loop().add_signal_handler(signal.SIGINT, stopped.set)
         async with keeper.running():
