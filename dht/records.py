@@ -97,9 +97,7 @@ class Head(_Record):
     run: RunID
     module: ModuleText
     path: PathText | None = None  # that its holder trains; None if it only keeps the module
-    leaving: bool = (
-        False  # it holds the module until enough others do, and no seat in the next roster
-    )
+    leaving: bool = False  # it keeps the module until enough others do, and wants no seat
     version: Count
     certificate: Digest | Literal[""] = ""  # empty at the start, which the manifest certifies
     state: Digest

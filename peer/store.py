@@ -310,9 +310,7 @@ class PartialBlob:
         if chunk_digest(data) != self.index.chunk_digests[chunk]:
             return False
         num_written = 0
-        while num_written < len(
-            data
-        ):  # on a disk that is nearly full, a part is written, then none
+        while num_written < len(data):  # a disk that is nearly full takes a part, then none
             num_written += os.pwrite(
                 self._fd, memoryview(data)[num_written:], chunk * CHUNK_BYTES + num_written
             )

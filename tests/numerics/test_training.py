@@ -94,6 +94,17 @@ def test_router_data_is_trained_on_by_nobody(phased: Start) -> None:
         assert not router & {row.tobytes() for row in phased.shard(path).train}
 
 
+def test_there_is_never_more_router_data_than_fits_into_memory(
+    phased: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    everything = phased.rows("router")
+    assert len(phased.router_data()) == len(everything)
+    monkeypatch.setattr("dipaco.start.MAX_FIT_SEQUENCES", 5)
+    some = phased.router_data()
+    assert len(some) == 5
+    assert np.array_equal(some[[0, -1]], everything[[0, -1]]), "spread over all of it"
+
+
 def test_each_path_gets_its_turn(tiny: RunConfig) -> None:
     topology = TopologyConfig(levels=(8, 8, 8))
     model = replace(tiny.model, num_blocks=3)

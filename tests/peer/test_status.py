@@ -1,5 +1,6 @@
 """What an operator reads of a swarm."""
 
+from dataclasses import replace
 from io import StringIO
 
 from rich.console import Console
@@ -57,3 +58,11 @@ def test_nothing_is_cut_off_at_80_columns() -> None:
     assert "…" not in text
     for shown in ("...kPfEPZ", "912/1000", "1308.90", "1200", "99%", "12345.0", "237.2"):
         assert shown in text
+
+
+def test_a_module_that_nobody_holds_is_called_lost() -> None:
+    gone = ModuleLine(module="0.0", version=0, state="", holders=0, behind=0, agreed=True)
+    console = Console(width=80, file=StringIO())
+    console.print(status_tables(replace(status_of(), modules=(gone,)))[1])
+    assert isinstance(console.file, StringIO)
+    assert "lost" in console.file.getvalue()

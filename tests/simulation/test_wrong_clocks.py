@@ -45,5 +45,6 @@ def test_who_had_a_wrong_clock_is_counted_again_within_two_rounds(
                 within=3 * ROUND,
                 what="being counted again",
             )
+            assert wrong.seen("clock set back"), "whose clock went back, in the end or at first"
 
     run_virtual(scenario())
