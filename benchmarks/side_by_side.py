@@ -3,7 +3,9 @@
 Both train the same paths on the same rows, in turns short enough that what else the machine does
 falls on both alike. `speed-up` is the median over pairs of turns.
 
-    python -m benchmarks.side_by_side [--device cuda] [--config FILE] [--json FILE]
+On a CPU there is no difference: one step after another is computed.
+
+    python -m benchmarks.side_by_side --device cuda [--config FILE] [--json FILE]
 """
 
 import json
@@ -21,10 +23,10 @@ from dipaco.config import RunConfig, TopologyConfig
 from dipaco.device import find_device
 from dipaco.inner import PathTrainer
 from dipaco.model import PathNet, initialize, read_module
-from dipaco.side_by_side import SideBySide
 from dipaco.topology import Topology
 
 NUM_PATHS = (1, 4, 16)
+STEPS_PER_TURN = 10
 
 
 def some_trainers(config: RunConfig, device: torch.device) -> list[PathTrainer]:
@@ -44,20 +46,25 @@ def some_trainers(config: RunConfig, device: torch.device) -> list[PathTrainer]:
 
 def loops(config: RunConfig, device: torch.device) -> dict[str, Step]:
     """The two loops; one step of a loop is one step of every path."""
-    alone = some_trainers(config, device)
+    alone, together = some_trainers(config, device), some_trainers(config, device)
 
     def one_after_another(number: int) -> None:
         for trainer in alone:
             trainer.train_step(number)
 
-    together = SideBySide(some_trainers(config, device))
-    return {"one after another": one_after_another, "side by side": together.train_step}
+    def side_by_side(number: int) -> None:
+        for trainer in together:
+            trainer.begin_step(number)
+        for trainer in together:
+            trainer.end_step()
+
+    return {"one after another": one_after_another, "side by side": side_by_side}
 
 
 @click.command()
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write figures here.")
 @click.option("--config", "config_file", type=click.Path(path_type=Path), default=DEMO_FILE)
-@click.option("--device", "device_name", default="cpu", show_default=True)
+@click.option("--device", "device_name", default="cuda", show_default=True)
 @click.option("--threads", type=int, default=1, show_default=True)
 @click.option("--turns", "num_turns", type=int, default=20, show_default=True)
 def main(
@@ -71,8 +78,9 @@ def main(
     figures = {}
     for num_paths in NUM_PATHS:
         config = replace(run, topology=TopologyConfig(levels=(num_paths,)))
-        seconds = run_turns(loops(config, device), num_turns, 1, device)
-        tokens = num_paths * config.inner.batch_sequences * config.model.sequence_tokens
+        seconds = run_turns(loops(config, device), num_turns, STEPS_PER_TURN, device)
+        step_tokens = config.inner.batch_sequences * config.model.sequence_tokens
+        tokens = num_paths * STEPS_PER_TURN * step_tokens
         speeds = {name: tokens / statistics.median(times) for name, times in seconds.items()}
         speed_up = paired(seconds["one after another"], seconds["side by side"])
         cells = [f"{speed:,.0f}" for speed in speeds.values()]

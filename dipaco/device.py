@@ -1,7 +1,6 @@
 """The device a volunteer names, checked before anything depends on it, and how it is used."""
 
 import torch
-from torch import Tensor
 
 from dipaco.errors import ConfigError
 
@@ -40,9 +39,3 @@ def free_memory_bytes(device: torch.device) -> int | None:
 def autocast(device: torch.device) -> torch.autocast:
     """The context in which a network runs: bfloat16 on a GPU, float32 on a CPU."""
     return torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
-
-
-def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on the device, where it arrives while that still computes."""
-    pinned = tensor.pin_memory() if device.type == "cuda" else tensor
-    return pinned.to(device, non_blocking=True)

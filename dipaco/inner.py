@@ -9,16 +9,16 @@ same steps therefore give the same bits.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dipaco.batches import Batches, step_inputs
 from dipaco.checkpoint import write_atomically
 from dipaco.config import RunConfig
-from dipaco.device import autocast, send
-from dipaco.evaluate import IGNORED, NOTHING, Evaluation, evaluate, targets_of, token_nll
+from dipaco.device import autocast
+from dipaco.evaluate import IGNORED, NOTHING, Evaluation, evaluate, token_nll
 from dipaco.model import PathNet, add_to_module, read_module, write_module
 from dipaco.moments import Moments
 from dipaco.optimizer import (
@@ -28,49 +28,23 @@ from dipaco.optimizer import (
     optimizer_state,
     optimizer_tensors,
 )
+from dipaco.recorded import RecordedStep
 from dipaco.shards import Rows, Shard
 from dipaco.tensors import encode_quickly
 from dipaco.topology import ModuleID, PathID, Topology
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 _SCORE_ROWS = 256  # moved to the device at a time
 # Logits of training held at a time: few enough for the cache of a CPU core, enough to fill a GPU.
 _LOGITS_AT_ONCE = {"cpu": 2**19, "cuda": 2**27}
 
 
-class Batches:
-    """The training rows of a path in endless random order, addressed by the batch's number."""
-
-    def __init__(self, rows: Rows, *, batch_sequences: int, seed: int, path: PathID) -> None:
-        self._rows = rows
-        self._batch_sequences = batch_sequences
-        self._entropy = (seed, 0, len(path.experts), *path.experts)
-        self._orders: dict[int, NDArray[np.int64]] = {}
-
-    def batch(self, number: int) -> Tensor:
-        """Tokens [B, T] (int64) of one batch. Each epoch has every row once, in a new order."""
-        start = number * self._batch_sequences
-        picked = [self._row_number(start + i) for i in range(self._batch_sequences)]
-        return torch.from_numpy(self._rows[picked].astype(np.int64))
-
-    def _row_number(self, position: int) -> int:
-        epoch, index = divmod(position, len(self._rows))
-        if epoch not in self._orders:
-            generator = np.random.default_rng((*self._entropy, epoch))
-            # A batch spans few epochs; older orders are not needed again.
-            self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1}
-            self._orders[epoch] = generator.permutation(len(self._rows))
-        return int(self._orders[epoch][index])
-
-
 class PathTrainer:
     """Trains one path on one device. Not for two threads at once, but for any thread.
 
     Modules must be written before the first step. On a GPU the network runs in bfloat16
-    autocast over float32 parameters. A `compiled` one trains through `torch.compile`: the first
-    step of a process takes seconds to minutes, those after it less, and the last bits may differ.
+    autocast over float32 parameters, and with AdamW of 32 bits a step is recorded and replayed. A
+    `compiled` one trains through `torch.compile`: the first step of a process takes seconds to
+    minutes, those after it less, and the last bits may differ.
     """
 
     def __init__(  # noqa: PLR0913 - what to train, then on what
@@ -109,6 +83,8 @@ class PathTrainer:
         self._parameters = list(self.net.parameters())
         self.optimizer_name = optimizer
         self._optimizer = new_optimizer(self.net, optimizer, config.inner)
+        self._recorded = self._recording()
+        self._loss = torch.zeros(())
         self._identity = f"{optimizer} {path} {config.model}"
         self._prefix_tokens = 1 if config.inner.train_on_prefix else config.routing.prefix_tokens
 
@@ -146,61 +122,38 @@ class PathTrainer:
 
         Does not wait for the device: reading the loss does.
         """
-        tokens_BT, targets_BT = self.next_batch()
-        loss = self._backward(tokens_BT, targets_BT)
-        self.update(position_steps)
-        return loss
+        self.begin_step(position_steps)
+        return self.end_step()
 
-    def next_batch(self) -> tuple[Tensor, Tensor]:
-        """Tokens and targets [B, T] of the step to come, on the CPU."""
-        tokens_BT = self._batches.batch(self.next_batch_number)
-        targets_BT = targets_of(
-            tokens_BT, prefix_tokens=self._prefix_tokens, pad=self.config.model.pad_token
-        )
-        return tokens_BT, targets_BT
-
-    def backward_head(self, hidden_ND: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean loss (nats per token, 0-d) of hidden states [N, D] of the last block, and its
-        gradient [N, D] by them; that by the head's parameters is added to what these have.
-
-        Logits are by far the largest tensor of a step, so they are turned into their gradients in
-        place, some rows at a time.
-        """
-        num_rows = -(-_LOGITS_AT_ONCE[self.device.type] // self.config.model.vocab_size)
-        loss = torch.zeros((), device=self.device)
-        gradients = []
-        for rows_ND, labels_N in zip(
-            torch.split(hidden_ND, num_rows), torch.split(targets_N, num_rows), strict=True
-        ):
-            rows_ND.requires_grad_()
-            with autocast(self.device):
-                logits_NV = self.net.logits(rows_ND)
-            log_p_NV = logits_NV.detach().log_softmax(1, dtype=torch.float32)
-            loss -= log_p_NV.gather(1, labels_N[:, None]).sum()
-            # The gradient of the loss: the probabilities, less one at the target.
-            gradient_NV = log_p_NV.exp_()
-            gradient_NV[torch.arange(len(labels_N), device=self.device), labels_N] -= 1
-            gradient_NV /= len(targets_N)
-            logits_NV.backward(gradient_NV.to(logits_NV.dtype))  # type: ignore[no-untyped-call]
-            assert rows_ND.grad is not None
-            gradients.append(rows_ND.grad)
-        return loss / len(targets_N), torch.cat(gradients)
-
-    def update(self, position_steps: int) -> None:
-        """The second half of a step: let the optimizer have the gradients that there are."""
+    def begin_step(self, position_steps: int) -> None:
+        """Start an inner step. What others have begun on the same GPU runs beside it."""
         lr = learning_rate(
             self.config.inner,
             position_steps=position_steps,
             total_steps=self.config.rounds.total_steps,
             fresh_steps=self.num_steps,
         )
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        torch.nn.utils.clip_grad_norm_(self._parameters, self.config.inner.gradient_clip_norm)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        inputs = step_inputs(
+            self.next_batch(),
+            prefix_tokens=self._prefix_tokens,
+            pad=self.config.model.pad_token,
+            fill_up=self._recorded is not None,
+        )
+        if self._recorded is not None:
+            self._recorded.begin(self._step, (*inputs, torch.tensor(lr)))
+        else:
+            tokens_BT, positions_N, targets_N = (value.to(self.device) for value in inputs)
+            self._loss = self._step(tokens_BT, positions_N, targets_N, lr)
         self.num_steps += 1
         self.next_batch_number += self._stride
+
+    def end_step(self) -> Tensor:
+        """The loss of the step that was begun, as `train_step` returns it."""
+        return self._loss if self._recorded is None else self._recorded.end()
+
+    def next_batch(self) -> Tensor:
+        """Tokens [B, T] of the step to come, on the CPU."""
+        return self._batches.batch(self.next_batch_number)
 
     def evaluate(self, max_sequences: int) -> Evaluation:
         """Score at most `max_sequences` of the shard's validation rows."""
@@ -267,6 +220,7 @@ class PathTrainer:
             return False
         for parameter, entries in zip(self._parameters, state, strict=True):
             self._optimizer.state[parameter] = entries
+        self._recorded = self._recording()
         self.num_steps = num_steps
         self.seek(num_steps)
         return True
@@ -285,32 +239,71 @@ class PathTrainer:
                 "exp_avg": mean.reshape(parameter.shape).to(self.device),
                 "exp_avg_sq": mean_square.reshape(parameter.shape).to(self.device),
             }
+        self._recorded = self._recording()
         self.num_steps = moments.num_steps
 
     def forget(self) -> None:
         """Go on with an optimizer that has learnt nothing yet."""
         self._optimizer = new_optimizer(self.net, self.optimizer_name, self.config.inner)
+        self._recorded = self._recording()
         self.num_steps = 0
 
     def _require(self, module: ModuleID) -> None:
         if module not in self.modules:
             raise ValueError(f"module {module} is not on path {self.path}")
 
-    def _backward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Add the gradients of the mean loss over the targets that count; returns the loss."""
+    def _recording(self) -> RecordedStep | None:
+        """For the optimizer's state as it is now; None where steps cannot be recorded."""
+        if self.device.type == "cuda" and self.optimizer_name == "adamw":
+            return RecordedStep(self.device)
+        return None
+
+    def _step(
+        self, tokens_BT: Tensor, positions_N: Tensor, targets_N: Tensor, lr: Tensor | float
+    ) -> Tensor:
+        """The step itself, with `StepInputs` on the device; returns the mean loss."""
         with autocast(self.device):
-            hidden_BTD = self._hidden(send(tokens_BT, self.device))
-        hidden_ND, targets_N = counted_positions(hidden_BTD, targets_BT)
-        loss, gradient_ND = self.backward_head(hidden_ND.detach(), targets_N)
+            hidden_BTD = self._hidden(tokens_BT)
+        hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, positions_N)
+        loss, gradient_ND = self._backward_head(hidden_ND.detach(), targets_N)
         hidden_ND.backward(gradient_ND)  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self._parameters, self.config.inner.gradient_clip_norm)
+        is_recording = self._recorded is not None and torch.cuda.is_current_stream_capturing()
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+            group["capturable"] = is_recording  # what AdamW wants, and warns of elsewhere
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
         return loss
 
+    def _backward_head(self, hidden_ND: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean loss (nats per token, 0-d) of hidden states [N, D] of the last block, and its
+        gradient [N, D] by them; that by the head's parameters is added to what these have.
 
-def counted_positions(hidden_BTD: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Of all positions those with a target that counts: hidden [N, D] and targets [N], on the
-    device of the former; `targets_BT` is on the CPU, so that no device is waited for.
-    """
-    device, targets_N = hidden_BTD.device, targets_BT.flatten()
-    kept_N = (targets_N != IGNORED).nonzero().flatten()
-    hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, send(kept_N, device))
-    return hidden_ND, send(targets_N[kept_N], device)
+        Logits are by far the largest tensor of a step, so they are turned into their gradients in
+        place, some rows at a time.
+        """
+        num_rows = -(-_LOGITS_AT_ONCE[self.device.type] // self.config.model.vocab_size)
+        is_counted_N = targets_N != IGNORED
+        shares_N = is_counted_N / is_counted_N.sum().clamp(min=1)
+        loss = torch.zeros((), device=self.device)
+        gradients = []
+        for rows_ND, labels_N, some_shares_N in zip(
+            torch.split(hidden_ND, num_rows),
+            torch.split(targets_N.clamp(min=0), num_rows),
+            torch.split(shares_N, num_rows),
+            strict=True,
+        ):
+            rows_ND.requires_grad_()
+            with autocast(self.device):
+                logits_NV = self.net.logits(rows_ND)
+            log_p_NV = logits_NV.detach().log_softmax(1, dtype=torch.float32)
+            loss -= (log_p_NV.gather(1, labels_N[:, None]).squeeze(1) * some_shares_N).sum()
+            # The gradient of the loss: the probabilities, less one at the target.
+            gradient_NV = log_p_NV.exp_()
+            gradient_NV.scatter_add_(1, labels_N[:, None], -torch.ones_like(some_shares_N)[:, None])
+            gradient_NV *= some_shares_N[:, None]
+            logits_NV.backward(gradient_NV.to(logits_NV.dtype))  # type: ignore[no-untyped-call]
+            assert rows_ND.grad is not None
+            gradients.append(rows_ND.grad)
+        return loss, torch.cat(gradients)

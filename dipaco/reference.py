@@ -33,7 +33,6 @@ from dipaco.rounds import (
 )
 from dipaco.sharding import Sharding, shard_corpus
 from dipaco.shards import Shard
-from dipaco.side_by_side import SideBySide
 from dipaco.start import Start
 from dipaco.topology import ModuleID, PathID, Topology
 
@@ -59,9 +58,9 @@ class Options:
     """What the loop can do besides the algorithm of the configuration.
 
     `replicas` peers train each path, each with batches of its own: with a single path this is
-    DiLoCo. `side_by_side` of them train at once, which pays on a GPU and rounds otherwise than one
-    after another; so does `compiled`, which makes steps faster. With `early_stopping` each path is
-    also kept as it was when it did best on its own validation rows (paper 2.7).
+    DiLoCo. `side_by_side` of them are in memory, and train at once where the device is a GPU.
+    `compiled` makes steps faster and rounds otherwise. With `early_stopping` each path is also kept
+    as it was when it did best on its own validation rows (paper 2.7).
     """
 
     replicas: int = 1
@@ -236,14 +235,12 @@ class _Training:
     def _train(self, trainers: list[PathTrainer], round_: int) -> list[float]:
         """One round of inner steps; the mean loss of each trainer."""
         inner_steps = self._config.rounds.inner_steps
-        together = SideBySide(trainers) if len(trainers) > 1 else None
         losses = []
         for step in range(inner_steps):
             position = round_ * inner_steps + step
-            if together is None:
-                losses.append(trainers[0].train_step(position)[None])
-            else:
-                losses.append(together.train_step(position))
+            for trainer in trainers:
+                trainer.begin_step(position)
+            losses.append(torch.stack([trainer.end_step() for trainer in trainers]))
             for trainer in trainers:
                 self._on_step(trainer.path, position)
         means: list[float] = torch.stack(losses).mean(dim=0).tolist()

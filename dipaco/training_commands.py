@@ -79,8 +79,6 @@ def train(  # noqa: PLR0913 - one parameter per option
     prints the perplexity of each path and of the whole model, and the digest of every module.
     Interrupted, it continues with the round it was in.
     """
-    if compiled and side_by_side > 1:
-        raise click.UsageError("--compile and --side-by-side exclude each other")
     run = RunConfig.from_file(config)
     from rich.console import Console
 

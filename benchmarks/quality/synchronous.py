@@ -11,9 +11,9 @@ from collections import Counter
 import torch
 import torch.nn.functional as F
 
+from dipaco.batches import Batches
 from dipaco.device import autocast
 from dipaco.evaluate import IGNORED, targets_of
-from dipaco.inner import Batches
 from dipaco.model import PathNet, parameter_shapes, write_module
 from dipaco.optimizer import learning_rate
 from dipaco.start import Start

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from dipaco import inner
+from dipaco.batches import Batches
 from dipaco.config import RunConfig
 from dipaco.device import require_compiler
 from dipaco.errors import ConfigError
-from dipaco.inner import Batches, PathTrainer
+from dipaco.inner import PathTrainer
 from dipaco.model import PathNet, initialize, read_module
 from dipaco.optimizer import choose_optimizer, learning_rate
 from dipaco.shards import Shard
@@ -73,7 +74,7 @@ def test_several_trainers_of_a_path_share_its_batches_out(tiny: RunConfig) -> No
         trainer.seek(first, stride=stride)
         batches = []
         for step in range(num_batches):
-            batches.append(trainer.next_batch()[0].tolist())
+            batches.append(trainer.next_batch().tolist())
             trainer.train_step(step)
         return batches
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from dipaco.batches import Batches
 from dipaco.config import InnerConfig, RoutingConfig, RunConfig, TopologyConfig
 from dipaco.dense import dense_trainer
 from dipaco.errors import BadBytes, ConfigError
 from dipaco.evaluate import Evaluation, total
-from dipaco.inner import Batches
 from dipaco.preparation import prepare_start
 from dipaco.reference import Options, paths_of_round, train
 from dipaco.rerouting import boundaries, evaluate_choices
@@ -177,7 +177,7 @@ def test_the_dense_model_goes_on_with_what_its_start_has_not_seen(start: Start) 
         path=trainer.path,
     )
     seen = {bytes(row.numpy()) for n in range(dense.steps) for row in of_start.batch(n)}
-    assert seen.isdisjoint(bytes(row.numpy()) for row in trainer.next_batch()[0])
+    assert seen.isdisjoint(bytes(row.numpy()) for row in trainer.next_batch())
 
 
 def test_paths_side_by_side_end_where_they_end_one_after_another(
