@@ -93,22 +93,7 @@ _TINY = {
     "rounds": {"num_rounds": 7, "inner_steps": 20},
 }
 _LONG = {"rounds": {"num_rounds": 60}}
-_GPU = {
-    "model": {
-        "vocab_size": 8192,
-        "width": 576,
-        "num_blocks": 8,
-        "num_heads": 9,
-        "num_kv_heads": 3,
-        "ffn_width": 1536,
-        "sequence_tokens": 512,
-        "head_width": 0,
-    },
-    "corpus": {"max_documents": 100_000},
-    "dense_start": {"steps": 300, "learning_rate": 1e-3, "batch_sequences": 32},
-    "inner": {"batch_sequences": 32, "learning_rate": 6e-4, "warmup_steps": 50},
-    "rounds": {"num_rounds": 10, "inner_steps": 40},
-}
+_GPU = Path(__file__).parents[2] / "examples" / "gpu.toml"
 """As long as the embedded corpus lasts: it ends at 15.6 M tokens of this vocabulary, which are one
 epoch of four paths after 240 steps. More text (`--text`) is worth more steps.
 """
@@ -118,13 +103,8 @@ _VARIANT = {"inner": {"batch_sequences": 8}, "rounds": {"num_rounds": 10}}
 
 def base_config(size: Size, text: Path | None) -> RunConfig:
     """The 2x2 run that everything else is a variant of; on the files of a folder, if given."""
-    config = RunConfig.from_toml(_CPU)
-    changes: dict[str, dict[str, Any]] = {
-        "tiny": _TINY,
-        "cpu": {},
-        "long": _LONG,
-        "gpu": _GPU,
-    }[size]
+    changes: dict[str, dict[str, Any]] = {"tiny": _TINY, "long": _LONG}.get(size, {})
+    config = RunConfig.from_toml(_GPU.read_text() if size == "gpu" else _CPU)
     config = varied(config, **changes)
     if text is not None:
         files = sorted(str(file) for file in text.rglob("*") if file.is_file())
