@@ -5,7 +5,9 @@
 - `validation` and `storage`: what every node checks before it stores or believes a record, and
   how much it keeps;
 - `swarm`: the interface the rest of the program uses, with two implementations:
-  `kademlia` (hivemind's DHT over libp2p, whose process `daemon` starts) and its twin `memory`;
+  `kademlia` (hivemind's DHT over libp2p) and its twin `memory`;
+- `hardening`: what makes hivemind's DHT safe against hostile peers;
+- `daemon` and `control`: p2pd, the process that speaks libp2p for us, and what we ask of it;
 - `addresses`: multiaddrs of peers, checked;
 - `errors`: the one tree of errors.
 

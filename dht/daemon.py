@@ -4,7 +4,8 @@ We launch it ourselves rather than through hivemind: it is in its own session, s
 terminal reaches us first and we can still say goodbye; the kernel kills it when we die, however we
 die; it listens on TCP only (the QUIC of this build has known memory-exhaustion faults); it relays
 for others only when asked to; and its control socket lies in a private directory that goes away
-with it. Importing this module does not import hivemind.
+with it. Importing this module does not import hivemind: what p2pd is asked once it runs is in
+`dht.control`, and who replaces one that dies or hangs is `peer.watchdog`.
 
 Start it from the main thread: the kernel ties the child's life to the thread that forked it.
 """

@@ -1,14 +1,8 @@
 """The swarm over libp2p: hivemind's Kademlia DHT in this process's event loop.
 
-One of the two doors to libp2p (`peer/rpc.py` is the other). hivemind is composed, never changed.
-Its DHT trusts its peers, so this file closes what an attacker could use; `tests/attacks` shows each
-attack, and that it works against stock hivemind:
-
-- a node's place in the routing table is bound to its peer ID, which TLS proves: no routing entry
-  is taken over by a ping or by a lie in a list of neighbors, and no ID is chosen to own a key;
-- the storage holds records of ours only, is bounded, and a write that it refuses changes nothing;
-- there is no cache that others can fill, so that what is read is fresh;
-- an answer with more entries than a key can have is dropped before it is verified.
+One of the two doors to libp2p (`peer/rpc.py` is the other). It stands on three files:
+`dht.daemon` runs p2pd, `dht.control` talks to it, and `dht.hardening` makes hivemind's DHT, which
+trusts its peers, safe against hostile ones.
 """
 
 from __future__ import annotations
@@ -18,43 +12,30 @@ import logging
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
-from hivemind.dht.crypto import DHTRecord, RecordValidatorBase
 from hivemind.dht.node import DHTNode
 from hivemind.dht.routing import DHTID
-from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.p2p import P2P, PeerID
-from hivemind.p2p.p2p_daemon_bindings.utils import (
-    P2PDaemonError,
-    P2PHandlerError,
-    read_pbmsg_safe,
-    write_pbmsg,
-)
-from hivemind.proto import dht_pb2, p2pd_pb2
+from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError, P2PHandlerError
+from hivemind.proto import dht_pb2
 from hivemind.utils.logging import use_hivemind_log_handler
 from hivemind.utils.multiaddr import Multiaddr
-from hivemind.utils.timed_storage import ValueWithExpiration, get_dht_time
+from hivemind.utils.timed_storage import get_dht_time
 
-from dht.addresses import split_maddr
 from dht.calls import watch_calls
+from dht.control import dial, identify, list_peers
 from dht.errors import Offline, RunMismatch, Unreachable
+from dht.hardening import Validator, harden, node_id_of
 from dht.records import MAX_CLOCK_SKEW_SECONDS, MAX_LIFETIME_SECONDS, encode
 from dht.storage import RecordStorage
-from dht.swarm import MAX_SUBKEYS, WITHDRAWAL_SECONDS, choose_expiration_time, readable
-from dht.validation import check
+from dht.swarm import WITHDRAWAL_SECONDS, choose_expiration_time, readable
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Collection, Mapping, Sequence
-
-    from hivemind.dht.protocol import DHTProtocol
+    from collections.abc import AsyncIterator, Collection, Sequence
 
     from dht.calls import OnCall
     from dht.daemon import Daemon
     from dht.identity import Identity
     from dht.records import Record
-    from dht.storage import Entry
-
-Found = tuple[ValueWithExpiration | None, dict[DHTID, PeerID]]
-"""One node's answer to a search: what it has under the key, and whom it knows nearby."""
 
 log = logging.getLogger(__name__)
 use_hivemind_log_handler("nowhere")  # what is worth a volunteer's attention, we say ourselves
@@ -67,7 +48,6 @@ STRAGGLER_SECONDS = 1.0  # for other addresses to answer, once one has
 CLOSE_SECONDS = 3.0  # to take leave of p2pd, which may be gone
 NUM_REPLICAS = 5  # nodes that keep each record
 BUCKET_SIZE = 20  # Kademlia's k: neighbors in an answer, nodes in a search
-CONTROL_BUFFER_BYTES = 2**20  # of a stream from p2pd
 
 
 class KademliaSwarm:
@@ -121,7 +101,7 @@ class KademliaSwarm:
                 cache_refresh_before_expiry=0,
                 reuse_get_requests=False,
                 client_mode=self._daemon.config.is_hidden,
-                record_validator=_Validator(),
+                record_validator=Validator(),
             )
         except BaseException:
             await p2p.shutdown()
@@ -179,25 +159,16 @@ class KademliaSwarm:
 
     async def maddrs(self) -> list[str]:
         """The addresses by which others may reach this peer now, each with its peer ID."""
-        request = p2pd_pb2.Request(type=p2pd_pb2.Request.IDENTIFY)
         async with _bounded(RPC_SECONDS, "p2pd does not answer"):
-            response, _, writer = await ask_daemon(self.p2p, request)
-        writer.close()
-        return [f"{Multiaddr(raw)}/p2p/{self.peer_id}" for raw in response.identify.addrs]
+            places = await identify(self.p2p)
+        return [f"{place}/p2p/{self.peer_id}" for place in places]
 
     async def connections(self) -> dict[str, list[str]]:
         """The peers that p2pd is connected to: peer ID -> addresses `/ip4/…` they are seen at.
 
         Quick, so that a p2pd that does not answer this within seconds hangs. No timeout here.
         """
-        request = p2pd_pb2.Request(type=p2pd_pb2.Request.LIST_PEERS)
-        response, _, writer = await ask_daemon(self.p2p, request)
-        writer.close()
-        seen: dict[str, list[str]] = {}
-        for peer in response.peers:
-            maddrs = seen.setdefault(str(PeerID(peer.id)), [])
-            maddrs += [str(Multiaddr(raw)) for raw in peer.addrs]
-        return seen
+        return await list_peers(self.p2p)
 
     async def join(self, initial_peers: Sequence[str]) -> None:
         """Enter the swarm, again if need be, through any of these addresses. See `open`.
@@ -327,11 +298,6 @@ class KademliaSwarm:
                 self._operations.discard(timeout)
 
 
-def node_id_of(peer_id: PeerID) -> DHTID:
-    """The only place in the DHT that a peer can have: the SHA-1 of its peer ID."""
-    return DHTID.generate(source=peer_id.to_bytes())
-
-
 def check_clock(asked_time: float, their_time: float, answered_time: float, peer_id: str) -> None:
     """Raise `RunMismatch` if our clock differs from `peer_id`'s by more than the swarm allows."""
     tolerance = MAX_CLOCK_SKEW_SECONDS
@@ -364,164 +330,3 @@ async def _bounded(seconds: float, why: str) -> AsyncIterator[asyncio.Timeout]:
         raise Unreachable(why) from e
     except (P2PDaemonError, P2PHandlerError, OSError, EOFError) as e:
         raise Offline("this peer's p2pd has ended") from e
-
-
-async def dial(p2p: P2P, maddr: str, *, timeout_seconds: float) -> str:
-    """Connect p2pd to the peer at `maddr`, and return its peer ID. Raises `Unreachable`.
-
-    From then on it, and whom it knows, can be reached by peer ID alone.
-    """
-    where, peer_id = split_maddr(maddr)
-    connect = p2pd_pb2.ConnectRequest(
-        peer=PeerID.from_base58(peer_id).to_bytes(), addrs=[Multiaddr(where).to_bytes()]
-    )
-    request = p2pd_pb2.Request(type=p2pd_pb2.Request.CONNECT, connect=connect)
-    try:
-        async with asyncio.timeout(timeout_seconds):
-            _, _, writer = await ask_daemon(p2p, request)
-    except (Unreachable, TimeoutError) as e:
-        why = "no answer in time" if isinstance(e, TimeoutError) else str(e)
-        raise Unreachable(
-            f"cannot reach `{maddr}`: {why}",
-            hint="check the address, and that the peer there is running and not behind a firewall",
-        ) from e
-    writer.close()
-    return peer_id
-
-
-async def ask_daemon(
-    p2p: P2P, request: p2pd_pb2.Request, *, buffer_bytes: int = CONTROL_BUFFER_BYTES
-) -> tuple[p2pd_pb2.Response, asyncio.StreamReader, asyncio.StreamWriter]:
-    """Send p2pd a request on a connection of its own; (response, reader, writer) if it agrees.
-
-    hivemind's own calls leave the connection open when p2pd refuses or the caller gives up.
-    Raises `Unreachable` with p2pd's reason, `Offline` if p2pd is gone.
-    """
-    try:
-        reader, writer = await asyncio.open_unix_connection(
-            p2p._daemon_listen_maddr["unix"], limit=buffer_bytes
-        )
-    except OSError as e:
-        raise Offline("this peer's p2pd has ended") from e
-    try:
-        await write_pbmsg(writer, request)
-        response = p2pd_pb2.Response()
-        await read_pbmsg_safe(reader, response)
-        if response.type == p2pd_pb2.Response.ERROR:
-            raise Unreachable(_reason(response.error.msg))
-    except BaseException as e:
-        writer.close()
-        if isinstance(e, OSError | EOFError):
-            raise Offline("this peer's p2pd has ended") from e
-        raise
-    return response, reader, writer
-
-
-def _reason(message: str) -> str:
-    """The one line of p2pd's error that tells a person most: about the latest thing it tried."""
-    lines = [line.strip(" *")[:300] for line in message.splitlines() if line.strip()]
-    fresh = [line for line in lines if "dial backoff" not in line]
-    return (fresh or lines or ["refused"])[-1]
-
-
-class _Validator(RecordValidatorBase):  # type: ignore[misc]
-    """hivemind's hook for `dht.validation`: called before storing, and on what was found."""
-
-    def validate(self, record: DHTRecord) -> bool:
-        return check(
-            key_bytes=record.key,
-            subkey_bytes=record.subkey,
-            value_bytes=record.value,
-            expiration_time=record.expiration_time,
-            now=get_dht_time(),
-        )
-
-
-class _Storage:
-    """`RecordStorage` as hivemind's `DHTLocalStorage`: the same methods, and its types."""
-
-    def __init__(self, storage: RecordStorage) -> None:
-        self._storage = storage
-
-    def store(
-        self, key: DHTID, value: object, expiration_time: float, subkey: str | None = None
-    ) -> bool:
-        """Only entries of dictionaries are taken."""
-        if subkey is None or not isinstance(value, bytes):
-            return False
-        return self.store_subkey(key, subkey, value, expiration_time)
-
-    def store_subkey(self, key: DHTID, subkey: str, value: bytes, expiration_time: float) -> bool:
-        return self._storage.store(key.to_bytes(), subkey, value, expiration_time)
-
-    def get(self, key: DHTID) -> ValueWithExpiration | None:
-        entries = self._storage.get(key.to_bytes())
-        return _dictionary(entries) if entries else None
-
-    def items(self) -> list[tuple[DHTID, ValueWithExpiration]]:
-        keys = self._storage.keys()
-        return [(DHTID.from_bytes(key), _dictionary(self._storage.get(key))) for key in keys]
-
-
-class _NoCache:
-    """In place of hivemind's cache, which others could fill, and which answers before storage."""
-
-    def store(self, *_: object, **__: object) -> bool:
-        return False
-
-    store_subkey = store
-
-    def get(self, key: DHTID) -> None:
-        """Nothing is ever there."""
-
-    def __contains__(self, key: DHTID) -> bool:
-        return False
-
-
-def _dictionary(entries: Mapping[str, Entry]) -> ValueWithExpiration:
-    """hivemind's type for a dictionary of records, with the latest expiration time in it.
-
-    It is frozen, since otherwise merging in an older copy of an entry would remove the newer one.
-    """
-    dictionary = DictionaryDHTValue()
-    dictionary.frozen = True
-    for subkey, (value, expiration_time) in entries.items():
-        dictionary.store(subkey, value, expiration_time)
-    return ValueWithExpiration(dictionary, dictionary.latest_expiration_time)
-
-
-def harden(protocol: DHTProtocol, storage: RecordStorage) -> None:
-    """Close the holes that the module's docstring names, in a node's `DHTProtocol`."""
-    protocol.storage = _Storage(storage)
-    protocol.cache = _NoCache()
-    update_routing_table = protocol.update_routing_table
-    call_find = protocol.call_find
-    is_dictionary_valid = protocol._validate_dictionary
-
-    async def update_if_genuine(
-        node_id: DHTID | None, peer_id: PeerID, responded: bool = True
-    ) -> None:
-        known_id = node_id_of(peer_id)
-        if node_id is None or node_id == known_id:
-            await update_routing_table(known_id, peer_id, responded=responded)
-
-    async def find_genuine(peer: PeerID, keys: Collection[DHTID]) -> dict[DHTID, Found] | None:
-        found = await call_find(peer, keys)
-        return found and {key: _genuine(*answer) for key, answer in found.items()}
-
-    def is_small_and_valid(key_bytes: bytes, dictionary: object) -> bool:
-        is_small = isinstance(dictionary, DictionaryDHTValue) and len(dictionary) <= MAX_SUBKEYS
-        return is_small and bool(is_dictionary_valid(key_bytes, dictionary))
-
-    protocol.update_routing_table = update_if_genuine
-    protocol.call_find = find_genuine
-    protocol._validate_dictionary = is_small_and_valid
-
-
-def _genuine(value: ValueWithExpiration | None, neighbors: dict[DHTID, PeerID]) -> Found:
-    """A node's answer to a search, without what it made up: (value, node ID -> peer ID)."""
-    genuine = {n: p for n, p in neighbors.items() if n == node_id_of(p)}
-    nearest = dict(list(genuine.items())[:BUCKET_SIZE])
-    if value is None or not isinstance(value.value, DictionaryDHTValue):
-        return None, nearest
-    return _dictionary({k: (v, t) for k, (v, t) in value.value.data.items()}), nearest

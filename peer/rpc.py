@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
 from hivemind.proto import p2pd_pb2
 
+from dht.control import CONTROL_BUFFER_BYTES, ask_daemon, dial
 from dht.errors import BadMessage, Offline, Unreachable
 from dht.identity import peer_id_bytes
-from dht.kademlia import CONTROL_BUFFER_BYTES, ask_daemon, dial
 from peer.framing import ACK, HEADER, FrameKind, FramingError, frame_header, read_frame, write_frame
 from peer.throttle import Meter
 from peer.transport import (

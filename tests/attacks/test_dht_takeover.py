@@ -1,7 +1,7 @@
 """What an attacker can do to a stock hivemind node, and cannot do to ours.
 
 Each test first shows that the attack works on hivemind's own objects: when it stops doing so, the
-part of `dht/kademlia.py` that closes it can go.
+part of `dht/hardening.py` that closes it can go.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from hivemind.p2p import PeerID
 from hivemind.proto import dht_pb2
 from hivemind.utils.timed_storage import get_dht_time
 
+from dht.hardening import HivemindStorage, harden, node_id_of
 from dht.identity import Identity, peer_id_bytes
-from dht.kademlia import _Storage, harden, node_id_of
 from dht.records import encode
 from dht.storage import RecordStorage
 from dht.swarm import MAX_SUBKEYS
@@ -98,7 +98,7 @@ def test_a_lie_about_neighbors_is_dropped() -> None:
 
 @pytest.mark.parametrize(
     ("make_storage", "survives"),
-    [(DHTLocalStorage, False), (lambda: _Storage(RecordStorage(time.time)), True)],
+    [(DHTLocalStorage, False), (lambda: HivemindStorage(RecordStorage(time.time)), True)],
     ids=["hivemind's storage (else: closed upstream)", "ours"],
 )
 def test_a_refused_write_does_not_delete_the_record(
