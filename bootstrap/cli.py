@@ -3,17 +3,19 @@
 Nothing heavy is imported until a command runs, so that `--help` answers at once.
 """
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
 import click
 
+from dipaco.command_line import CONTEXT_SETTINGS, CommandLine
 from dipaco.imports import heavy_imports
 from peer.cli import status
-from peer.command_line import CONTEXT_SETTINGS, network_options, one_line_errors, run_async
+from peer.command_options import network_options
 
 
-@click.group(context_settings=CONTEXT_SETTINGS)
+@click.group(cls=CommandLine, context_settings=CONTEXT_SETTINGS)
 @click.version_option(package_name="dipaco")
 def main() -> None:
     """Start a run that strangers can join, and serve it until it can do without you.
@@ -34,7 +36,6 @@ main.add_command(status)
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: all cores]")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
 @click.option("-v", "--verbose", count=True, help="-vv adds tracebacks.")
-@one_line_errors
 def prepare(
     config: Path,
     directory: Path,
@@ -88,7 +89,6 @@ class LevelsType(click.ParamType[tuple[int, ...]]):
     help="Modules of each level: as many levels as there are, none smaller.",
 )
 @click.option("-v", "--verbose", count=True, help="-vv adds tracebacks.")
-@one_line_errors
 def grow(directory: Path, levels: tuple[int, ...], verbose: int) -> None:
     """Give the levels of the run in DIRECTORY more modules.
 
@@ -123,7 +123,6 @@ def grow(directory: Path, levels: tuple[int, ...], verbose: int) -> None:
 )
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
 @click.option("-v", "--verbose", count=True, help="More detail; -vv adds tracebacks.")
-@one_line_errors
 def serve(directory: Path, start_in: float, quiet: bool, verbose: int, **options: Any) -> None:
     """Be the first address and the first seeder of the run in DIRECTORY.
 
@@ -138,4 +137,4 @@ def serve(directory: Path, start_in: float, quiet: bool, verbose: int, **options
     given = {name: value for name, value in options.items() if value not in (None, ())}
     config = PeerConfig(**{"state_dir": directory, **given})
     display = Display(quiet=quiet, verbosity=verbose)
-    run_async(serve_run(directory, config, display, start_in=start_in))
+    asyncio.run(serve_run(directory, config, display, start_in=start_in))

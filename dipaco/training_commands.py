@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from dipaco.command_line import Command
 from dipaco.command_options import (
     compile_option,
     device_option,
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from dipaco.topology import PathID
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option(
     "--dir",
@@ -197,7 +198,7 @@ def _print_tables(start: "Start", result: "ReferenceResult", dense: "Evaluations
     console.print(modules)
 
 
-@click.command("train-router")
+@click.command("train-router", cls=Command)
 @trained_dir
 @click.option(
     "--steps", type=click.IntRange(1), default=500, show_default=True, help="Training steps."

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from dipaco.command_line import Command
 from dipaco.command_options import (
     device_option,
     early_stopped_option,
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from dipaco.trained import TrainedModel
 
 
-@click.command()
+@click.command(cls=Command)
 @trained_dir
 @click.option(
     "--split",
@@ -127,7 +128,7 @@ def _print_evaluations(model: "TrainedModel", results: "dict[int, dict[int, Eval
     Console().print(table)
 
 
-@click.command()
+@click.command(cls=Command)
 @trained_dir
 @click.argument("prompt")
 @click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True)
@@ -199,7 +200,7 @@ def _chooser(
     return model.token_router.next_path if token_router else model.choose
 
 
-@click.command()
+@click.command(cls=Command)
 @trained_dir
 @click.argument("path_name", metavar="PATH")
 @click.argument("target", type=click.Path(file_okay=False, path_type=Path), metavar="TARGET")
@@ -220,7 +221,7 @@ def export(directory: Path, path_name: str, target: Path, early_stopped: bool) -
     click.echo(f"path {path} after round {model.round} is in {target}")
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument(
     "directory", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="DIR"
 )

@@ -3,26 +3,30 @@
 Nothing heavy is imported until a command runs, so that `--help` answers at once.
 """
 
+import asyncio
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from dipaco.command_line import CONTEXT_SETTINGS, CommandLine
 from dipaco.command_options import compile_option
 from dipaco.imports import heavy_imports
-from peer.command_line import (
-    CONTEXT_SETTINGS,
+from peer.command_options import (
     limit_options,
     maddr_argument,
     network_options,
-    one_line_errors,
-    run_async,
     volunteer_options,
 )
 
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
 
-@click.group(context_settings=CONTEXT_SETTINGS)
+    from peer.check import Finding
+
+
+@click.group(cls=CommandLine, context_settings=CONTEXT_SETTINGS)
 @click.version_option(package_name="dipaco")
 def main() -> None:
     """Train one language model together with strangers, on whatever GPU or CPU you have.
@@ -50,7 +54,6 @@ def main() -> None:
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: all cores]")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
 @click.option("-v", "--verbose", count=True, help="More detail; -vv adds tracebacks.")
-@one_line_errors
 def join(address: tuple[str, ...], quiet: bool, verbose: int, **options: Any) -> None:
     """Join the run that ADDRESS belongs to, and train one path of its model.
 
@@ -61,14 +64,13 @@ def join(address: tuple[str, ...], quiet: bool, verbose: int, **options: Any) ->
         from peer.display import Display
         from peer.join import join as join_run
 
-    run_async(join_run(_config(address, **options), Display(quiet=quiet, verbosity=verbose)))
+    asyncio.run(join_run(_config(address, **options), Display(quiet=quiet, verbosity=verbose)))
 
 
 @main.command()
 @maddr_argument
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @click.option("-v", "--verbose", count=True, help="-vv adds tracebacks.")
-@one_line_errors
 def status(address: tuple[str, ...], as_json: bool, verbose: int) -> None:
     """Show the swarm that ADDRESS belongs to: peers, paths, rounds, versions, digests."""
     with heavy_imports():
@@ -77,7 +79,7 @@ def status(address: tuple[str, ...], as_json: bool, verbose: int) -> None:
         from peer.observe import observe
         from peer.status import status_tables
 
-    seen = run_async(observe(address))
+    seen = asyncio.run(observe(address))
     if as_json:
         click.echo(json.dumps(seen.to_dict(), indent=2))
         return
@@ -98,10 +100,11 @@ def status(address: tuple[str, ...], as_json: bool, verbose: int) -> None:
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @compile_option
 @click.option("-v", "--verbose", count=True, help="-vv adds tracebacks.")
-@one_line_errors
 def check(address: tuple[str, ...], verbose: int, **options: Any) -> None:
     """Dry run: clock, addresses, disk, open files, device, each with its fix."""
-    run_async(_print_checks(_config(address, **options)))
+    from peer.check import run_checks
+
+    asyncio.run(_print_checks(run_checks(_config(address, **options))))
 
 
 @main.command()
@@ -118,7 +121,6 @@ def check(address: tuple[str, ...], verbose: int, **options: Any) -> None:
 @click.option(
     "--early-stopped", is_flag=True, help="Take the path as it was when it did best here."
 )
-@one_line_errors
 def export(
     path_name: str, target: Path, state_dir: Path | None, run: str, early_stopped: bool
 ) -> None:
@@ -144,7 +146,6 @@ def export(
     type=click.Path(file_okay=False, path_type=Path),
     help="Where the identity lies.",
 )
-@one_line_errors
 def identity(state_dir: Path | None) -> None:
     """Print this machine's peer ID; make one if there is none. Never prints the key."""
     from dht.identity import Identity
@@ -155,11 +156,9 @@ def identity(state_dir: Path | None) -> None:
     click.echo(Identity.load_or_create(directory / "identity").peer_id)
 
 
-async def _print_checks(config: Any) -> None:  # noqa: ANN401
-    from peer.check import run_checks
-
+async def _print_checks(findings: "AsyncIterator[Finding]") -> None:
     failed = False
-    async for finding in run_checks(config):
+    async for finding in findings:
         failed = failed or not finding.ok
         click.echo(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.name}: {finding.text}")
         if finding.fix:

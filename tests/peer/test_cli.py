@@ -14,15 +14,17 @@ from bootstrap.cli import main as bootstrap
 from bootstrap.growth import requested_growth
 from bootstrap.prepare import MANIFEST_FILE
 from dht.errors import LocalFault
+from dipaco.cli import main as dipaco
 from dipaco.errors import ConfigError
 from peer.cli import main as peer
-from peer.command_line import one_line_errors
 from peer.config import PeerConfig
 from peer.devices import choose_device
 from peer.limits import check_free_disk
 from tests.lab import identity, little_config, make_run
 
 PEER_ID = identity(7).peer_id
+ADDRESS = f"/ip4/127.0.0.1/tcp/1/p2p/{PEER_ID}"
+CONFIG = str(Path(__file__).parents[2] / "examples" / "tiny.toml")
 RUN = make_run(little_config(), operator=identity(1), start_time=0.0)
 
 HEAVY = "import sys; heavy = {'torch', 'hivemind', 'datasets', 'sklearn'} & set(sys.modules)"
@@ -33,7 +35,7 @@ HEAVY = "import sys; heavy = {'torch', 'hivemind', 'datasets', 'sklearn'} & set(
     [
         ("peer.cli", "main", ["join", "status", "check", "export", "identity"]),
         ("bootstrap.cli", "main", ["prepare", "serve", "grow", "status"]),
-        ("dipaco.cli", "cli", ["train"]),
+        ("dipaco.cli", "main", ["train", "generate"]),
     ],
 )
 def test_help_imports_nothing_heavy(module: str, command: str, subcommands: list[str]) -> None:
@@ -51,6 +53,29 @@ def test_help_imports_nothing_heavy(module: str, command: str, subcommands: list
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Usage:") == len(helps)
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "patched"),
+    [
+        (dipaco, ["generate", ".", "prompt"], "dipaco.trained.TrainedModel.load"),
+        (peer, ["join", ADDRESS, "--quiet"], "peer.join.join"),
+        (bootstrap, ["prepare", CONFIG, "target"], "bootstrap.prepare.prepare_run"),
+    ],
+)
+def test_a_gpu_that_fails_is_one_line_and_a_hint(
+    program: click.Group, arguments: list[str], patched: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure\nCUDA kernel errors")
+
+    monkeypatch.setattr(patched, fail)
+    result = CliRunner().invoke(program, arguments)
+    assert result.exit_code == 1
+    error, empty, hint = result.stderr.strip().splitlines()
+    assert error == "error: the GPU failed: unspecified launch failure"
+    assert not empty
+    assert hint.startswith("hint: try `--device cpu`")
 
 
 def test_the_options_are_these() -> None:
@@ -102,22 +127,20 @@ def test_a_malformed_address_is_a_usage_error_with_an_example(address: str) -> N
 
 
 def test_a_malformed_listen_address_is_a_usage_error() -> None:
-    arguments = ["join", f"/ip4/1.2.3.4/tcp/1/p2p/{PEER_ID}", "--host-maddr", "/ip4/0.0.0.0/udp/1"]
-    result = CliRunner().invoke(peer, arguments)
+    result = CliRunner().invoke(peer, ["join", ADDRESS, "--host-maddr", "/ip4/0.0.0.0/udp/1"])
     assert result.exit_code == 2
     assert "/ip4/0.0.0.0/tcp/31337" in result.output
 
 
 def test_a_peer_that_cannot_be_dialled_is_no_relay() -> None:
-    address = f"/ip4/1.2.3.4/tcp/1/p2p/{PEER_ID}"
-    result = CliRunner().invoke(peer, ["join", address, "--client-mode", "--relay-service"])
+    result = CliRunner().invoke(peer, ["join", ADDRESS, "--client-mode", "--relay-service"])
     assert result.exit_code == 2
     assert "exclude each other" in result.output
 
 
 @pytest.mark.swarm
 def test_an_unreachable_address_is_one_line_and_a_hint(tmp_path: Path) -> None:
-    arguments = ["join", f"/ip4/127.0.0.1/tcp/1/p2p/{PEER_ID}", "--state-dir", str(tmp_path)]
+    arguments = ["join", ADDRESS, "--state-dir", str(tmp_path)]
     program = [sys.executable, "-c", "from peer.cli import main; main()", *arguments]
     program += ["--host-maddr", "/ip4/127.0.0.1/tcp/0", "--quiet"]
     done = subprocess.run(program, capture_output=True, text=True, timeout=60)
@@ -139,7 +162,7 @@ def test_an_unreachable_address_is_one_line_and_a_hint(tmp_path: Path) -> None:
 def test_a_wrong_configuration_names_the_key(
     tmp_path: Path, line: str, message: str, hint: str
 ) -> None:
-    text = (Path(__file__).parents[2] / "examples" / "tiny.toml").read_text()
+    text = Path(CONFIG).read_text()
     config = tmp_path / "run.toml"
     config.write_text(text.replace("width = 32\n", f"{line}\n", 1))
     result = CliRunner().invoke(bootstrap, ["prepare", str(config), str(tmp_path / "run")])
@@ -148,15 +171,6 @@ def test_a_wrong_configuration_names_the_key(
     assert "hint: " in result.output
     assert hint in result.output
     assert not (tmp_path / "run").exists()
-
-
-def test_ctrl_c_is_told_apart_from_a_failure() -> None:
-    @click.command()
-    @one_line_errors
-    def command() -> None:
-        raise KeyboardInterrupt
-
-    assert CliRunner().invoke(command).exit_code == 130
 
 
 def test_a_configuration_that_is_no_text_is_said_to_be_none(tmp_path: Path) -> None:
@@ -208,65 +222,6 @@ def test_a_disk_that_is_too_small_is_found_before_joining(
     with pytest.raises(LocalFault, match="this run needs") as caught:
         check_free_disk(config, RUN.manifest)
     assert "--state-dir" in caught.value.hint
-
-
-def test_a_disk_that_fills_up_is_one_line_and_nothing_is_lost() -> None:
-    @click.command()
-    @one_line_errors
-    def command() -> None:
-        raise ExceptionGroup("tasks", [OSError(errno.ENOSPC, "No space left on device")])
-
-    result = CliRunner().invoke(command)
-    assert result.exit_code == 1
-    assert "the disk is full; nothing that was written is lost" in result.output
-    assert "hint: free some space" in result.output
-
-
-def out_of_memory_command(optimizer: str | None = None, verbose: int = 0) -> None:
-    raise ExceptionGroup("tasks", [torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB")])
-
-
-def test_a_device_whose_memory_is_taken_is_one_line_and_a_hint() -> None:
-    command = one_line_errors(out_of_memory_command)
-    optimizer = click.Option(["--optimizer"])
-    join = CliRunner().invoke(click.Command("join", callback=command, params=[optimizer]))
-    assert join.exit_code == 1
-    error, empty, hint = join.output.splitlines()
-    assert error == "error: the memory of the device is full"
-    assert not empty
-    assert hint.startswith("hint: another program may have taken it")
-    assert "--state-dir" in hint
-    assert "--optimizer adamw8bit" in hint
-    prepare = CliRunner().invoke(click.Command("prepare", callback=command))
-    assert prepare.exit_code == 1
-    assert "--optimizer" not in prepare.output, "it has no such option"
-    with pytest.raises(torch.OutOfMemoryError):
-        command(verbose=2)
-
-
-def test_what_went_wrong_otherwise_is_no_matter_of_the_device() -> None:
-    @click.command()
-    @one_line_errors
-    def command() -> None:
-        raise RuntimeError("a bug")
-
-    result = CliRunner().invoke(command)
-    assert isinstance(result.exception, RuntimeError)
-    assert "device" not in result.output
-
-
-def test_an_error_without_torch_needs_no_torch() -> None:
-    program = (
-        "from peer.command_line import one_line_errors\n"
-        "@one_line_errors\n"
-        "def command(): raise RuntimeError('a bug')\n"
-        "try: command()\n"
-        "except RuntimeError as error: assert str(error) == 'a bug'\n"
-        f"{HEAVY}\n"
-        "assert not heavy, heavy\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 def test_two_peers_do_not_share_a_state_directory(tmp_path: Path) -> None:

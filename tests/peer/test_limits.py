@@ -17,7 +17,7 @@ from dipaco.checkpoint import state_bytes
 from dipaco.digest import CHUNK_BYTES, index_of
 from peer.blob_server import BlobServer
 from peer.blobs import BlobClient
-from peer.command_line import SizeType
+from peer.command_options import SizeType
 from peer.config import PeerConfig
 from peer.events import EventLog
 from peer.faults import Faults

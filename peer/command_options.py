@@ -1,33 +1,17 @@
-"""What the command lines have in common: address arguments, one-line errors, exit codes.
+"""What the commands of a peer have in common: arguments and options, checked as they are read."""
 
-Exit 0 done, 1 failed, 2 wrong usage, 130 interrupted. An error is one line, an empty line and a
-hint; a traceback is shown only with `-vv`.
-"""
-
-import asyncio
-import errno
-import functools
 import re
-import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from dht.errors import LocalFault, SwarmError
-from dipaco.errors import DipacoError
-from dipaco.imports import INTERRUPTED
+from dht.errors import LocalFault
 
 T = TypeVar("T")
 
 SIZE_UNITS = {unit: 1000 ** (power + 1) for power, unit in enumerate("kmgt")}
-
-CONTEXT_SETTINGS = {
-    "help_option_names": ["-h", "--help"],
-    "auto_envvar_prefix": "DIPACO",
-    "max_content_width": 100,
-}
 
 
 class MaddrType(click.ParamType[str]):
@@ -161,73 +145,3 @@ def volunteer_options(command: Callable[..., T]) -> Callable[..., T]:
         is_flag=True,
         help="Listen nowhere; be reached only by those you dial, and through relays.",
     )(command)
-
-
-def one_line_errors(command: Callable[..., T]) -> Callable[..., T]:
-    """Turn what this project raises on purpose into one line and a hint, exit 1."""
-
-    @functools.wraps(command)
-    def wrapped(*args: Any, **options: Any) -> T:
-        try:
-            return command(*args, **options)
-        except* (SwarmError, DipacoError) as group:
-            error = _first(group)
-            _fail(str(error), getattr(error, "hint", ""), error, options)
-        except* OSError as group:
-            error = _first(group)
-            _fail(*_explain(error), error, options)
-        except* _out_of_device_memory() as group:
-            error = _first(group)
-            _fail(*_explain_device_memory(options), error, options)
-        except* KeyboardInterrupt:
-            raise SystemExit(INTERRUPTED) from None
-        raise AssertionError("unreachable: every branch above exits")
-
-    return wrapped
-
-
-def run_async(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run a command's coroutine; exit 130 if it is interrupted before it handles that itself."""
-    try:
-        return asyncio.run(coroutine)
-    except KeyboardInterrupt:
-        raise SystemExit(INTERRUPTED) from None
-
-
-def _fail(message: str, hint: str, error: BaseException, options: dict[str, Any]) -> None:
-    if options.get("verbose", 0) > 1:
-        raise error
-    click.echo(f"error: {message}", err=True)
-    if hint:
-        click.echo(f"\nhint: {hint}", err=True)
-    raise SystemExit(1)
-
-
-def _first(group: BaseExceptionGroup[Any]) -> Any:  # noqa: ANN401
-    """The first leaf of an exception group."""
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
-
-
-def _out_of_device_memory() -> Any:  # noqa: ANN401
-    """What torch raises then; nothing if it was not imported, for which `--help` cannot wait."""
-    return getattr(sys.modules.get("torch"), "OutOfMemoryError", ())
-
-
-def _explain_device_memory(options: dict[str, Any]) -> tuple[str, str]:
-    hint = "another program may have taken it; start the same command again when it is free"
-    if "optimizer" in options:
-        hint += ", with the same `--state-dir`; `--optimizer adamw8bit` needs less"
-    return "the memory of the device is full", hint
-
-
-def _explain(error: OSError) -> tuple[str, str]:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return (
-            "the disk is full; nothing that was written is lost",
-            "free some space and start the same command again",
-        )
-    where = f" (`{error.filename}`)" if error.filename else ""
-    return f"{error.strerror or error}{where}", ""
