@@ -95,9 +95,10 @@ def grow(directory: Path, levels: tuple[int, ...], verbose: int) -> None:
     The node that serves the run does it while the swarm trains: a new module begins as a copy of
     one that exists, and the corpus is sharded anew.
     """
-    from bootstrap.growth import request_growth
-    from bootstrap.prepare import newest_manifest
-    from peer.succession import grown
+    with heavy_imports():
+        from bootstrap.growth import request_growth
+        from bootstrap.prepare import newest_manifest
+        from peer.succession import grown
 
     grown(newest_manifest(directory).run_config, levels)
     request_growth(directory, levels)

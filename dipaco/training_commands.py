@@ -14,6 +14,7 @@ from dipaco.command_options import (
     trained_dir,
 )
 from dipaco.config import RunConfig
+from dipaco.imports import heavy_imports
 
 if TYPE_CHECKING:
     import torch
@@ -81,12 +82,13 @@ def train(  # noqa: PLR0913 - one parameter per option
     Interrupted, it continues with the round it was in.
     """
     run = RunConfig.from_file(config)
-    from rich.console import Console
+    with heavy_imports():
+        from rich.console import Console
 
-    from dipaco.device import require_compiler
-    from dipaco.preparation import prepare_start
-    from dipaco.progress import StageBars, progress_bars
-    from dipaco.reference import Options
+        from dipaco.device import require_compiler
+        from dipaco.preparation import prepare_start
+        from dipaco.progress import StageBars, progress_bars
+        from dipaco.reference import Options
 
     device = open_device(device_name, threads)
     if compiled:
@@ -212,10 +214,11 @@ def train_router(directory: Path, steps: int, device_name: str, threads: int) ->
     another, and fine-tunes the dense start to tell at any token which path will do best. Needs
     routing.router_fraction above 0 in the configuration.
     """
-    from rich.console import Console
+    with heavy_imports():
+        from rich.console import Console
 
-    from dipaco.progress import StageBars, progress_bars
-    from dipaco.trained import TrainedModel, train_token_router_of
+        from dipaco.progress import StageBars, progress_bars
+        from dipaco.trained import TrainedModel, train_token_router_of
 
     device = open_device(device_name, threads)
     model = TrainedModel.load(directory, device)

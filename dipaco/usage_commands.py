@@ -15,6 +15,7 @@ from dipaco.command_options import (
     token_router_option,
     trained_dir,
 )
+from dipaco.imports import heavy_imports
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -69,11 +70,12 @@ def evaluate(  # noqa: PLR0913 - one parameter per option
     DIR is what `dipaco train --dir` filled. The first tokens of a sequence, which choose its
     path, are not counted. Paths are loaded one after another.
     """
-    from rich.console import Console
+    with heavy_imports():
+        from rich.console import Console
 
-    from dipaco.evaluate import total
-    from dipaco.progress import StageBars, progress_bars
-    from dipaco.trained import TrainedModel, evaluate_model, sample
+        from dipaco.evaluate import total
+        from dipaco.progress import StageBars, progress_bars
+        from dipaco.trained import TrainedModel, evaluate_model, sample
 
     device = open_device(device_name, threads)
     model = TrainedModel.load(directory, device)
@@ -166,9 +168,10 @@ def generate(  # noqa: PLR0913 - one parameter per option
     DIR is what `dipaco train --dir` filled. Text goes to stdout as it comes, which paths wrote it
     to stderr.
     """
-    from dipaco.generate import generate as tokens_of
-    from dipaco.generate import stream_text
-    from dipaco.trained import TrainedModel
+    with heavy_imports():
+        from dipaco.generate import generate as tokens_of
+        from dipaco.generate import stream_text
+        from dipaco.trained import TrainedModel
 
     model = TrainedModel.load(directory, open_device(device_name, threads))
     tokenizer = model.start.tokenizer()
@@ -211,8 +214,9 @@ def export(directory: Path, path_name: str, target: Path, early_stopped: bool) -
     DIR is what `dipaco train --dir` filled, PATH a path such as 0.1. TARGET is a directory that
     is empty or not there; it gets configuration, weights and tokenizer.
     """
-    from dipaco.llama import export_llama
-    from dipaco.trained import TrainedModel
+    with heavy_imports():
+        from dipaco.llama import export_llama
+        from dipaco.trained import TrainedModel
 
     model = TrainedModel.load(directory)
     path = model.path(path_name)
@@ -230,7 +234,8 @@ def checkpoint(directory: Path) -> None:
 
     DIR holds its config.json, tokenizer.json and safetensors.
     """
-    from dipaco.llama import model_section
+    with heavy_imports():
+        from dipaco.llama import model_section
 
     click.echo("[model]")
     for key, value in model_section(directory).items():

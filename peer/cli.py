@@ -102,7 +102,8 @@ def status(address: tuple[str, ...], as_json: bool, verbose: int) -> None:
 @click.option("-v", "--verbose", count=True, help="-vv adds tracebacks.")
 def check(address: tuple[str, ...], verbose: int, **options: Any) -> None:
     """Dry run: clock, addresses, disk, open files, device, each with its fix."""
-    from peer.check import run_checks
+    with heavy_imports():
+        from peer.check import run_checks
 
     asyncio.run(_print_checks(run_checks(_config(address, **options))))
 
@@ -129,9 +130,10 @@ def export(
     PATH is one that this machine's peer holds, such as 0.1: it may be running. TARGET is a
     directory that is empty or not there; it gets configuration, weights and tokenizer.
     """
-    from dipaco.llama import export_llama
-    from peer.config import default_state_dir
-    from peer.export import RunOnDisk
+    with heavy_imports():
+        from dipaco.llama import export_llama
+        from peer.config import default_state_dir
+        from peer.export import RunOnDisk
 
     found = RunOnDisk(state_dir or default_state_dir(), run).path(
         path_name, early_stopped=early_stopped

@@ -19,6 +19,7 @@ from dht.addresses import peer_of
 from dht.daemon import Daemon, DaemonConfig
 from dht.errors import LocalFault, PeerFault, RunMismatch, Unreachable
 from dht.identity import Identity
+from dipaco.imports import heavy_imports
 from peer.address_book import AddressBook
 from peer.blobs import BlobClient
 from peer.config import PeerConfig
@@ -72,8 +73,9 @@ async def open_network(
     is alone. Who has such may find nobody; for everyone else that is `Unreachable`. `launcher` is a
     command that runs p2pd, such as `nsenter`.
     """
-    from dht.kademlia import KademliaSwarm  # hivemind takes seconds to import
-    from peer.rpc import Libp2pTransport
+    with heavy_imports():  # not before: hivemind takes seconds, and not every command needs it
+        from dht.kademlia import KademliaSwarm
+        from peer.rpc import Libp2pTransport
 
     raise_open_files()
     async with AsyncExitStack() as stack:
