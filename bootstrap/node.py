@@ -16,6 +16,7 @@ from bootstrap.prepare import (
     START_DIR,
     load_or_sign_manifest,
 )
+from dht.addresses import is_global, outside
 from dht.errors import LocalFault
 from dht.identity import Identity
 from dipaco.errors import ConfigError
@@ -25,7 +26,6 @@ from peer.display import Display
 from peer.join import reachable_addresses, stop_on_signals, write_address_file
 from peer.keeper import Keeper
 from peer.providers import Providers
-from peer.reachability import is_global, outside
 from peer.session import address_book, make_node, open_network, run_directory
 from peer.store import BlobStore
 

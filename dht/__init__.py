@@ -8,7 +8,7 @@
   `kademlia` (hivemind's DHT over libp2p) and its twin `memory`;
 - `hardening`: what makes hivemind's DHT safe against hostile peers;
 - `daemon` and `control`: p2pd, the process that speaks libp2p for us, and what we ask of it;
-- `addresses`: multiaddrs of peers, checked;
+- `addresses`: multiaddrs of peers, checked and read;
 - `errors`: the one tree of errors.
 
 The DHT holds rumors: a lie in it may hide a peer, and never changes training.

@@ -31,6 +31,7 @@ from dht.identity import SIGNATURE_BYTES, Identity, public_key_of, verify
 from dht.keys import announcement_key, head_key, manifest_key, provider_key, scores_key
 
 MAX_RECORD_BYTES = 4096  # signature and payload
+MAX_MADDRS = 4  # of a peer, by which others reach it
 MAX_LIFETIME_SECONDS = 600.0
 MAX_CLOCK_SKEW_SECONDS = 3.0  # as much as hivemind allows between any two clocks of a swarm
 _DOMAIN = b"dipaco-record/1"
@@ -82,7 +83,7 @@ class Announcement(_Record):
     received_bytes: Count = 0
     valid_nll: Nats | None = None  # sum over `valid_tokens` of the path's validation part, nats
     valid_tokens: Count = 0
-    maddrs: Annotated[tuple[Maddr, ...], Field(max_length=4)] = ()  # where this peer is reached
+    maddrs: Annotated[tuple[Maddr, ...], Field(max_length=MAX_MADDRS)] = ()  # where it is reached
 
     @property
     def key(self) -> str:

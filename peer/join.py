@@ -17,6 +17,7 @@ import torch._dynamo  # before there are threads: if two are the first to need i
 
 from dht.errors import Unreachable
 from dht.keys import announcement_key
+from dht.records import MAX_MADDRS
 from dipaco.imports import INTERRUPTED
 from peer.config import PeerConfig
 from peer.devices import choose_device, trainer_factory
@@ -25,7 +26,7 @@ from peer.keeper import Keeper
 from peer.limits import divide, gigabytes
 from peer.node import Node, Offload
 from peer.providers import Providers
-from peer.reachability import MAX_MADDRS, Standing
+from peer.reachability import Standing
 from peer.session import ADDRESS_FILE, Network, open_node
 from peer.volunteer import Volunteer
 

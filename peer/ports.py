@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from dht.addresses import ports_of
 from dht.daemon import check_ports
 from dht.errors import LocalFault
-from peer.reachability import ports_of
 
 _ANY_PORT = "/tcp/0"
 

@@ -1,9 +1,7 @@
 """Whether others can dial this peer, asked of them; and relays for the case that they cannot.
 
-A few peers are asked to dial back: each opens a fresh connection to the address that it sees the
-asker at, and to nowhere else, at ports that the asker names. So nobody can be made to dial a third
-party. It meets the asker's key there, or it does not count. Who sees the asker at a private address
-is in the same network and says nothing about those outside: it counts only if nobody else answers.
+A few peers are asked to dial back (`peer.dial_back`). Who sees the asker at a private address is in
+the same network and says nothing about those outside: it counts only if nobody else answers.
 
 Who cannot be dialled still takes part: it dials everyone itself, and libp2p uses such a connection
 in both directions. For those who cannot be dialled either, it reserves a place at a relay, which is
@@ -13,45 +11,25 @@ any peer that can be dialled and is willing (`PeerConfig.relay_service`).
 from __future__ import annotations
 
 import asyncio
-import os
-import re
-import time
-from collections import OrderedDict
 from collections.abc import (
     AsyncGenerator,
-    AsyncIterator,
     Awaitable,
     Callable,
     Mapping,
     Sequence,
 )
 from dataclasses import dataclass, replace
-from ipaddress import ip_address
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING
 
-from pydantic import Field
-
-from dht.addresses import split_maddr
+from dht.addresses import is_circuit, is_global, is_loopback, outside, ports_of, split_maddr
 from dht.errors import LocalFault, PeerFault, Unreachable
-from dht.identity import Identity
-from dht.records import Maddr
-from peer.messages import Message
+from peer.dial_back import MAX_PORTS, DialBackReply, ask_to_dial_back
 
 if TYPE_CHECKING:
     from dht.kademlia import KademliaSwarm
     from peer.transport import Transport
     from peer.watchdog import Watchdog
 
-DIAL_BACK_PROTOCOL: Final = "/dipaco/dialback/1"
-MAX_DIAL_BACK_BYTES = 4096  # of a request or its answer
-MAX_PORTS = 4  # that one request may name
-MAX_MADDRS = 4  # of one relay, and in an announcement
-DIAL_BACK_SECONDS = 8.0  # for one dial
-ASK_SECONDS = 3 * DIAL_BACK_SECONDS  # for an answer; others may be served first
-MAX_DIALS_AT_A_TIME = 4  # for all askers together
-MAX_REQUESTS = 3  # of one asker in REQUESTS_SECONDS
-REQUESTS_SECONDS = 60.0
-MAX_ASKERS = 256  # remembered
 NUM_ASKED = 3  # peers that are asked to dial back
 MAX_ASKED_FOR_RELAYS = 16  # if none of those relays
 MAX_RELAYS = 3  # used at a time
@@ -61,23 +39,6 @@ RELAY_CHECK_SECONDS = 60.0  # between two looks at whether we still have it
 # this is soon enough for such things, and the few dials that it costs others are no burden.
 JUDGE_SECONDS = 15 * 60.0
 POLL_SECONDS = 0.1
-_CIRCUIT = "/p2p-circuit"
-
-Port = Annotated[int, Field(ge=1, le=65535)]
-
-
-class DialBackRequest(Message):
-    """Please dial me back at these ports; none, to hear of relays only."""
-
-    ports: Annotated[tuple[Port, ...], Field(max_length=MAX_PORTS)]
-
-
-class DialBackReply(Message):
-    """Where the asked peer sees the asker, where it reached it, and whether it relays."""
-
-    seen: Maddr | None  # /ip4/… without a port; None through a relay
-    reached: Annotated[tuple[Port, ...], Field(max_length=MAX_PORTS)]
-    relay: Annotated[tuple[Maddr, ...], Field(max_length=MAX_MADDRS)]  # its addresses, if it does
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,7 +53,7 @@ class Standing:
     @property
     def relays(self) -> tuple[str, ...]:
         """The peer IDs of the relays that it is reached through."""
-        circuits = [maddr.split("/p2p-circuit")[0] for maddr in self.maddrs if _CIRCUIT in maddr]
+        circuits = [maddr.split("/p2p-circuit")[0] for maddr in self.maddrs if is_circuit(maddr)]
         return tuple(dict.fromkeys(maddr.rsplit("/p2p/", 1)[-1] for maddr in circuits))
 
     @property
@@ -111,58 +72,6 @@ class Standing:
             how = "no relay was found, so those who cannot be dialled either do not reach you"
         advice = f"forward TCP port {self.port} to this machine for better throughput"
         return f"others cannot dial you: {how}" + (f"; {advice}" if self.port else "")
-
-
-class DialBack:
-    """Dials those who ask for it, within limits."""
-
-    def __init__(self, swarm: KademliaSwarm, transport: Transport, *, is_relay: bool) -> None:
-        self._swarm = swarm
-        self._transport = transport
-        self._is_relay = is_relay
-        self._dials = asyncio.Semaphore(MAX_DIALS_AT_A_TIME)
-        self._asked: OrderedDict[str, list[float]] = OrderedDict()  # peer ID -> when
-
-    async def serve(self) -> None:
-        """Answer until the transport is closed."""
-        await self._transport.serve(
-            DIAL_BACK_PROTOCOL, self._answer, max_request_bytes=MAX_DIAL_BACK_BYTES
-        )
-
-    async def _answer(self, asker: str, payload: bytes) -> AsyncIterator[bytes]:
-        request = DialBackRequest.from_bytes(payload, sender=asker, max_bytes=MAX_DIAL_BACK_BYTES)
-        if not self._may_ask(asker, time.monotonic()):
-            raise ValueError("asked too often to dial back")
-        seen = host_of((await self._swarm.connections()).get(asker, []))
-        ports = request.ports if seen is not None else ()
-        answers = await asyncio.gather(*(self._reaches(asker, f"{seen}/tcp/{p}") for p in ports))
-        reached = tuple(port for port, is_there in zip(ports, answers, strict=True) if is_there)
-        relay = outside(await self._swarm.maddrs())[:MAX_MADDRS] if self._is_relay else []
-        yield DialBackReply(seen=seen, reached=reached, relay=tuple(relay)).to_bytes()
-
-    def _may_ask(self, asker: str, now: float) -> bool:
-        recent = [when for when in self._asked.pop(asker, []) if now - when < REQUESTS_SECONDS]
-        is_allowed = len(recent) < MAX_REQUESTS
-        self._asked[asker] = [*recent, now] if is_allowed else recent
-        if len(self._asked) > MAX_ASKERS:
-            self._asked.popitem(last=False)
-        return is_allowed
-
-    async def _reaches(self, asker: str, where: str) -> bool:
-        """Whether `asker` answers a fresh connection at `where`.
-
-        p2pd opens none to a peer that it is connected to, so a made-up one is asked for: its error
-        then says whose key it met instead.
-        """
-        nobody = Identity(os.urandom(32)).peer_id
-        try:
-            async with self._dials:
-                await self._transport.connect(
-                    f"{where}/p2p/{nobody}", timeout_seconds=DIAL_BACK_SECONDS
-                )
-        except Unreachable as error:
-            return asker in str(error)
-        return False
 
 
 class Reachability:
@@ -199,7 +108,7 @@ class Reachability:
             await self._be_relayed(replies, peers)
         maddrs = outside(await self._swarm.maddrs())
         if is_dialled is False:
-            maddrs = [maddr for maddr in maddrs if _CIRCUIT in maddr]
+            maddrs = [maddr for maddr in maddrs if is_circuit(maddr)]
         self._standing = Standing(
             is_dialled=is_dialled,
             maddrs=tuple(sorted(maddrs, key=lambda maddr: (is_global(maddr), maddr))),
@@ -242,15 +151,15 @@ class Reachability:
     async def _ports(self) -> tuple[int, ...]:
         """Where others may try to dial us, also while p2pd, being hidden, does not say so."""
         maddrs = await self._swarm.maddrs()
-        return ports_of([*maddrs, *self._given, *self._watchdog.config.host_maddrs])
+        return ports_of([*maddrs, *self._given, *self._watchdog.config.host_maddrs])[:MAX_PORTS]
 
     async def _has_relay(self) -> bool:
-        return any(_CIRCUIT in maddr for maddr in await self._swarm.maddrs())
+        return any(is_circuit(maddr) for maddr in await self._swarm.maddrs())
 
     async def _places(self) -> list[str]:
         """The addresses that p2pd names, but for relays, without our peer ID."""
         maddrs = await self._swarm.maddrs()
-        return [maddr.split("/p2p/")[0] for maddr in maddrs if _CIRCUIT not in maddr]
+        return [maddr.split("/p2p/")[0] for maddr in maddrs if not is_circuit(maddr)]
 
     async def _announce(self, places: list[str]) -> None:
         """Have p2pd name the places where we were reached, and no relays.
@@ -291,14 +200,7 @@ class Reachability:
 
     async def _ask_one(self, peer: str, ports: tuple[int, ...]) -> DialBackReply | None:
         try:
-            raw = await self._transport.request(
-                peer,
-                DIAL_BACK_PROTOCOL,
-                DialBackRequest(ports=ports).to_bytes(),
-                timeout_seconds=ASK_SECONDS,
-                max_response_bytes=MAX_DIAL_BACK_BYTES,
-            )
-            return DialBackReply.from_bytes(raw, sender=peer, max_bytes=MAX_DIAL_BACK_BYTES)
+            return await ask_to_dial_back(self._transport, peer, ports)
         except (Unreachable, PeerFault):
             return None
 
@@ -349,42 +251,4 @@ def _is_address_of(peer: str, maddr: str) -> bool:
         where, owner = split_maddr(maddr)
     except LocalFault:
         return False
-    return owner == peer and _CIRCUIT not in where and "," not in maddr
-
-
-def ports_of(maddrs: Sequence[str]) -> tuple[int, ...]:
-    """The TCP ports in addresses, each once, as many as may be asked about."""
-    direct = [maddr for maddr in maddrs if _CIRCUIT not in maddr]
-    ports = [int(port) for maddr in direct for port in re.findall(r"/tcp/(\d{1,5})", maddr)]
-    return tuple(dict.fromkeys(port for port in ports if 0 < port < 2**16))[:MAX_PORTS]
-
-
-def host_of(maddrs: Sequence[str]) -> str | None:
-    """The IP address, as `/ip4/…`, that a peer is seen at; None if only through a relay."""
-    for maddr in maddrs:
-        found = re.match(r"/ip[46]/[0-9a-fA-F:.]+", maddr)
-        if found and _CIRCUIT not in maddr:
-            return found[0]
-    return None
-
-
-def outside(maddrs: Sequence[str]) -> list[str]:
-    """Those that lead here from other machines; all of them if none does."""
-    return [maddr for maddr in maddrs if not is_loopback(maddr)] or list(maddrs)
-
-
-def is_loopback(maddr: str) -> bool:
-    """Whether an address leads to this machine only."""
-    return maddr.startswith(("/ip4/127.", "/ip6/::1/"))
-
-
-def is_global(maddr: str) -> bool:
-    """Whether an address leads anywhere from everywhere: a public one, or a name.
-
-    Private, loopback and link-local ones do not, nor those that providers share out (100.64/10).
-    """
-    found = re.match(r"/ip[46]/([^/]+)", maddr)
-    try:
-        return found is None or ip_address(found[1]).is_global
-    except ValueError:
-        return False
+    return owner == peer and not is_circuit(where) and "," not in maddr

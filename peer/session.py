@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from dht.addresses import peer_of
+from dht.addresses import is_loopback, peer_of
 from dht.daemon import Daemon, DaemonConfig
 from dht.errors import LocalFault, PeerFault, RunMismatch, Unreachable
 from dht.identity import Identity
@@ -23,6 +23,7 @@ from dipaco.imports import heavy_imports
 from peer.address_book import AddressBook
 from peer.blobs import BlobClient
 from peer.config import PeerConfig
+from peer.dial_back import DialBack
 from peer.discovery import Discovery
 from peer.events import EventLog
 from peer.faults import Faults
@@ -33,7 +34,7 @@ from peer.modules import ModuleLog
 from peer.node import Node
 from peer.ports import as_before
 from peer.providers import Providers
-from peer.reachability import DialBack, Reachability, is_loopback
+from peer.reachability import Reachability
 from peer.store import BlobStore
 from peer.throttle import Meter
 from peer.watchdog import Watchdog

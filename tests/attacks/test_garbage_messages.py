@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from dht.errors import BadMessage, PeerFault
 from peer.blob_server import BLOB_PROTOCOL, BlobRequest
 from peer.courier import ROUND_PROTOCOL, Courier, Kind
+from peer.dial_back import DialBackReply, DialBackRequest
 from peer.faults import Faults
 from peer.hello import HELLO_PROTOCOL, say_hello
 from peer.manifest import Manifest
@@ -34,7 +35,6 @@ from peer.messages import (
     ProposeReply,
     ProposeRequest,
 )
-from peer.reachability import DialBackReply, DialBackRequest
 from tests.lab import identity, lab, little_config
 from tests.virtual_clock import run_virtual
 

@@ -3,7 +3,7 @@
 import pytest
 
 from bootstrap.node import advice_on
-from peer.reachability import is_global, outside
+from dht.addresses import outside
 from tests.lab import identity
 
 PEER = f"/p2p/{identity(1).peer_id}"
@@ -33,22 +33,3 @@ def test_strangers_are_offered_what_they_can_use(
     else:
         assert advice in said
         assert "`--announce-maddr`" in said
-
-
-@pytest.mark.parametrize(
-    ("host", "expected"),
-    [
-        ("/ip4/8.8.8.8", True),
-        ("/ip6/2600::1", True),
-        ("/dns4/example.org", True),
-        ("/ip4/10.0.0.1", False),
-        ("/ip4/100.64.0.1", False),
-        ("/ip4/127.0.0.1", False),
-        ("/ip6/::1", False),
-        ("/ip6/fe80::1", False),
-        ("/ip6/fd00::1", False),
-        ("/ip4/no.such", False),
-    ],
-)
-def test_addresses_that_lead_there_from_everywhere(host: str, expected: bool) -> None:
-    assert is_global(f"{host}/tcp/1{PEER}") is expected

@@ -6,33 +6,17 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from dht.addresses import is_global
 from dht.daemon import DaemonConfig
-from dht.errors import Unreachable
+from peer.dial_back import DIAL_BACK_PROTOCOL, DialBack, DialBackReply, DialBackRequest
 from peer.memory import MemoryNetwork
-from peer.reachability import (
-    DIAL_BACK_PROTOCOL,
-    MAX_DIAL_BACK_BYTES,
-    MAX_PORTS,
-    MAX_REQUESTS,
-    DialBack,
-    DialBackReply,
-    DialBackRequest,
-    Reachability,
-    Standing,
-    host_of,
-    is_global,
-    ports_of,
-    relays_of,
-    verdict,
-)
-from peer.transport import RemoteError
+from peer.reachability import Reachability, Standing, relays_of, verdict
 from tests.lab import identity
+from tests.peer.dialling import Dials, FakeSwarm
 from tests.virtual_clock import run_virtual
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-
-    from peer.transport import Transport
 
 US, ASKER, OTHER = (identity(number).peer_id for number in (1, 2, 3))
 OUTSIDE = "/ip4/8.8.8.8"
@@ -41,101 +25,6 @@ PUBLIC = f"/ip4/203.0.113.9/tcp/31337/p2p/{OTHER}"
 
 def reply(*, seen: str | None = "/ip4/203.0.113.7", reached: tuple[int, ...] = ()) -> DialBackReply:
     return DialBackReply(seen=seen, reached=reached, relay=())
-
-
-class FakeSwarm:
-    """Sees the asker at these addresses."""
-
-    def __init__(self, seen_at: list[str], own: list[str] | None = None) -> None:
-        self.seen_at = seen_at
-        self.own = own or [f"/ip4/127.0.0.1/tcp/1/p2p/{US}", f"/ip4/203.0.113.1/tcp/1/p2p/{US}"]
-
-    async def connections(self) -> dict[str, list[str]]:
-        return {ASKER: self.seen_at}
-
-    async def maddrs(self) -> list[str]:
-        return self.own
-
-
-class Dials:
-    """Records whom p2pd was made to dial, and answers with the key that is met there."""
-
-    def __init__(self, keys: dict[str, str]) -> None:
-        self.keys = keys
-        self.maddrs: list[str] = []
-
-    async def __call__(self, maddr: str, *, timeout_seconds: float) -> str:
-        self.maddrs.append(maddr)
-        where = maddr.split("/p2p/")[0]
-        if where not in self.keys:
-            raise Unreachable("connection refused")
-        raise Unreachable(
-            f"peer id mismatch: expected X, but remote key matches {self.keys[where]}"
-        )
-
-
-async def ask(
-    asker: Transport, ports: tuple[int, ...], *, protocol: str = DIAL_BACK_PROTOCOL
-) -> DialBackReply:
-    raw = await asker.request(
-        US,
-        protocol,
-        DialBackRequest(ports=ports).to_bytes(),
-        timeout_seconds=5,
-        max_response_bytes=MAX_DIAL_BACK_BYTES,
-    )
-    return DialBackReply.from_bytes(raw, sender=US)
-
-
-async def served(seen_at: list[str], dials: Dials, *, is_relay: bool = False) -> Transport:
-    """The asker's transport, in a network where `US` dials back."""
-    network = MemoryNetwork(seed=0)
-    transport, asker = network.transport(US), network.transport(ASKER)
-    transport.connect = dials  # type: ignore[method-assign]
-    await DialBack(FakeSwarm(seen_at), transport, is_relay=is_relay).serve()  # type: ignore[arg-type]
-    return asker
-
-
-def test_only_the_address_that_the_asker_is_seen_at_is_dialled() -> None:
-    async def main() -> None:
-        dials = Dials({"/ip4/203.0.113.7/tcp/4000": ASKER, "/ip4/203.0.113.7/tcp/22": OTHER})
-        asker = await served(["/ip4/203.0.113.7/tcp/51234"], dials)
-        answer = await ask(asker, (22, 4000, 4001))
-        assert answer.seen == "/ip4/203.0.113.7"
-        assert answer.reached == (4000,), "another key is not the asker"
-        assert {maddr.rsplit("/tcp/", 1)[0] for maddr in dials.maddrs} == {"/ip4/203.0.113.7"}
-        assert answer.relay == ()
-
-    asyncio.run(main())
-
-
-def test_who_is_seen_through_a_relay_is_not_dialled() -> None:
-    async def main() -> None:
-        dials = Dials({})
-        asker = await served([f"{PUBLIC}/p2p-circuit"], dials, is_relay=True)
-        answer = await ask(asker, (4000,))
-        assert answer.seen is None
-        assert dials.maddrs == []
-        assert answer.relay == (f"/ip4/203.0.113.1/tcp/1/p2p/{US}",)
-
-    asyncio.run(main())
-
-
-def test_dialling_back_is_bounded() -> None:
-    async def main() -> None:
-        dials = Dials({})
-        asker = await served(["/ip4/203.0.113.7/tcp/5"], dials)
-        for _ in range(MAX_REQUESTS):
-            await ask(asker, (1, 2, 3, 4))
-        with pytest.raises(RemoteError, match="too often"):
-            await ask(asker, (1,))
-        assert len(dials.maddrs) == MAX_REQUESTS * MAX_PORTS
-
-    asyncio.run(main())
-    with pytest.raises(ValueError, match="at most 4"):
-        DialBackRequest(ports=(1, 2, 3, 4, 5))
-    with pytest.raises(ValueError, match="greater than or equal"):
-        DialBackRequest(ports=(0,))
 
 
 def test_the_majority_of_those_who_tried_decides() -> None:
@@ -167,12 +56,8 @@ def test_a_relay_can_only_propose_itself_where_it_is_dialled() -> None:
     assert relays_of(proposing(f"{PUBLIC},{PUBLIC}", "/nonsense", f"/dns/x/p2p/{OTHER}")) == ()
 
 
-def test_addresses_are_read() -> None:
+def test_who_is_relayed_is_told_what_to_forward() -> None:
     circuit = f"{PUBLIC}/p2p-circuit/p2p/{US}"
-    here = [f"/ip4/127.0.0.1/tcp/7/p2p/{US}", f"/ip6/::1/tcp/8/p2p/{US}", circuit]
-    assert ports_of(here) == (7, 8)
-    assert host_of([circuit]) is None
-    assert host_of(["/ip6/2001:db8::7/tcp/1"]) == "/ip6/2001:db8::7"
     standing = Standing(is_dialled=False, maddrs=(circuit,), port=7)
     assert standing.relays == (OTHER,)
     assert standing.text == (
@@ -309,11 +194,11 @@ def test_a_lost_relay_is_replaced() -> None:
         network = MemoryNetwork(seed=0)
         seen_at = ["/ip4/203.0.113.7/tcp/5"]
         for number, peer in ((1, US), (3, OTHER)):
-            swarm = FakeSwarm(seen_at, [f"/ip4/203.0.113.{number}/tcp/1/p2p/{peer}"])
+            swarm = FakeSwarm(ASKER, seen_at, [f"/ip4/203.0.113.{number}/tcp/1/p2p/{peer}"])
             transport = network.transport(peer)
             transport.connect = Dials({})  # type: ignore[method-assign]
             await DialBack(swarm, transport, is_relay=True).serve()  # type: ignore[arg-type]
-        ours = FakeSwarm([], [f"/ip4/192.168.1.2/tcp/4000/p2p/{ASKER}"])
+        ours = FakeSwarm(ASKER, [], [f"/ip4/192.168.1.2/tcp/4000/p2p/{ASKER}"])
         watchdog = FakeWatchdog(ours)
         reachability = Reachability(ours, network.transport(ASKER), watchdog)  # type: ignore[arg-type]
         assert (await reachability.settle([US])).relays == (US,)
