@@ -30,7 +30,10 @@ compile_option = click.option(
     help="Train through torch.compile: a slower start, then faster steps.",
 )
 early_stopped_option = click.option(
-    "--early-stopped", is_flag=True, help="Take each path as it was when it did best."
+    "--early-stopped/--last",
+    default=None,
+    show_default="early-stopped where that was kept",
+    help="Take paths as they were when they did best on validation text, or as they are.",
 )
 token_router_option = click.option(
     "--token-router",

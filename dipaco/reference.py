@@ -19,6 +19,7 @@ from dipaco.checkpoint import ModuleState, state_digest
 from dipaco.compression import EncodedGradient, compress_with_feedback
 from dipaco.config import RunConfig
 from dipaco.discriminative import fit_linear_router
+from dipaco.early_stopping import keep_if_best
 from dipaco.errors import BadBytes, ConfigError
 from dipaco.evaluate import Evaluation
 from dipaco.inner import PathTrainer
@@ -60,7 +61,8 @@ class Options:
     `replicas` peers train each path, each with batches of its own: with a single path this is
     DiLoCo. `side_by_side` of them are in memory, and train at once where the device is a GPU.
     `compiled` makes steps faster and rounds otherwise. With `early_stopping` each path is also kept
-    as it was when it did best on its own validation rows (paper 2.7).
+    as it was when it did best on its own validation rows (paper 2.7); a training that has once
+    begun with that goes on with it, so that what was kept is never out of date.
     """
 
     replicas: int = 1
@@ -117,7 +119,7 @@ def train(  # noqa: PLR0913 - what to train, then what to do meanwhile
 
             evaluations = dict(reports[-1].evaluations)
             for path in paths:
-                evaluations[path] = training.evaluate(path, sharding, states, files, reports)
+                evaluations[path] = training.evaluate(path, sharding, states, files)
             report = RoundReport(
                 round=round_ + 1, losses=losses, evaluations=evaluations, norm_ratios=norm_ratios
             )
@@ -178,7 +180,7 @@ class _Training:
                 files.write_state(module, state)
             evaluations: Evaluations = {}
             for path in self._start.topology.paths:
-                evaluations[path] = self.evaluate(path, self._start.sharding, states, files, [])
+                evaluations[path] = self.evaluate(path, self._start.sharding, states, files)
             report = RoundReport(round=0, losses={}, evaluations=evaluations, norm_ratios={})
             files.write_reports([report])
         begun = latest_round(self._directory, self._config)
@@ -191,7 +193,8 @@ class _Training:
         num_replicas = latest.num_replicas()
         if num_replicas not in (0, self._options.replicas):
             raise ConfigError(f"this training has {num_replicas} replicas of each path", hint=hint)
-        has_stopped = any(latest.has_early_stopped(path) for path in self._start.topology.paths)
+        paths = self._start.topology.paths
+        has_stopped = any(latest.early_stopped_file(path).exists() for path in paths)
         if self._options.early_stopping and latest.number >= max(1, num_rounds) and not has_stopped:
             raise ConfigError("this training ended without early stopping", hint=hint)
 
@@ -247,39 +250,22 @@ class _Training:
         return means
 
     def evaluate(
-        self,
-        path: PathID,
-        sharding: Sharding,
-        states: States,
-        files: RoundFiles,
-        reports: list[RoundReport],
+        self, path: PathID, sharding: Sharding, states: States, files: RoundFiles
     ) -> Evaluation:
         """A path with the modules as they are; kept, where asked for, if it was never better."""
         trainer = self._trainer(path, sharding.shard(path), states)
-        evaluation = trainer.evaluate(self._config.rounds.eval_sequences)
-        if self._options.early_stopping:
-            before = self._comparable(path, files, reports)
-            if evaluation.perplexity <= min(before, default=float("inf")):
-                parameters = {module: states[module].parameters for module in trainer.modules}
-                files.write_early_stopped(path, parameters)
+        num_rows = self._config.rounds.eval_sequences
+        evaluation = trainer.evaluate(num_rows)
+        kept = files.early_stopped_file(path)
+        if self._options.early_stopping or kept.exists():
+            keep_if_best(
+                kept,
+                {module: states[module].parameters for module in trainer.modules},
+                evaluation,
+                rows=trainer.valid_rows(num_rows),
+                round_number=files.number,
+            )
         return evaluation
-
-    def _comparable(
-        self, path: PathID, files: RoundFiles, reports: list[RoundReport]
-    ) -> list[float]:
-        """Perplexities of a path in earlier rounds, of which the best is the one that was kept.
-
-        After a new sharding, what was measured before is of other data, also where it is still the
-        last figure of a path that has not trained since.
-        """
-        if not files.has_early_stopped(path):
-            return []
-        phase = max((p for p in self._config.routing.phases if p <= files.number - 1), default=0)
-        return [
-            report.evaluations[path].perplexity
-            for report in reports
-            if not phase or (report.round > phase and path in report.losses)
-        ]
 
     def _trainer(self, path: PathID, shard: Shard, states: States) -> PathTrainer:
         trainer = PathTrainer(

@@ -103,30 +103,9 @@ class RoundFiles:
             tensors = {str(module): residual for module, residual in residuals.items()}
             write_atomically(self._residual_file(path, replica), encode_tensors(tensors))
 
-    def early_stopped(self, path: PathID) -> dict[ModuleID, Tensor]:
-        """The parameters with which a path did best on its validation rows, by module."""
-        sizes = {
-            module: num_parameters(self._config.model, self._topology, module)
-            for module in self._topology.modules_of(path)
-        }
-        layout = {str(module): (torch.float32, (size,)) for module, size in sizes.items()}
-        try:
-            tensors = decode_tensors(self._early_stopped_file(path).read_bytes(), layout)
-        except (OSError, ValueError) as error:
-            raise BadBytes(
-                f"{self.directory} has no early-stopped path {path}",
-                hint="train with --early-stopping",
-            ) from error
-        return {ModuleID.parse(name): parameters for name, parameters in tensors.items()}
-
-    def write_early_stopped(self, path: PathID, parameters: dict[ModuleID, Tensor]) -> None:
-        """Keep a path as it is."""
-        tensors = {str(module): vector for module, vector in parameters.items()}
-        write_atomically(self._early_stopped_file(path), encode_tensors(tensors))
-
-    def has_early_stopped(self, path: PathID) -> bool:
-        """Whether a path was kept as it did best so far."""
-        return self._early_stopped_file(path).exists()
+    def early_stopped_file(self, path: PathID) -> Path:
+        """A path as it did best so far (`dipaco.early_stopping`); it may not be there."""
+        return self.directory / "early-stopped" / f"{path}.safetensors"
 
     def put_aside(self, path: PathID, replica: int, module: ModuleID, raw: bytes) -> memoryview:
         """Keep an encoded outer gradient on disk until the round is complete; returns it mapped."""
@@ -155,9 +134,6 @@ class RoundFiles:
 
     def _residual_file(self, path: PathID, replica: int) -> Path:
         return self.directory / "residuals" / f"{path}-{replica}.safetensors"
-
-    def _early_stopped_file(self, path: PathID) -> Path:
-        return self.directory / "early-stopped" / f"{path}.safetensors"
 
 
 _ROUND = "round-"

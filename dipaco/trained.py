@@ -20,9 +20,10 @@ from torch import Tensor
 from dipaco.checkpoint import write_atomically
 from dipaco.config import RunConfig
 from dipaco.document import Split
+from dipaco.early_stopping import Best, read_best
 from dipaco.errors import ConfigError
 from dipaco.evaluate import Evaluation, token_nll
-from dipaco.model import PathNet, write_module
+from dipaco.model import PathNet, num_parameters, write_module
 from dipaco.preparation import Progress
 from dipaco.reference import phase_sharding
 from dipaco.rerouting import boundaries, choices_of_router, evaluate_choices
@@ -111,15 +112,35 @@ class TrainedModel:
             ) from error
         return TokenRouter.from_bytes(raw, self.config).to(self.device)
 
-    def net(self, number: int, *, early_stopped: bool = False) -> PathNet:
-        """The network of a path, by its number; early-stopped, if it was trained so."""
+    def best(self, number: int, early_stopped: bool | None) -> Best | None:
+        """A path, by its number, as it did best on its validation rows; None to take the last one.
+
+        `early_stopped` says which of the two is wanted; None stands for its best, where that was
+        kept. ConfigError if it is wanted and was not.
+        """
+        if early_stopped is False:
+            return None
         topology = self.start.topology
         path = topology.path_at(number)
+        modules = topology.modules_of(path)
+        sizes = {m: num_parameters(self.config.model, topology, m) for m in modules}
+        best = read_best(self.files.early_stopped_file(path), sizes)
+        if early_stopped and best is None:
+            raise ConfigError(
+                f"path {path} was not kept as it did best",
+                hint="train with --early-stopping, or take it with --last",
+            )
+        return best
+
+    def net(self, number: int, *, early_stopped: bool | None = False) -> PathNet:
+        """The network of a path, by its number: `early_stopped` as in `best`."""
+        topology = self.start.topology
         net = PathNet(self.config.model)
-        if early_stopped:
-            parameters = self.files.early_stopped(path)
+        best = self.best(number, early_stopped)
+        if best is not None:
+            parameters = best.parameters
         else:
-            modules = topology.modules_of(path)
+            modules = topology.modules_of(topology.path_at(number))
             parameters = {module: self.files.state(module).parameters for module in modules}
         for module, vector in parameters.items():
             write_module(net, topology, module, vector)
@@ -169,13 +190,13 @@ def evaluate_model(
     *,
     every: int = 0,
     by_token: bool = False,
-    early_stopped: bool = False,
+    early_stopped: bool | None = False,
     on_path: Progress = lambda stage, done, total: None,
 ) -> dict[int, Evaluation]:
     """Score sequences, by path number, re-routed every `every` tokens unless 0.
 
     The first path is always the router's. `by_token` lets the token-level router choose the ones
-    after it.
+    after it. `early_stopped` as in `TrainedModel.best`.
     """
     config = model.config
     prefix_tokens = config.routing.prefix_tokens
@@ -207,11 +228,16 @@ def evaluate_model(
 
 
 def train_token_router_of(
-    model: TrainedModel, num_steps: int, progress: Progress = lambda stage, done, total: None
+    model: TrainedModel,
+    num_steps: int,
+    progress: Progress = lambda stage, done, total: None,
+    *,
+    early_stopped: bool | None = False,
 ) -> TokenRouter:
-    """Train the token-level router for the paths as they are, and keep it (paper 7.2.2).
+    """Train the token-level router for the paths as they are used, and keep it (paper 7.2.2).
 
-    Scores the router data under one path after another. ConfigError if there is none.
+    Scores the router data under one path after another; `early_stopped` as in `TrainedModel.best`.
+    ConfigError if there is none.
     """
     rows = model.start.router_data()
     scores_file = model.token_router_file.with_suffix(".scores")
@@ -219,7 +245,7 @@ def train_token_router_of(
         router = train_token_router(
             model.start.net().to(model.device),
             rows,
-            _scores(model, rows, scores_file, progress),
+            _scores(model, rows, early_stopped, scores_file, progress),
             config=model.config,
             num_steps=num_steps,
             on_progress=lambda done, total: progress("token-level router", done, total),
@@ -230,13 +256,15 @@ def train_token_router_of(
     return router
 
 
-def _scores(model: TrainedModel, rows: Rows, file: Path, progress: Progress) -> NDArray[np.float32]:
+def _scores(
+    model: TrainedModel, rows: Rows, early_stopped: bool | None, file: Path, progress: Progress
+) -> NDArray[np.float32]:
     """Log-likelihoods [N, T, P] of the tokens under each path, in `file`: they may be many."""
     num_paths = model.config.topology.num_paths
     shape = (*rows.shape, num_paths)
     scores_NTP = np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=shape)
     for number in range(num_paths):
-        net = model.net(number)
+        net = model.net(number, early_stopped=early_stopped)
         for start in range(0, len(rows), _SCORED_ROWS):
             part = slice(start, start + _SCORED_ROWS)
             nll_BT = token_nll(

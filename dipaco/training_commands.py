@@ -9,6 +9,7 @@ from dipaco.command_line import Command
 from dipaco.command_options import (
     compile_option,
     device_option,
+    early_stopped_option,
     open_device,
     threads_option,
     trained_dir,
@@ -57,7 +58,9 @@ if TYPE_CHECKING:
     help="Train N paths at once; with small paths that is what fills a GPU.",
 )
 @click.option(
-    "--early-stopping", is_flag=True, help="Also keep each path as it was when it did best."
+    "--early-stopping",
+    is_flag=True,
+    help="Also keep each path as it was when it did best, which is then what is used.",
 )
 @click.option(
     "--baseline",
@@ -205,14 +208,18 @@ def _print_tables(start: "Start", result: "ReferenceResult", dense: "Evaluations
 @click.option(
     "--steps", type=click.IntRange(1), default=500, show_default=True, help="Training steps."
 )
+@early_stopped_option
 @device_option
 @threads_option
-def train_router(directory: Path, steps: int, device_name: str, threads: int) -> None:
+def train_router(
+    directory: Path, steps: int, early_stopped: bool | None, device_name: str, threads: int
+) -> None:
     """Train the token-level router of a trained model, for re-routing within a sequence.
 
     DIR is what `dipaco train --dir` filled. Scores the router data under every path, one after
     another, and fine-tunes the dense start to tell at any token which path will do best. Needs
-    routing.router_fraction above 0 in the configuration.
+    routing.router_fraction above 0 in the configuration. Choose between --early-stopped and --last
+    as you will when you use it.
     """
     with heavy_imports():
         from rich.console import Console
@@ -223,5 +230,5 @@ def train_router(directory: Path, steps: int, device_name: str, threads: int) ->
     device = open_device(device_name, threads)
     model = TrainedModel.load(directory, device)
     with progress_bars(Console(stderr=True)) as progress:
-        train_token_router_of(model, steps, StageBars(progress).update)
+        train_token_router_of(model, steps, StageBars(progress).update, early_stopped=early_stopped)
     click.echo(f"token-level router for {model.config.topology.num_paths} paths is in {directory}")

@@ -18,7 +18,7 @@ from dipaco.command_options import (
 from dipaco.imports import heavy_imports
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from dipaco.evaluate import Evaluation
     from dipaco.trained import TrainedModel
@@ -60,7 +60,7 @@ def evaluate(  # noqa: PLR0913 - one parameter per option
     every: "tuple[int, ...]",
     max_sequences: int,
     token_router: bool,
-    early_stopped: bool,
+    early_stopped: bool | None,
     as_json: bool,
     device_name: str,
     threads: int,
@@ -92,10 +92,13 @@ def evaluate(  # noqa: PLR0913 - one parameter per option
                 early_stopped=early_stopped,
                 on_path=bars.update,
             )
+    topology = model.start.topology
+    numbers = sorted({number for result in results.values() for number in result})
+    stopped = _early_stopped_after(model, numbers, early_stopped)
     if as_json:
-        topology = model.start.topology
         figures = {
             "round": model.round,
+            "early_stopped": {str(topology.path_at(n)): round_ for n, round_ in stopped.items()},
             "perplexity": {str(n): total(result).perplexity for n, result in results.items()},
             "tokens": total(results[0]).num_tokens,
             "paths": {
@@ -106,6 +109,19 @@ def evaluate(  # noqa: PLR0913 - one parameter per option
         click.echo(json.dumps(figures, indent=1))
     else:
         _print_evaluations(model, results)
+        if stopped:
+            click.echo(
+                f"{len(stopped)} of these {len(numbers)} paths as they did best on validation "
+                f"text; --last takes all after round {model.round}"
+            )
+
+
+def _early_stopped_after(
+    model: "TrainedModel", numbers: "Iterable[int]", early_stopped: bool | None
+) -> dict[int, int]:
+    """Which of these paths are not taken as they are last, and after which round they are."""
+    found = {number: model.best(number, early_stopped) for number in numbers}
+    return {n: best.round for n, best in found.items() if best and best.round != model.round}
 
 
 def _print_evaluations(model: "TrainedModel", results: "dict[int, dict[int, Evaluation]]") -> None:
@@ -159,7 +175,7 @@ def generate(  # noqa: PLR0913 - one parameter per option
     path_name: str | None,
     every: int | None,
     token_router: bool,
-    early_stopped: bool,
+    early_stopped: bool | None,
     device_name: str,
     threads: int,
 ) -> None:
@@ -190,7 +206,12 @@ def generate(  # noqa: PLR0913 - one parameter per option
     for text in stream_text(prompt_tokens, tokens, tokenizer):
         click.echo(text, nl=False)
     click.echo()
-    taken = ", ".join(str(model.start.topology.path_at(number)) for number in tokens.paths)
+    stopped = _early_stopped_after(model, tokens.paths, early_stopped)
+    taken = ", ".join(
+        f"{model.start.topology.path_at(number)}"
+        + (f" after round {stopped[number]}" if number in stopped else "")
+        for number in tokens.paths
+    )
     click.echo(f"[path {taken}; {tokens.num_switches} switches]", err=True)
 
 
@@ -208,7 +229,7 @@ def _chooser(
 @click.argument("path_name", metavar="PATH")
 @click.argument("target", type=click.Path(file_okay=False, path_type=Path), metavar="TARGET")
 @early_stopped_option
-def export(directory: Path, path_name: str, target: Path, early_stopped: bool) -> None:
+def export(directory: Path, path_name: str, target: Path, early_stopped: bool | None) -> None:
     """Write one path as a model directory for the `transformers` library.
 
     DIR is what `dipaco train --dir` filled, PATH a path such as 0.1. TARGET is a directory that
@@ -220,9 +241,12 @@ def export(directory: Path, path_name: str, target: Path, early_stopped: bool) -
 
     model = TrainedModel.load(directory)
     path = model.path(path_name)
-    net = model.net(model.start.topology.path_index(path), early_stopped=early_stopped)
+    number = model.start.topology.path_index(path)
+    net = model.net(number, early_stopped=early_stopped)
     export_llama(net, model.start.tokenizer_file.read_bytes(), target)
-    click.echo(f"path {path} after round {model.round} is in {target}")
+    stopped = _early_stopped_after(model, [number], early_stopped)
+    when = f"{stopped[number]}, where it did best," if stopped else model.round
+    click.echo(f"path {path} after round {when} is in {target}")
 
 
 @click.command(cls=Command)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dipaco.command_line import CONTEXT_SETTINGS, CommandLine
-from dipaco.command_options import compile_option
+from dipaco.command_options import compile_option, early_stopped_option
 from dipaco.imports import heavy_imports
 from peer.command_options import (
     limit_options,
@@ -119,16 +119,15 @@ def check(address: tuple[str, ...], verbose: int, **options: Any) -> None:
 @click.option(
     "--run", default="", help="Beginning of the run's name, if the directory has several."
 )
-@click.option(
-    "--early-stopped", is_flag=True, help="Take the path as it was when it did best here."
-)
+@early_stopped_option
 def export(
-    path_name: str, target: Path, state_dir: Path | None, run: str, early_stopped: bool
+    path_name: str, target: Path, state_dir: Path | None, run: str, early_stopped: bool | None
 ) -> None:
     """Write a path as a model directory for the `transformers` library.
 
     PATH is one that this machine's peer holds, such as 0.1: it may be running. TARGET is a
-    directory that is empty or not there; it gets configuration, weights and tokenizer.
+    directory that is empty or not there; it gets configuration, weights and tokenizer. The path
+    that the peer has trained last is taken as it did best there, others as they are.
     """
     with heavy_imports():
         from dipaco.llama import export_llama
@@ -139,7 +138,8 @@ def export(
         path_name, early_stopped=early_stopped
     )
     export_llama(found.net, found.tokenizer, target)
-    click.echo(f"path {path_name} after round {found.round} is in {target}")
+    when = ", where it did best here," if found.is_early_stopped else ""
+    click.echo(f"path {path_name} after round {found.round}{when} is in {target}")
 
 
 @main.command()

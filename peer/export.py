@@ -10,13 +10,14 @@ from pathlib import Path
 from dht.errors import LocalFault
 from dipaco.checkpoint import decode_state
 from dipaco.config import ModelConfig
+from dipaco.early_stopping import Best, read_best
 from dipaco.errors import BadState
 from dipaco.model import PathNet, write_module
 from dipaco.topology import ModuleID, PathID
-from peer.best import BEST_SUFFIX, read_best
 from peer.history import History
 from peer.manifest import parse_manifest
 from peer.modules import STATES_KEPT, ModuleLog
+from peer.path_work import BEST_SUFFIX, path_trained_last
 from peer.store import BlobStore
 
 
@@ -27,6 +28,7 @@ class FoundPath:
     net: PathNet
     tokenizer: bytes
     round: int  # the oldest version among its modules
+    is_early_stopped: bool
 
 
 class RunOnDisk:
@@ -45,7 +47,7 @@ class RunOnDisk:
                 f"`{state_dir}` holds {names} of the runs asked for",
                 hint="name a peer's state directory with --state-dir, and one run of it with --run",
             )
-        self._directory = found[0]
+        self._paths = found[0] / "paths"
         self._store = BlobStore(found[0] / "blobs")
         first = next((d for d in self._store.digests() if d.startswith(found[0].name)), None)
         raw = self._store.read(first) if first is not None else None
@@ -55,9 +57,11 @@ class RunOnDisk:
         self._history = History(manifest, self._store, found[0] / "manifests")
         self._log = ModuleLog(found[0] / "modules", self._history, self._store)
 
-    def path(self, name: str, *, early_stopped: bool = False) -> FoundPath:
-        """A path as its newest versions here make it, or as it was when it did best.
+    def path(self, name: str, *, early_stopped: bool | None = None) -> FoundPath:
+        """A path as it was when it did best here (`early_stopped`), or as its newest versions are.
 
+        None stands for its best if it is the path that this peer has trained last. Others go on
+        without it, so what was best here may be long ago: of these, the newest versions.
         `LocalFault` if there is no such path, or not all of it is here.
         """
         topology = self._history.newest.topology
@@ -73,11 +77,20 @@ class RunOnDisk:
         tokenizer = self._store.read(self._history.newest.tokenizer.digest)
         if tokenizer is None:
             raise LocalFault("the run's tokenizer is not here", hint=_HINT)
-        if early_stopped:
-            net, round_ = self._best(path, modules, model)
+        if early_stopped is None:
+            takes_best = path_trained_last(self._paths) == str(path)
         else:
-            net, round_ = self._newest(modules, model)
-        return FoundPath(net=net, tokenizer=tokenizer, round=round_)
+            takes_best = early_stopped
+        best = self._best(path, modules) if takes_best else None
+        if early_stopped and best is None:
+            raise LocalFault(
+                f"this peer has not kept path {path} at its best",
+                hint="a volunteer that has trained it for a round has",
+            )
+        net, round_ = self._newest(modules, model) if best is None else self._net(best, model)
+        return FoundPath(
+            net=net, tokenizer=tokenizer, round=round_, is_early_stopped=best is not None
+        )
 
     def _newest(self, modules: tuple[ModuleID, ...], model: ModelConfig) -> tuple[PathNet, int]:
         net, versions = PathNet(model), []
@@ -100,16 +113,11 @@ class RunOnDisk:
                 return version, raw
         raise LocalFault(f"module {module} is not here", hint=_HINT)
 
-    def _best(
-        self, path: PathID, modules: tuple[ModuleID, ...], model: ModelConfig
-    ) -> tuple[PathNet, int]:
-        best = read_best(self._directory / "paths" / f"{path}{BEST_SUFFIX}")
+    def _best(self, path: PathID, modules: tuple[ModuleID, ...]) -> Best | None:
         sizes = {module: self._log.num_parameters(module) for module in modules}
-        if best is None or {m: len(v) for m, v in best.parameters.items()} != sizes:
-            raise LocalFault(
-                f"this peer has not kept path {path} at its best",
-                hint="a volunteer that has trained it for a round has",
-            )
+        return read_best(self._paths / f"{path}{BEST_SUFFIX}", sizes)
+
+    def _net(self, best: Best, model: ModelConfig) -> tuple[PathNet, int]:
         net = PathNet(model)
         for module, vector in best.parameters.items():
             write_module(net, self._history.newest.topology, module, vector)

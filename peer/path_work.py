@@ -12,6 +12,7 @@ Whatever takes longer than copying the parameters is done on copies, while train
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,15 +23,15 @@ from dipaco.checkpoint import ModuleState, write_atomically
 from dipaco.compression import WireFormat, corrected, encode, lost
 from dipaco.config import RunConfig
 from dipaco.digest import blob_digest
+from dipaco.early_stopping import keep_if_best
 from dipaco.evaluate import Evaluation
 from dipaco.inner import PathTrainer
 from dipaco.moments import Moments
 from dipaco.shards import Rows
 from dipaco.tensors import decode_tensors, encode_tensors, is_finite, layout_of, new_vector
 from dipaco.topology import ModuleID
-from peer.best import BEST_SUFFIX, keep_if_best
 
-OPTIMIZER_SUFFIX, RESIDUAL_SUFFIX = ".optimizer", ".residuals"
+OPTIMIZER_SUFFIX, RESIDUAL_SUFFIX, BEST_SUFFIX = ".optimizer", ".residuals", ".best"
 PATHS_KEPT = 8  # with their optimizers' states, on disk: 8 bytes per parameter each
 DRAFTS_REMEMBERED = 3  # one may be counted by a certificate of a later slot
 
@@ -320,7 +321,7 @@ class PathWork:
             self._file(BEST_SUFFIX),
             versions,
             evaluation,
-            rows=blob_digest(rows.tobytes()),
+            rows=rows,
             round_number=min(base.version for base in bases.values()),
         )
         return evaluation
@@ -383,6 +384,15 @@ class PathWork:
                 continue
             if is_finite(residual):  # else nothing that contains it would ever be counted
                 self._residuals[module] = residual
+
+
+def path_trained_last(directory: Path) -> str | None:
+    """The name of the path whose optimizer was saved last; None if none was."""
+    saved_ns: dict[str, int] = {}
+    for file in directory.glob(f"*{OPTIMIZER_SUFFIX}"):
+        with suppress(FileNotFoundError):  # a running peer drops old ones
+            saved_ns[file.stem] = file.stat().st_mtime_ns
+    return max(saved_ns, key=saved_ns.__getitem__, default=None)
 
 
 def drop_oldest(directory: Path, *, max_paths: int, max_bytes: float = math.inf) -> None:

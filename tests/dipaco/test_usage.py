@@ -1,14 +1,20 @@
 """The commands that use a trained model, in one process: each would import torch anew."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from dipaco.cli import main
 from dipaco.config import RunConfig
+from dipaco.early_stopping import keep_if_best
+from dipaco.evaluate import Evaluation
+from dipaco.topology import PathID
+from dipaco.trained import TrainedModel
 
 
 def dipaco(*arguments: str | Path) -> Result:
@@ -49,6 +55,66 @@ def test_generate_streams_a_continuation_of_one_path(trained_dir: Path) -> None:
     assert "0 switches]" in first.stderr
     chosen = dipaco(*arguments, "--path", "1.0", "--early-stopped")
     assert "[path 1.0; 0 switches]" in chosen.stderr
+
+
+@pytest.fixture(scope="module")
+def stopped_dir(trained_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, but path 1.0 did best after round 1, when it was of zeros."""
+    directory = tmp_path_factory.mktemp("stopped") / "work"
+    model = TrainedModel.load(shutil.copytree(trained_dir, directory))
+    best = model.best(2, early_stopped=True)
+    assert best is not None
+    assert keep_if_best(
+        model.files.early_stopped_file(PathID((1, 0))),
+        {module: torch.zeros_like(vector) for module, vector in best.parameters.items()},
+        Evaluation(nll_sum=0.0, num_tokens=1),
+        rows=model.sharding.shard(PathID((1, 0))).valid,
+        round_number=1,
+    )
+    return directory
+
+
+def test_paths_are_used_as_they_did_best_unless_the_last_are_wanted(
+    stopped_dir: Path, tmp_path: Path
+) -> None:
+    write = ("generate", stopped_dir, "one two three", "--max-tokens", "12", "--path")
+    best, last = dipaco(*write, "1.0"), dipaco(*write, "1.0", "--last")
+    assert best.stdout != last.stdout
+    assert "[path 1.0 after round 1; 0 switches]" in best.stderr
+    assert "[path 1.0; 0 switches]" in last.stderr
+    assert "[path 0.0; 0 switches]" in dipaco(*write, "0.0").stderr, "its best is the last"
+    written = CliRunner().invoke(main, ["export", str(stopped_dir), "1.0", str(tmp_path / "best")])
+    assert "path 1.0 after round 1, where it did best, is in" in written.stdout
+    arguments = ["export", str(stopped_dir), "1.0", str(tmp_path / "last"), "--last"]
+    assert "path 1.0 after round 3 is in" in CliRunner().invoke(main, arguments).stdout
+    weights = [tmp_path / name / "model.safetensors" for name in ("best", "last")]
+    assert weights[0].read_bytes() != weights[1].read_bytes()
+
+
+def test_evaluate_says_which_paths_it_scored(stopped_dir: Path) -> None:
+    best = dipaco("evaluate", stopped_dir, "--json")
+    last = dipaco("evaluate", stopped_dir, "--json", "--last")
+    assert json.loads(best.stdout)["early_stopped"] == {"1.0": 1}
+    assert json.loads(last.stdout)["early_stopped"] == {}
+    found = [json.loads(done.stdout)["paths"]["1.0"] for done in (best, last)]
+    assert found[0] > 2 * found[1], "zeros predict nothing"
+    told = "1 of these 4 paths as they did best on validation text; --last takes all after round 3"
+    assert told in dipaco("evaluate", stopped_dir).stdout
+    assert "--last" not in dipaco("evaluate", stopped_dir, "--last").stdout
+
+
+def test_the_best_of_a_path_is_asked_for_where_it_was_kept_only(trained_dir: Path) -> None:
+    model = TrainedModel.load(trained_dir)
+    kept = model.files.early_stopped_file(PathID((0, 0)))
+    raw = kept.read_bytes()
+    kept.unlink()
+    try:
+        assert model.best(0, early_stopped=None) is None
+        failed = dipaco("generate", trained_dir, "one", "--path", "0.0", "--early-stopped")
+        assert failed.exit_code == 1
+        assert "--early-stopping" in failed.stderr.split("hint: ")[1]
+    finally:
+        kept.write_bytes(raw)
 
 
 def test_the_token_level_router_is_trained_once_and_used(trained_dir: Path) -> None:

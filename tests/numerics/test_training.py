@@ -14,13 +14,19 @@ from dipaco.config import InnerConfig, RoutingConfig, RunConfig, TopologyConfig
 from dipaco.dense import dense_trainer
 from dipaco.errors import BadBytes, ConfigError
 from dipaco.evaluate import Evaluation, total
+from dipaco.model import PathNet
 from dipaco.preparation import prepare_start
 from dipaco.reference import Options, paths_of_round, train
 from dipaco.rerouting import boundaries, evaluate_choices
 from dipaco.rounds import latest_round
 from dipaco.start import Start
 from dipaco.topology import PathID, Topology
-from dipaco.trained import TrainedModel, evaluate_model, training_directory
+from dipaco.trained import (
+    TrainedModel,
+    evaluate_model,
+    train_token_router_of,
+    training_directory,
+)
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error
@@ -239,16 +245,38 @@ def test_early_stopping_forgets_what_was_measured_on_another_shard(
 
 
 def test_early_stopping_may_begin_in_a_later_round(start: Start, tmp_path: Path) -> None:
+    """Rounds before it count for nothing, since nothing was kept; from then on it goes on."""
     directory = Path(shutil.copytree(start.directory, tmp_path / "start"))
     start = prepare_start(replace(start.config, inner=harmful(start)), directory)
     files = training_directory(directory, start.config)
-    for num_rounds, early_stopping in ((1, False), (2, True)):
+    for num_rounds, early_stopping in ((1, False), (2, True), (4, False)):
         options = Options(early_stopping=early_stopping)
         train(start, files, num_rounds=num_rounds, options=options)
     trained = TrainedModel.load(directory)
-    for number in range(start.topology.num_paths):
-        trained.net(number, early_stopped=True)
+    was_better_before = False
+    for number, path in enumerate(start.topology.paths):
+        perplexities = [report.evaluations[path].perplexity for report in trained.files.reports()]
+        before, after = min(perplexities[:2]), min(perplexities[2:])
+        was_better_before = was_better_before or before < after
+        assert kept_perplexity(trained, number) == pytest.approx(after, rel=1e-5)
+    assert was_better_before, "nothing was there to be left out"
     assert not (trained.files.directory / "contributions").exists(), "kept beyond the round"
+
+
+def test_the_token_level_router_learns_of_the_paths_that_are_used(
+    trained: TrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool | None] = []
+
+    def net(self: TrainedModel, number: int, *, early_stopped: bool | None) -> PathNet:
+        asked.append(early_stopped)
+        return taken(self, number, early_stopped=early_stopped)
+
+    taken = TrainedModel.net
+    monkeypatch.setattr(TrainedModel, "net", net)
+    train_token_router_of(trained, 1, early_stopped=None)
+    assert asked == [None] * trained.start.topology.num_paths
+    trained.token_router_file.unlink()
 
 
 def test_rerouting_scores_every_token_once(trained: TrainedModel) -> None:

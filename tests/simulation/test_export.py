@@ -8,12 +8,13 @@ import torch
 from click.testing import CliRunner, Result
 
 from dht.errors import LocalFault
+from dipaco.early_stopping import read_best
 from dipaco.model import PathNet, read_module
 from dipaco.start import Start
 from dipaco.topology import PathID
-from peer.best import BEST_SUFFIX, read_best
 from peer.cli import main
 from peer.export import RunOnDisk
+from peer.path_work import BEST_SUFFIX, OPTIMIZER_SUFFIX
 from tests.lab import Lab, LabPeer, lab
 from tests.virtual_clock import run_virtual
 
@@ -58,22 +59,30 @@ def check_newest(place: Lab, path: PathID, target: Path) -> None:
 
 
 def check_best(place: Lab, peer: LabPeer, path: PathID, target: Path) -> None:
-    """A volunteer has its own path at its best, and no other."""
-    best = read_best(place.directory / peer.name / "paths" / f"{path}{BEST_SUFFIX}")
+    """A volunteer has its own path at its best, takes it so unless told otherwise, and no other."""
+    log, topology = place.peers["bootstrap"].keeper.node.log, place.run.manifest.topology
+    sizes = {module: log.num_parameters(module) for module in topology.modules_of(path)}
+    best = read_best(place.directory / peer.name / "paths" / f"{path}{BEST_SUFFIX}", sizes)
     assert best is not None
     rounds = [entry for entry in peer.seen("round") if entry["path"] == str(path)]
     perplexities = {entry["round"]: entry["perplexity"] for entry in rounds}
     assert perplexities[best.round] == min(perplexities.values())
     assert best.perplexity == pytest.approx(perplexities[best.round])
     directory = state_dir(place, peer.name)
-    done = export(path, target, directory, "--early-stopped")
-    assert f"path {path} after round {best.round}" in done.output
+    done = export(path, target, directory)
+    assert f"path {path} after round {best.round}, where it did best here, is in" in done.output
     found = RunOnDisk(directory).path(str(path), early_stopped=True)
     assert_transformers_agrees(target, found.net)
-    other = next(p for p in place.run.manifest.topology.paths if p != path)
+    last = RunOnDisk(directory).path(str(path), early_stopped=False)
+    assert last.round >= found.round
+    assert not last.is_early_stopped
+    other = next(p for p in topology.paths if p != path)
     with pytest.raises(LocalFault, match="at its best"):
         RunOnDisk(directory).path(str(other), early_stopped=True)
     assert "there is no path '7.7'" in export("7.7", target, directory).output
+    # Who moves on to another path knows no longer how well others do on this one.
+    (place.directory / peer.name / "paths" / f"{other}{OPTIMIZER_SUFFIX}").touch()
+    assert not RunOnDisk(directory).path(str(path)).is_early_stopped
 
 
 # transformers' own warnings are its own affair.
