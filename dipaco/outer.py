@@ -15,7 +15,7 @@ import math
 import statistics
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
@@ -86,17 +86,6 @@ def clip_factors(norms: Sequence[float], clip_norm: float) -> list[float]:
 def rescale_factor(rescale: Rescale, num_paths: int) -> float:
     """What the averaged gradient is multiplied by (paper 2.7): 1, or the root of `num_paths`."""
     return as_float32(math.sqrt(num_paths)) if rescale == "sqrt" else 1.0
-
-
-def outer_step(
-    state: ModuleState, gradient: Tensor, num_paths: int, config: OuterConfig
-) -> ModuleState:
-    """One Nesterov step, as torch.optim.SGD(nesterov=True) defines it.
-
-    m' = mu m + g;  theta' = theta - lr (g + mu m'). The old state is left as it was.
-    """
-    unscaled = replace(config, rescale="none")
-    return apply_contributions(state, [(1.0, gradient)], num_paths, unscaled).state
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -227,7 +216,10 @@ def _add_directions(
 
 
 class _OuterStep:
-    """One Nesterov step, part by part, into a new state."""
+    """One Nesterov step, part by part, into a new state; the old one is left as it was.
+
+    As torch.optim.SGD(nesterov=True) defines it: m' = mu m + g;  theta' = theta - lr (g + mu m').
+    """
 
     def __init__(self, state: ModuleState, num_paths: int, config: OuterConfig) -> None:
         self.encoded, self.after = blank_state(state.num_parameters)

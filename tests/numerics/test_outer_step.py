@@ -14,7 +14,6 @@ from dipaco.outer import (
     as_float32,
     average,
     contribution_weights,
-    outer_step,
     rescale_factor,
 )
 from dipaco.topology import PathID
@@ -35,7 +34,7 @@ def test_outer_step_is_torch_sgd_with_nesterov() -> None:
     sgd = torch.optim.SGD([parameter], lr=0.7, momentum=0.9, nesterov=True)
     state = ModuleState.initial(start)
     for gradient in gradients:
-        state = outer_step(state, gradient, 1, config)
+        state = apply_contributions(state, [(1.0, gradient)], 1, config).state
         parameter.grad = gradient.clone()
         sgd.step()
         assert torch.allclose(state.parameters, parameter.detach(), rtol=1e-5, atol=1e-6)
@@ -52,7 +51,8 @@ def test_every_operation_is_rounded_once() -> None:
     state = ModuleState(
         parameters=torch.from_numpy(parameters), momentum=torch.from_numpy(momentum)
     )
-    after = outer_step(state, torch.from_numpy(gradient), 1, OuterConfig())
+    contributions = [(1.0, torch.from_numpy(gradient))]
+    after = apply_contributions(state, contributions, 1, OuterConfig()).state
     assert (after.momentum.numpy() == expected_momentum).all()
     assert (after.parameters.numpy() == expected).all()
     assert (state.parameters.numpy() == parameters).all()
