@@ -215,6 +215,10 @@ class RoutingConfig:
                 hint='set routing.method to "discriminative", or remove the phases',
             )
 
+    def phase_in_force(self, num_rounds: int) -> int:
+        """The last of the phases that are over after `num_rounds` rounds; 0 before the first."""
+        return max((phase for phase in self.phases if phase <= num_rounds), default=0)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InnerConfig:

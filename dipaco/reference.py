@@ -199,12 +199,9 @@ class _Training:
             raise ConfigError("this training ended without early stopping", hint=hint)
 
     def sharding(self, round_: int, states: States) -> Sharding:
-        """The shards of a round: those of the start, or of the last discriminative phase."""
-        phases = [phase for phase in self._config.routing.phases if phase <= round_]
-        if not phases:
-            return self._start.sharding
-        sharding = phase_sharding(self._directory, self._config, phases[-1])
-        if not sharding.is_done:
+        """The shards of a round; made now, by the paths as they are, if it begins a phase."""
+        sharding = sharding_of_round(self._start, self._directory, round_)
+        if sharding != self._start.sharding and not sharding.is_done:
             self._discriminate(states, sharding.directory)
         return sharding
 
@@ -313,6 +310,9 @@ class _Training:
         shard_corpus(self._start, self._config, router, directory, features=features)
 
 
-def phase_sharding(directory: Path, config: RunConfig, phase: int) -> Sharding:
-    """The sharding that a discriminative phase after `phase` rounds left in a training."""
-    return Sharding(config, directory / f"sharding-{phase:06}")
+def sharding_of_round(start: Start, directory: Path, round_: int) -> Sharding:
+    """The shards of a round of the training in `directory`: those of the start, or of the last
+    discriminative phase before it, which may not be done yet.
+    """
+    phase = start.config.routing.phase_in_force(round_)
+    return Sharding(start.config, directory / f"sharding-{phase:06}") if phase else start.sharding

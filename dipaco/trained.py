@@ -25,7 +25,7 @@ from dipaco.errors import ConfigError
 from dipaco.evaluate import Evaluation, token_nll
 from dipaco.model import PathNet, num_parameters, write_module
 from dipaco.preparation import Progress
-from dipaco.reference import phase_sharding
+from dipaco.reference import sharding_of_round
 from dipaco.rerouting import boundaries, choices_of_router, evaluate_choices
 from dipaco.rounds import RoundFiles, latest_round
 from dipaco.routing import FeatureExtractor, Router, ranking
@@ -85,10 +85,7 @@ class TrainedModel:
     @cached_property
     def sharding(self) -> Sharding:
         """The router and shards of the last round."""
-        phases = [phase for phase in self.config.routing.phases if phase < self.round]
-        if not phases:
-            return self.start.sharding
-        return phase_sharding(self.files.directory.parent, self.config, phases[-1])
+        return sharding_of_round(self.start, self.files.directory.parent, max(0, self.round - 1))
 
     @cached_property
     def router(self) -> Router:
