@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dipaco.checkpoint import ModuleState, encode_state, write_atomically
 from dipaco.config import RunConfig
@@ -72,6 +73,8 @@ class _Preparation:
         self._directory = directory
         self._progress = progress
         self._device = device
+        self._train_features: Tensor | None = None
+        """Of all training rows, once a router was fitted to all; so at most `MAX_FIT_SEQUENCES`."""
 
     @property
     def _dense_steps(self) -> int:
@@ -251,6 +254,8 @@ class _Preparation:
                 on_progress=lambda done, total: self._progress("router", done, total),
             )
         features = self._start.feature_extractor(self._device)(prefixes)
+        if len(prefixes) == len(rows):
+            self._train_features = features
         by_level = routing.method in ("product_kmeans", "discriminative")
         num_centers = self._topology.shape if by_level else (num_paths,)
         return fit_centers(features, num_centers, self._config.seed)
@@ -263,6 +268,7 @@ class _Preparation:
             self._directory,
             lambda done, total: self._progress("shards", done, total),
             features=self._start.feature_extractor(self._device),
+            train_features_ND=self._train_features,
         )
         return [
             sharding.listing_file,

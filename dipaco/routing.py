@@ -40,9 +40,9 @@ if TYPE_CHECKING:
     from dipaco.model import PathNet
 
 MAX_FIT_SEQUENCES = 2**16  # more do not move a center; the whole corpus would not fit in memory
-ROUTE_BATCH = 1024  # sequences scored at a time
-
 _FEATURE_BATCH = 256  # sequences in one pass; only their prefixes are read
+# Sequences scored at a time: whole passes, so that features have the bits of those of all at once.
+ROUTE_BATCH = 4 * _FEATURE_BATCH
 _NUM_TRIALS = 4  # k-means from this many starts, the best kept
 
 FeatureExtractor = Callable[[Rows], Tensor]

@@ -4,7 +4,8 @@ Works through the sequences in batches and keeps a few bytes per sequence, so th
 grow with what a sequence holds.
 """
 
-# ruff: noqa: N803, N806, N815 - arrays carry their shape in their name: N sequences, P paths, K of them
+# ruff: noqa: N803, N806, N815 - arrays carry their shape in their name: N sequences,
+# D width, P paths, K of them
 
 import json
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from dipaco.checkpoint import write_atomically
 from dipaco.config import RunConfig
@@ -85,19 +87,21 @@ class Sharding:
         )
 
 
-def shard_corpus(
+def shard_corpus(  # noqa: PLR0913 - what to give to whom, then how it is seen
     start: "Start",
     config: RunConfig,
     router: Router,
     directory: Path,
     on_rows: OnRows = lambda done, total: None,
     *,
-    features: FeatureExtractor | None = None,
+    features: FeatureExtractor,
+    train_features_ND: Tensor | None = None,
 ) -> Sharding:
     """Give the training rows to their best `routing.overlap` paths, the others to the best.
 
     `config` is that of the paths, which may be more than those of `start`. Writes the router and
-    the shards into `directory`, the list of shards last.
+    the shards into `directory`, the list of shards last. `train_features_ND` is what `features`
+    gives for all training rows at once, by whoever has that already.
     """
     sharding = Sharding(config, directory)
     topology = Topology.of(config)
@@ -105,11 +109,17 @@ def shard_corpus(
     sharding.listing_file.unlink(missing_ok=True)
     train_rows, valid_rows = start.rows("train"), start.rows("valid")
     num_train, total = len(train_rows), len(train_rows) + len(valid_rows)
-    extract = features or start.feature_extractor()
     overlap = min(config.routing.overlap, topology.num_paths)
-    route = partial(_members, config, router, extract)
-    train = route(train_rows, overlap, lambda done: on_rows(done, total))
-    valid = route(valid_rows, 1, lambda done: on_rows(num_train + done, total))
+    route = partial(_members, config, router)
+    train = route(
+        train_rows,
+        _extracted(features) if train_features_ND is None else _known(train_features_ND),
+        overlap,
+        lambda done: on_rows(done, total),
+    )
+    valid = route(
+        valid_rows, _extracted(features), 1, lambda done: on_rows(num_train + done, total)
+    )
     tokens = {}
     for number, path in enumerate(topology.paths):
         # Shuffled, so that the first rows are a fair sample of all.
@@ -123,6 +133,18 @@ def shard_corpus(
     write_atomically(sharding.router_file, router.to_bytes())
     write_atomically(sharding.listing_file, (json.dumps(tokens, indent=1) + "\n").encode())
     return sharding
+
+
+_RowFeatures = Callable[[slice, Rows], Tensor]
+"""The features [n, D] of some rows: which ones they are, and their prefixes."""
+
+
+def _extracted(features: FeatureExtractor) -> _RowFeatures:
+    return lambda part, prefixes: features(prefixes)
+
+
+def _known(features_ND: Tensor) -> _RowFeatures:
+    return lambda part, prefixes: features_ND[part]
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +167,8 @@ class _Members:
 def _members(
     config: RunConfig,
     router: Router,
-    features: FeatureExtractor,
     rows: Rows,
+    features: _RowFeatures,
     num_best: int,
     on_rows: Callable[[int], None],
 ) -> _Members:
@@ -156,8 +178,8 @@ def _members(
     best_scores_PK = np.empty((num_paths, 0), dtype=np.float32)
     for start in range(0, len(rows), ROUTE_BATCH):
         prefixes = np.asarray(rows[start : start + ROUTE_BATCH, : config.routing.prefix_tokens])
-        scores_NP = router.scores(prefixes, features).numpy()
         end = start + len(prefixes)
+        scores_NP = router.scores(prefixes, partial(features, slice(start, end))).numpy()
         chosen_NK[start:end] = np.argsort(-scores_NP, axis=1, kind="stable")[:, :num_best]
         numbers = np.broadcast_to(np.arange(start, end), (num_paths, len(prefixes)))
         best_PK, best_scores_PK = _best(

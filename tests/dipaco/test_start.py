@@ -12,7 +12,7 @@ from dipaco.errors import BadBytes, ConfigError
 from dipaco.llama import export_llama, model_section
 from dipaco.preparation import prepare_start
 from dipaco.routing import ranking, router_from_bytes
-from dipaco.shards import Shard
+from dipaco.shards import Rows, Shard
 from dipaco.start import Start
 from dipaco.topology import PathID
 
@@ -57,6 +57,40 @@ def test_rows_lie_in_the_shard_that_the_router_names(start: Start) -> None:
         for rows in (shard.train, shard.valid):
             best = ranking(router, rows, features, prefix_tokens=prefix_tokens, num_best=1)
             assert (best[:, 0] == index).mean() > 0.99  # a batch rounds otherwise
+
+
+def test_features_of_the_fit_are_those_of_the_shards(
+    start: Start, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same shards to the byte, and no training row is seen twice."""
+    seen: list[int] = []
+
+    def feature_extractor(
+        self: Start, device: torch.device | str = "cpu"
+    ) -> Callable[[Rows], torch.Tensor]:
+        def extract(prefixes: Rows) -> torch.Tensor:
+            seen.append(len(prefixes))
+            return features(prefixes)
+
+        features = extractor(self, device)
+        return extract
+
+    extractor = Start.feature_extractor
+    monkeypatch.setattr(Start, "feature_extractor", feature_extractor)
+    num_train, num_valid = len(start.rows("train")), len(start.rows("valid"))
+    monkeypatch.setattr("dipaco.routing._FEATURE_BATCH", 8)
+    monkeypatch.setattr("dipaco.sharding.ROUTE_BATCH", 32)
+    assert num_train > 32, "else they are one batch either way"
+    (copied / "shards.stage.json").unlink()
+    again = prepare_start(start.config, copied)
+    assert sum(seen) == num_train + num_valid, "without a fit"
+    seen.clear()
+    (copied / "router.stage.json").unlink()
+    (copied / "shards.stage.json").unlink()
+    raw = [again.shard_file(path).read_bytes() for path in start.topology.paths]
+    fitted = prepare_start(start.config, copied)
+    assert sum(seen) == num_train + num_valid
+    assert [fitted.shard_file(path).read_bytes() for path in start.topology.paths] == raw
 
 
 def test_no_sequence_is_on_both_sides(start: Start) -> None:
