@@ -7,13 +7,11 @@ TOML, validated on construction, identified by `RunConfig.fingerprint()`.
 import hashlib
 import json
 import math
-import tomllib
-from collections.abc import Mapping
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
-from difflib import get_close_matches
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
+from dipaco.config_text import parse_toml, plain_table, read_table, toml_of
 from dipaco.errors import ConfigError
 
 MAX_PATHS = 2**16  # a path is chosen and announced one by one; more would be a typing error
@@ -352,15 +350,6 @@ class RunConfig:
             )
 
     @classmethod
-    def from_toml(cls, text: str) -> "RunConfig":
-        """Read a configuration; ConfigError names the key that is wrong."""
-        try:
-            values = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"not valid TOML: {error}") from error
-        return cls.from_dict(values)
-
-    @classmethod
     def from_file(cls, file: Path) -> "RunConfig":
         """Read a configuration's TOML file; ConfigError as `from_toml`, or if it is no text."""
         try:
@@ -369,95 +358,24 @@ class RunConfig:
             raise ConfigError(f"{file} is not a text file", hint="save it as UTF-8") from error
 
     @classmethod
+    def from_toml(cls, text: str) -> "RunConfig":
+        """Read a configuration; ConfigError names the key that is wrong."""
+        return cls.from_dict(parse_toml(text))
+
+    @classmethod
     def from_dict(cls, values: object) -> "RunConfig":
         """The inverse of `to_dict`; ConfigError on anything else, whatever it is."""
-        config = _read(cls, values, "")
-        assert isinstance(config, RunConfig)
-        return config
+        return read_table(cls, values)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able values, one dictionary per section."""
-        return {key: _plain(value) for key, value in asdict(self).items()}
+        return plain_table(self)
 
     def to_toml(self) -> str:
         """Every value, defaults included, as TOML that `from_toml` reads."""
-        values = self.to_dict()
-        lines = [_toml_line(k, v) for k, v in values.items() if not isinstance(v, dict)]
-        for section, entries in values.items():
-            if isinstance(entries, dict):
-                lines += ["", f"[{section}]", *(_toml_line(k, v) for k, v in entries.items())]
-        return "\n".join(lines) + "\n"
+        return toml_of(self.to_dict())
 
     def fingerprint(self) -> str:
         """SHA-256, in hexadecimal, of the canonical JSON of `to_dict`."""
         canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def _plain(value: object) -> Any:  # noqa: ANN401 - JSON has no narrower type
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _toml_line(key: str, value: object) -> str:
-    # A JSON string, number, boolean or list of these is TOML too, but for the DEL character.
-    return f"{key} = {json.dumps(value, ensure_ascii=False)}".replace("\x7f", "\\u007f")
-
-
-def _read(kind: type, values: object, prefix: str) -> object:
-    """Build the dataclass `kind` from `values`, whose keys are called `prefix` + key."""
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{prefix.rstrip('.') or 'a configuration'} must be a table")
-    known = {entry.name for entry in fields(kind)}
-    for key in values:
-        if key not in known:
-            raise ConfigError(f"unknown key {prefix}{key}", hint=_suggestion(str(key), known))
-    required = {entry.name for entry in fields(kind) if _is_required(entry)}
-    for key in sorted(required - set(values)):
-        raise ConfigError(f"{prefix}{key} is missing", hint=f"add it to the {_where(prefix)}")
-    hints = get_type_hints(kind)
-    return kind(**{key: _coerce(hints[key], values[key], f"{prefix}{key}") for key in values})
-
-
-def _is_required(entry: Field[Any]) -> bool:
-    return entry.default is MISSING and entry.default_factory is MISSING
-
-
-def _suggestion(key: str, known: set[str]) -> str:
-    matches = get_close_matches(key, sorted(known), n=1)
-    return f"did you mean {matches[0]}?" if matches else f"known keys: {', '.join(sorted(known))}"
-
-
-def _where(prefix: str) -> str:
-    return f"section [{prefix.rstrip('.')}]" if prefix else "top of the configuration"
-
-
-def _coerce(kind: Any, value: object, name: str) -> object:  # noqa: ANN401 - a type annotation
-    """`value` as `kind`; ConfigError if it is something else."""
-    if is_dataclass(kind) and isinstance(kind, type):
-        return _read(kind, value, f"{name}.")
-    if get_origin(kind) is tuple and isinstance(value, list | tuple):
-        return tuple(_coerce(get_args(kind)[0], entry, name) for entry in value)
-    if get_origin(kind) is Literal and value in get_args(kind):
-        return value
-    if kind is float and type(value) in (int, float):
-        return _finite(value, name)
-    if isinstance(kind, type) and type(value) is kind:
-        return value
-    raise ConfigError(f"{name} is {value!r:.80}", hint=f"accepted: {_spell(kind)}")
-
-
-def _finite(value: Any, name: str) -> float:  # noqa: ANN401 - int or float
-    if abs(value) > 1e300 or math.isnan(value):
-        raise ConfigError(f"{name} is {value!r:.80}", hint="accepted: a finite number")
-    return float(value)
-
-
-def _spell(kind: Any) -> str:  # noqa: ANN401 - a type annotation
-    if get_origin(kind) is Literal:
-        return " or ".join(repr(choice) for choice in get_args(kind))
-    if get_origin(kind) is tuple:
-        return f"a list of {_spell(get_args(kind)[0])}"
-    words = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
-    return words.get(kind, "another value")
