@@ -13,9 +13,8 @@ from pathlib import Path
 from torch import Tensor
 
 from dipaco.config import RunConfig
-from dipaco.discriminative import fit_linear_router
 from dipaco.preparation import prepare_start
-from dipaco.sharding import Sharding, shard_corpus
+from dipaco.sharding import Sharding, reshard_corpus
 from dipaco.start import Start
 from peer.manifest import BlobRef, Manifest, ShardRef
 from peer.store import BlobStore
@@ -32,12 +31,9 @@ class PreparedCorpus:
 
     def reshard(self, manifest: Manifest, scores_NP: Tensor) -> Draft:
         """Give each sequence to the path that probably predicts it best (paper 2.4.2)."""
-        config, start = manifest.run_config, self._start
-        features = start.feature_extractor()
-        prefixes = start.router_data()[:, : config.routing.prefix_tokens]
-        router = fit_linear_router(features(prefixes), scores_NP, config.seed)
+        config = manifest.run_config
         directory = self._version_directory(manifest)
-        sharding = shard_corpus(start, config, router, directory, features=features)
+        sharding = reshard_corpus(self._start, config, scores_NP, directory)
         return self._draft(sharding, config, num_phases=manifest.num_phases + 1)
 
     def grow(self, manifest: Manifest, config: RunConfig) -> Draft:

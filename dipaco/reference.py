@@ -8,6 +8,8 @@ One path is in memory at a time, or a few side by side, besides the modules. All
 a complete round at a time, so that an interrupted training loses at most the round it was in.
 """
 
+# ruff: noqa: N806 - tensors carry their shape in their name: N sequences, P paths
+
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,6 @@ import torch
 from dipaco.checkpoint import ModuleState, state_digest
 from dipaco.compression import EncodedGradient, compress_with_feedback
 from dipaco.config import RunConfig
-from dipaco.discriminative import fit_linear_router
 from dipaco.early_stopping import keep_if_best
 from dipaco.errors import BadBytes, ConfigError
 from dipaco.evaluate import Evaluation
@@ -32,7 +33,7 @@ from dipaco.rounds import (
     latest_round,
     next_round,
 )
-from dipaco.sharding import Sharding, shard_corpus
+from dipaco.sharding import Sharding, reshard_corpus
 from dipaco.shards import Shard
 from dipaco.start import Start
 from dipaco.topology import ModuleID, PathID, Topology
@@ -202,7 +203,7 @@ class _Training:
         """The shards of a round; made now, by the paths as they are, if it begins a phase."""
         sharding = sharding_of_round(self._start, self._directory, round_)
         if sharding != self._start.sharding and not sharding.is_done:
-            self._discriminate(states, sharding.directory)
+            self._reshard(states, sharding.directory)
         return sharding
 
     def contributions(
@@ -295,19 +296,15 @@ class _Training:
         files.write_residuals(*seat, residuals)
         return gradients
 
-    def _discriminate(self, states: States, directory: Path) -> None:
+    def _reshard(self, states: States, directory: Path) -> None:
         """Shard the corpus anew, by the path that predicts the router data best (paper 2.4.2)."""
         rows = self._start.router_data()
-        features = self._start.feature_extractor(self._device)
         scores = []
         for path in self._start.topology.paths:
             shard = Shard(path=path, train=rows, valid=rows)
             scores.append(self._trainer(path, shard, states).score_rows(rows))
-        prefixes = rows[:, : self._config.routing.prefix_tokens]
-        router = fit_linear_router(
-            features(prefixes), torch.stack(scores, dim=1), self._config.seed
-        )
-        shard_corpus(self._start, self._config, router, directory, features=features)
+        scores_NP = torch.stack(scores, dim=1)
+        reshard_corpus(self._start, self._config, scores_NP, directory, device=self._device)
 
 
 def sharding_of_round(start: Start, directory: Path, round_: int) -> Sharding:

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from dipaco.checkpoint import write_atomically
 from dipaco.config import RunConfig
+from dipaco.discriminative import fit_linear_router
 from dipaco.errors import ConfigError
 from dipaco.routing import ROUTE_BATCH, FeatureExtractor, Router, router_from_bytes
 from dipaco.shards import Rows, Shard, write_shard
@@ -133,6 +135,25 @@ def shard_corpus(  # noqa: PLR0913 - what to give to whom, then how it is seen
     write_atomically(sharding.router_file, router.to_bytes())
     write_atomically(sharding.listing_file, (json.dumps(tokens, indent=1) + "\n").encode())
     return sharding
+
+
+def reshard_corpus(
+    start: "Start",
+    config: RunConfig,
+    scores_NP: Tensor,
+    directory: Path,
+    *,
+    device: torch.device | str = "cpu",
+) -> Sharding:
+    """Give each sequence to the paths that probably predict it best, as router data tells.
+
+    `scores_NP` has the log-likelihoods (nats) of `start.router_data()` under every path (paper
+    2.4.2). `config` and `directory` as in `shard_corpus`.
+    """
+    features = start.feature_extractor(device)
+    prefixes = start.router_data()[:, : config.routing.prefix_tokens]
+    router = fit_linear_router(features(prefixes), scores_NP, config.seed)
+    return shard_corpus(start, config, router, directory, features=features)
 
 
 _RowFeatures = Callable[[slice, Rows], Tensor]
