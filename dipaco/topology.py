@@ -66,19 +66,26 @@ class PathID:
         return cls(_parse_numbers(text))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Level:
-    """One level: its index, the blocks each of its modules holds, and how many modules it has."""
+    """One level of interchangeable modules, all of which hold the same blocks.
+
+    A path-specific one has a module per path: the expert is the number of the path.
+    """
 
     index: int
-    blocks: tuple[int, ...]
+    blocks: tuple[int, ...]  # ascending; none in level 0
     num_experts: int
     is_path_specific: bool
 
 
 @dataclass(frozen=True)
 class Topology:
-    """All levels of a run, level 0 first; `shape` is the number of experts per configured level."""
+    """All levels of a run, level 0 first; `shape` is the number of experts per configured level.
+
+    A path's number is its position among all paths, sorted: the experts as digits, the last level's
+    changing fastest.
+    """
 
     shape: tuple[int, ...]
     levels: tuple[Level, ...]
@@ -86,18 +93,29 @@ class Topology:
     @classmethod
     def of(cls, config: RunConfig) -> "Topology":
         """The topology that a configuration describes."""
-        shape = config.topology.levels
-        num_paths = config.topology.num_paths
-        private = config.topology.path_specific_embedding
-        levels = [Level(0, (), num_paths if private else 1, private)]
-        private_blocks = tuple(sorted(config.topology.path_specific_blocks))
-        shared = [b for b in range(config.model.num_blocks) if b not in private_blocks]
-        for index, (num_experts, blocks) in enumerate(
-            zip(shape, _split(shared, len(shape)), strict=True), start=1
-        ):
-            levels.append(Level(index, blocks, num_experts, False))
-        if private_blocks:
-            levels.append(Level(len(levels), private_blocks, num_paths, True))
+        shape, num_paths = config.topology.levels, config.topology.num_paths
+        own_embedding = config.topology.path_specific_embedding
+        own_blocks = tuple(sorted(config.topology.path_specific_blocks))
+        shared_blocks = [b for b in range(config.model.num_blocks) if b not in own_blocks]
+        parts = _split(shared_blocks, len(shape))
+        num_embeddings = num_paths if own_embedding else 1
+        embedding = Level(
+            index=0, blocks=(), num_experts=num_embeddings, is_path_specific=own_embedding
+        )
+        shared = [
+            Level(index=index, blocks=blocks, num_experts=num_experts, is_path_specific=False)
+            for index, (num_experts, blocks) in enumerate(zip(shape, parts, strict=True), start=1)
+        ]
+        levels = [embedding, *shared]
+        if own_blocks:
+            levels.append(
+                Level(
+                    index=len(levels),
+                    blocks=own_blocks,
+                    num_experts=num_paths,
+                    is_path_specific=True,
+                )
+            )
         return cls(shape, tuple(levels))
 
     @property
