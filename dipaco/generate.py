@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dipaco.errors import ConfigError
-from dipaco.model import Cache, PathNet
+from dipaco.model import KVCache, PathNet
 from dipaco.tokenizer import Tokenizer
 
 MAX_CONTEXT_TOKENS = 65_536  # prompt and continuation: as many as the longest sequence of a run
@@ -69,7 +69,7 @@ def generate(  # noqa: PLR0913 - the text so far, how paths are chosen, how toke
                 if paths[-1:] != [path]:
                     paths.append(path)
                     net, unseen = net_of(path), text.copy()
-                    cache = Cache(net, capacity_tokens)
+                    cache = KVCache(net, capacity_tokens)
             token = _pick(_next_logits(net, unseen, cache), temperature, generator)
             if token == end_token:
                 return
@@ -95,7 +95,7 @@ def stream_text(
 
 
 @torch.no_grad()
-def _next_logits(net: PathNet, unseen: Sequence[int], cache: Cache) -> Tensor:
+def _next_logits(net: PathNet, unseen: Sequence[int], cache: KVCache) -> Tensor:
     """Logits [V], on the CPU, of the token after the unseen ones."""
     tokens_BT = torch.tensor([unseen], device=net.model.embed_tokens.weight.device)
     # Of a long prompt, only the last position needs its logits over the whole vocabulary.

@@ -57,8 +57,8 @@ class BlockCache:
         return self._keys[:, :, :end], self._values[:, :, :end]
 
 
-class Cache:
-    """What a network keeps of one sequence, so that the next tokens cost only themselves.
+class KVCache:
+    """Keys and values of one sequence in all blocks, so that the next tokens cost only themselves.
 
     Belongs to one network. Takes at most `capacity_tokens`, all of which are allocated at once;
     they may be more than `sequence_tokens`: rotary positions go on, less well the further.
@@ -104,13 +104,12 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Mix positions; `rotation` as `rotary_tables` returns it."""
         q_BHTC = rotate(self._heads(self.q_proj(x_BTD)), rotation)
-        k_BKSC = rotate(self._heads(self.k_proj(x_BTD)), rotation)
-        v_BKSC = self._heads(self.v_proj(x_BTD))
-        if cache is not None:
-            k_BKSC, v_BKSC = cache.extend(k_BKSC, v_BKSC)
+        k_BKTC = rotate(self._heads(self.k_proj(x_BTD)), rotation)
+        v_BKTC = self._heads(self.v_proj(x_BTD))
+        k_BKSC, v_BKSC = (k_BKTC, v_BKTC) if cache is None else cache.extend(k_BKTC, v_BKTC)
         num_new, num_seen = q_BHTC.shape[2], k_BKSC.shape[2]
         mask_TS = None
-        if num_new < num_seen:
+        if num_new < num_seen:  # `is_causal` would align the first new token with the first seen
             mask_TS = x_BTD.new_ones(num_new, num_seen, dtype=torch.bool)
             mask_TS = mask_TS.tril(num_seen - num_new)
         mixed_BHTC = F.scaled_dot_product_attention(
@@ -194,7 +193,7 @@ class PathNet(nn.Module):
         ):
             self.register_buffer(name, table_TC.to(device), persistent=False)
 
-    def hidden(self, tokens_BT: Tensor, cache: Cache | None = None) -> Tensor:
+    def hidden(self, tokens_BT: Tensor, cache: KVCache | None = None) -> Tensor:
         """Output [B, T, D] of the last block, before the final norm.
 
         With a cache, B is 1 and the tokens continue those that the cache has seen; without one, T
@@ -218,7 +217,7 @@ class PathNet(nn.Module):
         head_VD = self.model.embed_tokens.weight if tied else self.lm_head.weight
         return F.linear(self.model.norm(hidden), head_VD)
 
-    def forward(self, tokens_BT: Tensor, cache: Cache | None = None) -> Tensor:
+    def forward(self, tokens_BT: Tensor, cache: KVCache | None = None) -> Tensor:
         """Logits [B, T, V] of the token after each position; `cache` as in `hidden`."""
         return self.logits(self.hidden(tokens_BT, cache))
 

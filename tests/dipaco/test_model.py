@@ -6,7 +6,7 @@ import torch
 
 from dipaco.config import RunConfig, TopologyConfig
 from dipaco.model import (
-    Cache,
+    KVCache,
     PathNet,
     initialize,
     num_parameters,
@@ -92,7 +92,7 @@ def test_a_cache_gives_the_logits_of_the_whole_sequence(tiny: RunConfig) -> None
         replace(tiny, model=replace(tiny.model, sequence_tokens=longer)), 12, tied=False
     )
     tokens = torch.randint(0, 384, (1, longer), generator=torch.Generator().manual_seed(0))
-    cache = Cache(net, longer)
+    cache = KVCache(net, longer)
     with torch.no_grad():
         parts = [net(part, cache) for part in tokens.split([7, 1, 1, longer - 12, 1, 2], dim=1)]
         assert torch.allclose(torch.cat(parts, dim=1), whole(tokens), atol=1e-5)
