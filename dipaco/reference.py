@@ -96,28 +96,30 @@ def train(  # noqa: PLR0913 - what to train, then what to do meanwhile
             losses: dict[PathID, float] = {}
 
             # Each path trains on its own shard, from the modules as they are now, and contributes
-            # to each of its modules how far that moved.
+            # to each of its modules how far that moved. No module moves until all have trained.
             paths = paths_of_round(start.config, start.topology, round_)
-            trained_paths = training.contributions(paths, round_, sharding, states, files)
-            for path, module, part, loss in trained_paths:
-                contributions[module].append(part)
-                losses[path] = loss
+            trained = training.contributions(paths, round_, sharding, states, files)
+            for module, contribution, loss in trained:
+                contributions[module].append(contribution)
+                losses[contribution.path] = loss
 
             # Each module takes one outer step, with the contributions in the order of the paths.
             norm_ratios = {}
-            for module, trained in contributions.items():
-                if trained:
-                    weights = contribution_weights(
-                        [(part.path, part.tokens) for part in trained], sharding.shard_tokens
-                    )
-                    weighted = zip(weights, (part.gradient for part in trained), strict=True)
-                    num_paths = len({part.path for part in trained})
-                    update = apply_contributions(
-                        states[module], weighted, num_paths, start.config.outer
-                    )
-                    states[module], norm_ratios[module] = update.state, update.norm_ratio
-                    files.write_state(module, update.state)
+            for module, parts in contributions.items():
+                if not parts:
+                    continue  # none of its paths had its turn
+                weights = contribution_weights(
+                    [(part.path, part.tokens) for part in parts], sharding.shard_tokens
+                )
+                weighted = zip(weights, (part.gradient for part in parts), strict=True)
+                num_paths = len({part.path for part in parts})
+                update = apply_contributions(
+                    states[module], weighted, num_paths, start.config.outer
+                )
+                states[module], norm_ratios[module] = update.state, update.norm_ratio
+                files.write_state(module, update.state)
 
+            # Each path that trained is scored on its shard's validation part, by the new modules.
             evaluations = dict(reports[-1].evaluations)
             for path in paths:
                 evaluations[path] = training.evaluate(path, sharding, states, files)
@@ -213,7 +215,7 @@ class _Training:
         sharding: Sharding,
         states: States,
         files: RoundFiles,
-    ) -> Iterator[tuple[PathID, ModuleID, Contribution, float]]:
+    ) -> Iterator[tuple[ModuleID, Contribution, float]]:
         """Train all replicas of the paths; what each contributes to each module, and its loss."""
         seats = [(path, replica) for path in paths for replica in range(self._options.replicas)]
         for first in range(0, len(seats), self._options.side_by_side):
@@ -229,9 +231,10 @@ class _Training:
             for trainer, seat, loss in zip(trainers, group, losses, strict=True):
                 trainer.save_optimizer(files.optimizer_file(*seat))
                 tokens = self._config.rounds.inner_steps * trainer.tokens_per_step
-                for module, gradient in self._outer_gradients(trainer, states, files, seat).items():
+                gradients = self._outer_gradients(trainer, states, files, seat)
+                for module, gradient in gradients.items():
                     part = Contribution(path=trainer.path, tokens=tokens, gradient=gradient)
-                    yield trainer.path, module, part, loss
+                    yield module, part, loss
 
     def _train(self, trainers: list[PathTrainer], round_: int) -> list[float]:
         """One round of inner steps; the mean loss of each trainer."""
