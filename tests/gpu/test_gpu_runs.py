@@ -10,7 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from dipaco.cli import cli
+from dipaco.cli import main
 from dipaco.config import RunConfig
 from dipaco.dense import dense_trainer
 from dipaco.evaluate import total
@@ -25,7 +25,7 @@ ON_GPU = ["--device", "cuda"]
 
 
 def dipaco(*arguments: str | Path) -> Result:
-    result = CliRunner().invoke(cli, [str(argument) for argument in arguments])
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
     assert result.exit_code == 0, result.output
     return result
 
