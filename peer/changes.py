@@ -24,3 +24,12 @@ class Changes:
         except TimeoutError:
             return predicate()
         return True
+
+
+async def sleep_unless(event: asyncio.Event, seconds: float) -> None:
+    """Sleep, but wake up at once when `event` is set."""
+    try:
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    except TimeoutError:
+        pass

@@ -48,7 +48,8 @@ from peer.node import Node
 from peer.providers import Providers
 from peer.store import BlobStore
 from peer.succession import Draft
-from peer.volunteer import Pace, Volunteer
+from peer.training import Pace
+from peer.volunteer import Volunteer
 from tests.history_checker import read_histories
 from tests.virtual_clock import OWNER
 

@@ -141,7 +141,7 @@ def test_a_move_that_fails_after_slots_leaves_the_former_path_or_takes_any(
             mover = peers[0]
             keeper, volunteer = mover.keeper, mover.volunteer
             assert volunteer is not None
-            former = volunteer._the_work().trainer.path
+            former = volunteer.training.path
             other = PathID((1 - former.experts[0],))
             [own, wanted] = [ModuleID(1, path.experts[0]) for path in (former, other)]
             opened, has_failed = keeper.catch_up.open, False

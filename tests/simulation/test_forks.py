@@ -27,7 +27,7 @@ def held(peer: LabPeer) -> Held:
 def under_path(peer: LabPeer) -> int:
     """The version that a peer trains on."""
     assert peer.volunteer is not None
-    return peer.volunteer._the_work().version(MODULE)
+    return peer.volunteer.training.work.version(MODULE)
 
 
 def test_the_loser_of_a_fork_is_counted_again_when_the_winner_is_gone(tmp_path: Path) -> None:
@@ -88,9 +88,9 @@ def test_what_was_prepared_for_a_version_that_is_not_held_is_not_put_under_the_p
             await place.bootstrap()
             peer = await place.join("peer", step_seconds=3.0)
             await place.until(lambda: len(put) == 1, within=4 * ROUND, what="a version")
-            volunteer, num_lost = peer.volunteer, 0
-            assert volunteer is not None
-            prepare = volunteer._prepare_rebasing
+            assert peer.volunteer is not None
+            rebaser, num_lost = peer.volunteer.training._rebaser, 0
+            prepare = rebaser._prepare
 
             async def prepare_in_vain(module: ModuleID) -> Rebasing:
                 """While this goes on, what it prepares for loses a fork."""
@@ -101,7 +101,7 @@ def test_what_was_prepared_for_a_version_that_is_not_held_is_not_put_under_the_p
                     return replace(step, state="f" * 64)
                 return step
 
-            monkeypatch.setattr(volunteer, "_prepare_rebasing", prepare_in_vain)
+            monkeypatch.setattr(rebaser, "_prepare", prepare_in_vain)
             await place.until(lambda: len(put) == 3, within=4 * ROUND, what="two more versions")
             assert num_lost
             assert put == [certificate.result for certificate in held(peer).chain]

@@ -50,7 +50,7 @@ def test_the_next_peer_on_a_path_goes_on_with_its_optimizer(tmp_path: Path) -> N
                 what="the taker's contribution",
             )
             assert taker.volunteer is not None
-            trainer = taker.volunteer._the_work().trainer
+            trainer = taker.volunteer.training.work.trainer
             assert trainer.num_steps > entry["steps"] > 0
             assert not any(peer.seen("fault") or peer.seen("error") for peer in peers)
 
