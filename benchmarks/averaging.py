@@ -46,10 +46,10 @@ from dipaco.digest import blob_digest
 from dipaco.model import num_parameters
 from dipaco.topology import ModuleID, PathID, Topology
 from peer.config import PeerConfig
+from peer.draft import Offer
 from peer.keeper import Keeper
 from peer.manifest import BlobRef, Manifest, ShardRef
 from peer.messages import PROTOCOL_VERSION, sign
-from peer.path_work import Offer
 from peer.providers import Providers
 from peer.session import make_node, open_network
 

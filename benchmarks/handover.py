@@ -18,7 +18,8 @@ from benchmarks.lockstep import Lockstep, compare, settings
 from dipaco.moments import decode_moments, encode_moments
 from dipaco.optimizer import saved_moments
 from dipaco.start import Start
-from peer.path_work import OPTIMIZER_SUFFIX, PathWork
+from peer.path_files import OPTIMIZER_SUFFIX
+from peer.path_work import PathWork
 
 Give = Callable[[Path, PathWork], None]
 """Lets a peer that begins on a path have something of the optimizer that its last one saved."""

@@ -28,7 +28,8 @@ from dipaco.outer import apply_contributions, contribution_weights
 from dipaco.preparation import prepare_start
 from dipaco.start import Start
 from dipaco.topology import ModuleID, PathID
-from peer.path_work import Offer, PathWork
+from peer.draft import Offer
+from peer.path_work import PathWork
 
 NO_LIMIT = 1e6  # seconds
 

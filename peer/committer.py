@@ -7,11 +7,11 @@ from typing import Any
 from dipaco.compression import EncodedGradient
 from dipaco.topology import ModuleID, PathID
 from peer.courier import MESSAGE_TIMEOUT_SECONDS, Kind
+from peer.draft import Offer
 from peer.heads import Heads
 from peer.member import Member
 from peer.messages import Commitment, CommitRequest, Done, Part, sign
 from peer.node import Node
-from peer.path_work import Offer
 
 _SAME_IN_ALL_PARTS = {"manifest", "module", "slot", "base_version", "base_state", "path"}
 

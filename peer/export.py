@@ -17,7 +17,7 @@ from dipaco.topology import ModuleID, PathID
 from peer.history import History
 from peer.manifest import parse_manifest
 from peer.modules import STATES_KEPT, ModuleLog
-from peer.path_work import BEST_SUFFIX, path_trained_last
+from peer.path_files import BEST_SUFFIX, path_trained_last
 from peer.store import BlobStore
 
 

@@ -24,7 +24,7 @@ from peer.archive import shares
 from peer.messages import HandoverReply, HandoverRequest
 from peer.modules import Held
 from peer.node import Node
-from peer.path_work import OPTIMIZER_SUFFIX, PATHS_KEPT
+from peer.path_files import OPTIMIZER_SUFFIX, PATHS_KEPT
 
 HANDOVER_PROTOCOL = "/dipaco/handover/1"
 MAX_REQUEST_BYTES = 256

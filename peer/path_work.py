@@ -12,7 +12,6 @@ Whatever takes longer than copying the parameters is done on copies, while train
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,9 +19,7 @@ import torch
 from torch import Tensor
 
 from dipaco.checkpoint import ModuleState, write_atomically
-from dipaco.compression import WireFormat, corrected, encode, lost
 from dipaco.config import RunConfig
-from dipaco.digest import blob_digest
 from dipaco.early_stopping import keep_if_best
 from dipaco.evaluate import Evaluation
 from dipaco.inner import PathTrainer
@@ -30,72 +27,16 @@ from dipaco.moments import Moments
 from dipaco.shards import Rows
 from dipaco.tensors import decode_tensors, encode_tensors, is_finite, layout_of, new_vector
 from dipaco.topology import ModuleID
+from peer.draft import Base, Draft
+from peer.path_files import (
+    BEST_SUFFIX,
+    OPTIMIZER_SUFFIX,
+    PATHS_KEPT,
+    RESIDUAL_SUFFIX,
+    drop_oldest,
+)
 
-OPTIMIZER_SUFFIX, RESIDUAL_SUFFIX, BEST_SUFFIX = ".optimizer", ".residuals", ".best"
-PATHS_KEPT = 8  # with their optimizers' states, on disk: 8 bytes per parameter each
 DRAFTS_REMEMBERED = 3  # one may be counted by a certificate of a later slot
-
-
-@dataclass(slots=True)
-class _Base:
-    """Where a module's progress is counted from."""
-
-    version: int
-    state: str  # digest
-    parameters: Tensor
-    tokens: int = 0  # trained since
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Offer:
-    """One module's outer gradient of one slot, encoded."""
-
-    module: ModuleID
-    base_version: int
-    base_state: str
-    tokens: int
-    raw: bytes
-
-
-class Draft:
-    """One module's progress at the end of a slot, until a certificate says whether it counted."""
-
-    def __init__(
-        self,
-        module: ModuleID,
-        base: _Base,
-        parameters: Tensor,
-        residual: Tensor | None,
-        wire_format: WireFormat,
-    ) -> None:
-        self.parameters = parameters  # when it was taken; nobody writes into them
-        self.tokens = base.tokens
-        self.blob = ""  # digest of what it was encoded to; empty until then
-        self._module = module
-        self._version, self._state, self._base = base.version, base.state, base.parameters
-        self._residual = residual
-        self._wire_format: WireFormat = wire_format
-        self._encoded: tuple[Tensor, bytes] | None = None
-
-    def encode(self) -> Offer:
-        """The outer gradient (old minus new, and what earlier ones lost), on any thread."""
-        vector = torch.sub(self._base, self.parameters, out=new_vector(len(self._base)))
-        vector = corrected(vector, self._residual)
-        raw = encode(vector, self._wire_format)
-        self._encoded = vector, raw
-        self.blob = blob_digest(raw)
-        return Offer(
-            module=self._module,
-            base_version=self._version,
-            base_state=self._state,
-            tokens=self.tokens,
-            raw=raw,
-        )
-
-    def lost(self) -> Tensor | None:
-        """What stays behind if it counts; on any thread."""
-        assert self._encoded is not None, "what counts was encoded"
-        return lost(*self._encoded, self._wire_format)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,7 +66,7 @@ class PathWork:
         self.num_divergences = 0  # times that training came to a loss which is not finite
         self.handed_over: Moments | None = None  # taken up before the next step; set on any thread
         self._directory = directory
-        self._bases: dict[ModuleID, _Base] = {}
+        self._bases: dict[ModuleID, Base] = {}
         self._pending: dict[ModuleID, list[Draft]] = {}
         self._residuals: dict[ModuleID, Tensor] = {}
         directory.mkdir(parents=True, exist_ok=True)
@@ -157,7 +98,7 @@ class PathWork:
 
     def begin(self, module: ModuleID, version: int, digest: str, state: ModuleState) -> None:
         """Put a module's current version under the path, before the first step."""
-        self._bases[module] = _Base(version, digest, state.parameters)
+        self._bases[module] = Base(version, digest, state.parameters)
         self.trainer.write_module(module, state.parameters)
 
     def go_on_after(
@@ -306,7 +247,7 @@ class PathWork:
             self.trainer.add_to_module(module, step.change)
         else:
             self.trainer.write_module(module, step.parameters)  # the same, without rounding
-        self._bases[module] = _Base(step.version, step.state, step.parameters, tokens)
+        self._bases[module] = Base(step.version, step.state, step.parameters, tokens)
 
     def evaluate(self) -> Evaluation:
         """The versions under the path, on the validation part of its shard; beside training.
@@ -384,32 +325,3 @@ class PathWork:
                 continue
             if is_finite(residual):  # else nothing that contains it would ever be counted
                 self._residuals[module] = residual
-
-
-def path_trained_last(directory: Path) -> str | None:
-    """The name of the path whose optimizer was saved last; None if none was."""
-    saved_ns: dict[str, int] = {}
-    for file in directory.glob(f"*{OPTIMIZER_SUFFIX}"):
-        with suppress(FileNotFoundError):  # a running peer drops old ones
-            saved_ns[file.stem] = file.stat().st_mtime_ns
-    return max(saved_ns, key=saved_ns.__getitem__, default=None)
-
-
-def drop_oldest(directory: Path, *, max_paths: int, max_bytes: float = math.inf) -> None:
-    """Delete what is kept of the paths that were trained longest ago.
-
-    At most `max_paths` remain, of at most `max_bytes` in all; the one trained last always does.
-    """
-    by_path: dict[str, list[Path]] = {}
-    for file in directory.iterdir():
-        if file.suffix in (OPTIMIZER_SUFFIX, RESIDUAL_SUFFIX, BEST_SUFFIX):
-            by_path.setdefault(file.stem, []).append(file)
-    newest_first = sorted(
-        by_path.values(), key=lambda files: max(f.stat().st_mtime_ns for f in files), reverse=True
-    )
-    room_bytes = max_bytes
-    for number, files in enumerate(newest_first):
-        room_bytes -= sum(file.stat().st_size for file in files)
-        if number > 0 and (number >= max_paths or room_bytes < 0):
-            for file in files:
-                file.unlink(missing_ok=True)

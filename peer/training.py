@@ -15,12 +15,13 @@ from dipaco.topology import ModuleID
 from peer.archive import shares
 from peer.beside import Beside
 from peer.changes import sleep_unless
+from peer.draft import Draft
 from peer.keeper import Keeper
 from peer.modules import Held, counted_tokens
 from peer.node import Offload
 from peer.overdue import is_worth_a_notice, why_not_counted
 from peer.path_source import Footing, PathSource
-from peer.path_work import Draft, PathWork
+from peer.path_work import PathWork
 from peer.rebaser import Rebaser
 from peer.scoring import Scoring
 from peer.tally import Tally

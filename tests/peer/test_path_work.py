@@ -1,6 +1,5 @@
 """A path's work through a change of manifest: nothing that was trained is lost or counted twice."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,9 @@ from dipaco.config import RunConfig, TopologyConfig
 from dipaco.inner import PathTrainer
 from dipaco.tensors import encode_tensors
 from dipaco.topology import ModuleID, PathID, Topology
-from peer.path_work import RESIDUAL_SUFFIX, Draft, PathWork, Rebasing, drop_oldest
+from peer.draft import Draft
+from peer.path_files import RESIDUAL_SUFFIX
+from peer.path_work import PathWork, Rebasing
 from tests.lab import little_config, make_shards
 
 PATH = PathID((0, 0))
@@ -255,24 +256,6 @@ def test_the_version_that_wins_a_fork_takes_the_place_of_the_one_that_lost(tmp_p
     work.rebase(work.rebasing(applied, 2, "d" * 64, state, counted=None))
     work.rebase(loser)
     assert left(applied) == (tokens, "d" * 64)
-
-
-def test_the_optimizers_of_the_paths_trained_longest_ago_are_dropped_first(tmp_path: Path) -> None:
-    for number in range(5):
-        for suffix in (".optimizer", ".residuals"):
-            file = tmp_path / f"0.{number}{suffix}"
-            file.write_bytes(bytes(100))
-            os.utime(file, (number, number))
-
-    def left() -> list[str]:
-        return sorted({file.stem for file in tmp_path.iterdir()})
-
-    drop_oldest(tmp_path, max_paths=4)
-    assert left() == ["0.1", "0.2", "0.3", "0.4"]
-    drop_oldest(tmp_path, max_paths=4, max_bytes=500)
-    assert left() == ["0.3", "0.4"]
-    drop_oldest(tmp_path, max_paths=4, max_bytes=50)
-    assert left() == ["0.4"], "what is trained now is never dropped"
 
 
 def test_training_that_diverges_starts_over_from_the_versions_under_it(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from dipaco.start import Start
 from dipaco.topology import PathID
 from peer.cli import main
 from peer.export import RunOnDisk
-from peer.path_work import BEST_SUFFIX, OPTIMIZER_SUFFIX
+from peer.path_files import BEST_SUFFIX, OPTIMIZER_SUFFIX
 from tests.lab import Lab, LabPeer, lab
 from tests.virtual_clock import run_virtual
 
