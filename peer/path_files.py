@@ -1,6 +1,5 @@
 """What a peer keeps on disk of the paths that it trains: a few files of each, in one directory."""
 
-import math
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,11 +16,8 @@ def path_trained_last(directory: Path) -> str | None:
     return max(saved_ns, key=saved_ns.__getitem__, default=None)
 
 
-def drop_oldest(directory: Path, *, max_paths: int, max_bytes: float = math.inf) -> None:
-    """Delete what is kept of the paths that were trained longest ago.
-
-    At most `max_paths` remain, of at most `max_bytes` in all; the one trained last always does.
-    """
+def drop_oldest(directory: Path, *, max_paths: int) -> None:
+    """Delete what is kept of the paths that were trained longest ago; `max_paths` remain."""
     by_path: dict[str, list[Path]] = {}
     for file in directory.iterdir():
         if file.suffix in (OPTIMIZER_SUFFIX, RESIDUAL_SUFFIX, BEST_SUFFIX):
@@ -29,9 +25,6 @@ def drop_oldest(directory: Path, *, max_paths: int, max_bytes: float = math.inf)
     newest_first = sorted(
         by_path.values(), key=lambda files: max(f.stat().st_mtime_ns for f in files), reverse=True
     )
-    room_bytes = max_bytes
-    for number, files in enumerate(newest_first):
-        room_bytes -= sum(file.stat().st_size for file in files)
-        if number > 0 and (number >= max_paths or room_bytes < 0):
-            for file in files:
-                file.unlink(missing_ok=True)
+    for files in newest_first[max_paths:]:
+        for file in files:
+            file.unlink(missing_ok=True)
