@@ -299,8 +299,9 @@ class Training:
         progress.tokens = tally.tokens
         progress.commits = self._commits()
         progress.inner_share = tally.inner_share(node.now())
-        progress.valid_nll = evaluation.nll_sum if is_finite else None
-        progress.valid_tokens = evaluation.num_tokens if is_finite else 0
+        if presence.path == self.path:  # else a move is under way, and another path announced
+            progress.valid_nll = evaluation.nll_sum if is_finite else None
+            progress.valid_tokens = evaluation.num_tokens if is_finite else 0
         node.events.write(
             "round",
             round=round_number,

@@ -82,6 +82,28 @@ def test_figures_of_one_path_are_not_announced_for_another(tmp_path: Path) -> No
     run_virtual(scenario())
 
 
+def test_an_evaluation_that_ends_during_a_move_is_not_announced_for_the_next_path(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        async with lab(tmp_path, little_config(num_rounds=100, blocking=False)) as place:
+            await place.bootstrap()
+            peer = await place.join("peer", step_seconds=3.0)
+            presence, volunteer = peer.keeper.presence, peer.volunteer
+            assert volunteer is not None
+            await place.until(lambda: bool(peer.seen("round")), within=100.0, what="a round")
+            training = volunteer.training
+            other = PathID((1 - training.path.experts[0], training.path.experts[1]))
+            await presence.change_path(other)  # a move begins so, and takes long
+            await training._evaluate(training.work.round)
+            await presence.announce()
+            now = await announced(peer, other)
+            assert now.commits, "what the evaluation has found out of the peer is said"
+            assert (now.valid_nll, now.valid_tokens) == (None, 0)
+
+    run_virtual(scenario())
+
+
 def test_a_path_that_has_gone_wrong_is_announced_without_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
