@@ -48,7 +48,7 @@ async def serve(directory: Path, config: PeerConfig, display: Display, *, start_
         display.say("run", f"{manifest.name} ({run[:12]})")
         await asyncio.to_thread(lambda: load_blobs(node.store, start, directory))
         keeper = Keeper(node, Providers(node.swarm, node.store, node.blobs), keep_all=True)
-        keeper.presence.on_addresses = book.note
+        keeper.survey.on_addresses = book.note
         operator = Operator(
             keeper,
             PreparedCorpus(start, directory, node.store),

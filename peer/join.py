@@ -69,7 +69,7 @@ async def join(config: PeerConfig, display: Display) -> None:
         keeper = Keeper(node, providers, duty_bytes=limits.duty_bytes)
         keeper.presence.room_bytes = limits.training_bytes
         keeper.presence.maddrs = standing.maddrs[:MAX_MADDRS]
-        keeper.presence.on_addresses = book.note
+        keeper.survey.on_addresses = book.note
         train_in = offload_to(threads(1, TRAINING_NICENESS))
         volunteer = Volunteer(keeper, trainer_factory(choice), train_in=train_in)
         stop_on_signals(volunteer.stop.set, display)

@@ -31,6 +31,7 @@ from peer.node import Node
 from peer.presence import Presence
 from peer.providers import Providers
 from peer.round import Rounds
+from peer.survey import Survey
 
 DUTY_SECONDS_MAX = 30.0  # between two looks at who keeps what, when slots are long
 RETIRE_SLOTS = 2  # for which a module is still held that no longer falls to this peer
@@ -76,6 +77,7 @@ class Keeper:
             on_manifest=self._on_manifest,
         )
         self.presence = Presence(node, retiring=self.member.retiring)
+        self.survey = Survey(node, own=self.presence.announcement)
         self.committer = Committer(node, self.member, self.heads)
         self.rounds = Rounds(node, self.member, self.heads, self.committer)
         self.catch_up = CatchUp(node, self.member, self.heads, providers)
@@ -156,7 +158,7 @@ class Keeper:
 
     async def look_around(self) -> Snapshot:
         """A fresh snapshot of who trains what."""
-        self.snapshot = await self.presence.snapshot(self.node.manifest)
+        self.snapshot = await self.survey.snapshot(self.node.manifest)
         return self.snapshot
 
     async def look_for_manifest(self) -> None:

@@ -4,18 +4,12 @@ Records are renewed well before they expire and withdrawn on leaving, so that a 
 from everyone's view within `lifetime_seconds`.
 """
 
-from collections.abc import Callable, Set
-from dataclasses import dataclass, replace
-from statistics import median_low
+from collections.abc import Set
+from dataclasses import dataclass
 
 from dht.errors import Rejected, Unreachable
-from dht.keys import announcement_key, head_key
 from dht.records import MAX_LIFETIME_SECONDS, Announcement, Head, ManifestPointer, Record, Scores
-from dipaco.optimizer import least_training_bytes
 from dipaco.topology import ModuleID, PathID
-from peer.address_book import Addresses
-from peer.assignment import Snapshot, with_slot_under_way
-from peer.manifest import Manifest
 from peer.modules import Held, counted_tokens
 from peer.node import Node
 
@@ -36,7 +30,7 @@ class Progress:
 
 
 class Presence:
-    """Publishes and withdraws this peer's records, and reads those of the others."""
+    """Publishes, renews and withdraws this peer's records."""
 
     def __init__(self, node: Node, *, retiring: Set[ModuleID]) -> None:
         self._node = node
@@ -45,8 +39,6 @@ class Presence:
         self.progress = Progress()
         self.room_bytes: int | None = None  # of memory for training; None: no limit
         self.maddrs: tuple[str, ...] = ()  # by which others reach this peer
-        self.on_addresses: Callable[[Addresses], None] = lambda addresses: None
-        """Told where the others are reached, whenever that is read."""
         self._heads: dict[ModuleID, tuple[Head, float]] = {}  # as last said, and when
         self.scores: dict[PathID, Scores] = {}  # of the phase that is due, by path
         round_seconds = node.history.first.run_config.rounds.round_seconds
@@ -81,147 +73,8 @@ class Presence:
             )
         )
 
-    async def announce(self) -> None:
-        """Say which path this peer trains, and how far it is."""
-        record = self._announcement()
-        if record is not None:
-            await self._store(record)
-
-    async def publish_head(self, module: ModuleID) -> None:
-        """Say which version of a module this peer holds."""
-        record = self._head(module)
-        if record is not None and await self._store(record):
-            self._heads[module] = record, self._node.now()
-
-    async def offer_scores(self, path: PathID, *, phase: int, blob: str) -> None:
-        """Say that we have scored the router data with `path`."""
-        record = Scores(
-            peer=self._node.peer_id, run=self._node.run, path=str(path), phase=phase, blob=blob
-        )
-        self.scores[path] = record
-        await self._store(record)
-
-    async def change_path(self, path: PathID | None) -> None:
-        """Withdraw the announcement of the former path, and announce the new one, if any."""
-        before = self._announcement()
-        self.path = path
-        self.progress.valid_nll, self.progress.valid_tokens = None, 0  # of the former one
-        if before is not None:
-            await self._node.swarm.withdraw(before)
-        await self.announce()
-
-    async def withdraw(self) -> None:
-        """Take back everything, on leaving."""
-        heads = (self._head(module) for module in self._node.log.held)
-        records = [self._announcement(), *heads, *self.scores.values()]
-        for record in records:
-            if record is not None:
-                await self._node.swarm.withdraw(record)
-
-    async def withdraw_head(self, module: ModuleID) -> None:
-        """Stop being known as a holder of `module`; call before dropping it."""
-        record = self._head(module)
-        self._heads.pop(module, None)
-        if record is not None:
-            await self._node.swarm.withdraw(record)
-
-    async def snapshot(self, manifest: Manifest) -> Snapshot:
-        """Who trains what, from all announcements; this peer's own line as it knows it.
-
-        To choose a path for a slot, give the `manifest` that will be in force in it.
-        """
-        node = self._node
-        lines: dict[str, tuple[PathID, Announcement]] = {}
-        for path in manifest.topology.paths:
-            for record in await node.swarm.read(announcement_key(node.run, str(path))):
-                if isinstance(record, Announcement):
-                    lines[record.peer] = path, record
-        lines.pop(node.peer_id, None)
-        self.on_addresses({peer: record.maddrs for peer, (_, record) in lines.items()})
-        own = self._announcement()
-        if self.path is not None and own is not None:
-            lines[node.peer_id] = self.path, own
-        snapshot = Snapshot(
-            training={peer: path for peer, (path, _) in lines.items()},
-            shard_tokens=manifest.shard_tokens,
-            slot_tokens={peer: record.slot_tokens for peer, (_, record) in lines.items()},
-            room_bytes={
-                peer: record.room_bytes
-                for peer, (_, record) in lines.items()
-                if record.room_bytes is not None
-            },
-            need_bytes=self._need_bytes(manifest),
-            finished=await self._finished(manifest),
-        )
-        if manifest.first_slot > node.slot:
-            return snapshot  # nothing was trained under it yet
-        counted = {
-            path: await self._counted_tokens(path, manifest) for path in manifest.topology.paths
-        }
-        return with_slot_under_way(replace(snapshot, tokens=counted))
-
-    async def _finished(self, manifest: Manifest) -> frozenset[PathID]:
-        """The paths whose modules all have the last version.
-
-        Of a module that is not held here, that is what the median of its holders says; one that
-        nobody holds any more nobody can train on.
-        """
-        node, num_rounds = self._node, manifest.run_config.rounds.num_rounds
-        if node.slot + 1 < num_rounds:
-            return frozenset()  # a module has one version per slot at most
-        finished: set[ModuleID] = set()
-        for module in manifest.topology.modules:
-            held = node.log.held.get(module)
-            if held is not None:
-                versions = [held.version]
-            else:
-                records = await node.swarm.read(head_key(node.run, str(module)))
-                versions = [record.version for record in records if isinstance(record, Head)]
-            if not versions or median_low(versions) >= num_rounds:
-                finished.add(module)
-        topology = manifest.topology
-        return frozenset(p for p in topology.paths if finished.issuperset(topology.modules_of(p)))
-
-    async def _counted_tokens(self, path: PathID, manifest: Manifest) -> int:
-        """Tokens of a path that certificates count, of earlier slots and under `manifest`.
-
-        Known for certain where this peer holds a module of the path, as it does if a level is
-        shared by all; otherwise what the holders of the path's own module say, the median of them.
-        """
-        node = self._node
-        modules = manifest.topology.modules_of(path)
-        held = [node.log.held[module] for module in modules if module in node.log.held]
-        if held:
-            return max(
-                counted_tokens(one.chain, path, first_slot=manifest.first_slot, before=node.slot)
-                for one in held
-            )
-        claims: list[int] = []
-        for module in modules:
-            if manifest.topology.num_paths_through(module) == 1:
-                records = await node.swarm.read(head_key(node.run, str(module)))
-                claims += [record.path_tokens for record in records if isinstance(record, Head)]
-        return median_low(claims) if claims else 0
-
-    def _need_bytes(self, manifest: Manifest) -> dict[PathID, int]:
-        """Memory for training, by path; shards are mapped, and need none of their own."""
-        log, topology = self._node.log, manifest.topology
-        return {
-            path: least_training_bytes(sum(map(log.num_parameters, topology.modules_of(path))))
-            for path in topology.paths
-        }
-
-    def _tokens_of_own_path(self, held: Held) -> int:
-        """For a head: tokens counted for the one path of a path-specific module."""
-        manifest, slot = self._node.manifest, self._node.slot
-        if not manifest.topology.has_module(held.module):
-            return 0  # of a later version
-        paths = manifest.topology.paths_through(held.module)
-        if len(paths) > 1:
-            return 0
-        return counted_tokens(held.chain, paths[0], first_slot=manifest.first_slot, before=slot)
-
-    def _announcement(self) -> Announcement | None:
+    def announcement(self) -> Announcement | None:
+        """What this peer says of its training; None if it has no path."""
         if self.path is None:
             return None
         node, progress = self._node, self.progress
@@ -243,6 +96,60 @@ class Presence:
             valid_tokens=progress.valid_tokens,
             maddrs=self.maddrs,
         )
+
+    async def announce(self) -> None:
+        """Say which path this peer trains, and how far it is."""
+        record = self.announcement()
+        if record is not None:
+            await self._store(record)
+
+    async def publish_head(self, module: ModuleID) -> None:
+        """Say which version of a module this peer holds."""
+        record = self._head(module)
+        if record is not None and await self._store(record):
+            self._heads[module] = record, self._node.now()
+
+    async def offer_scores(self, path: PathID, *, phase: int, blob: str) -> None:
+        """Say that we have scored the router data with `path`."""
+        record = Scores(
+            peer=self._node.peer_id, run=self._node.run, path=str(path), phase=phase, blob=blob
+        )
+        self.scores[path] = record
+        await self._store(record)
+
+    async def change_path(self, path: PathID | None) -> None:
+        """Withdraw the announcement of the former path, and announce the new one, if any."""
+        before = self.announcement()
+        self.path = path
+        self.progress.valid_nll, self.progress.valid_tokens = None, 0  # of the former one
+        if before is not None:
+            await self._node.swarm.withdraw(before)
+        await self.announce()
+
+    async def withdraw(self) -> None:
+        """Take back everything, on leaving."""
+        heads = (self._head(module) for module in self._node.log.held)
+        records = [self.announcement(), *heads, *self.scores.values()]
+        for record in records:
+            if record is not None:
+                await self._node.swarm.withdraw(record)
+
+    async def withdraw_head(self, module: ModuleID) -> None:
+        """Stop being known as a holder of `module`; call before dropping it."""
+        record = self._head(module)
+        self._heads.pop(module, None)
+        if record is not None:
+            await self._node.swarm.withdraw(record)
+
+    def _tokens_of_own_path(self, held: Held) -> int:
+        """For a head: tokens counted for the one path of a path-specific module."""
+        manifest, slot = self._node.manifest, self._node.slot
+        if not manifest.topology.has_module(held.module):
+            return 0  # of a later version
+        paths = manifest.topology.paths_through(held.module)
+        if len(paths) > 1:
+            return 0
+        return counted_tokens(held.chain, paths[0], first_slot=manifest.first_slot, before=slot)
 
     def _head(self, module: ModuleID) -> Head | None:
         node = self._node

@@ -99,7 +99,7 @@ class Volunteer:
         next_slot_time = node.history.first.slot_start(node.slot + 1)
         while not self.stop.is_set():
             try:
-                snapshot = await self.keeper.presence.snapshot(node.manifest)
+                snapshot = await self.keeper.survey.snapshot(node.manifest)
             except SwarmError:  # by what was seen last, then, until the swarm can be reached again
                 snapshot = self._snapshot
             paths = [path for path in snapshot.open_paths if snapshot.fits(node.peer_id, path)]
@@ -201,7 +201,7 @@ class Volunteer:
         look_time = node.history.first.slot_start(slot) + PLAN_SHARE * round_seconds
         await sleep_unless(self.stop, max(0.0, look_time - node.now()))
         next_manifest = node.history.at(slot + 1)
-        self._choose(await self.keeper.presence.snapshot(next_manifest))
+        self._choose(await self.keeper.survey.snapshot(next_manifest))
 
     def _choose(self, snapshot: Snapshot) -> None:
         self._snapshot, self._plan = snapshot, assign_paths(snapshot)

@@ -279,7 +279,7 @@ async def _serve(directory: Path, initial_peers: tuple[str, ...]) -> None:
         for file in (directory / BLOBS_DIR).iterdir():
             node.store.add(file.read_bytes())
         keeper = Keeper(node, Providers(node.swarm, node.store, node.blobs), keep_all=True)
-        keeper.presence.on_addresses = book.note
+        keeper.survey.on_addresses = book.note
         stopped = asyncio.Event()
         asyncio.get_running_loop().add_signal_handler(signal.SIGINT, stopped.set)
         async with keeper.running():
