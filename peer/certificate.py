@@ -13,7 +13,7 @@ from typing import Any
 from dht.errors import BadMessage
 from peer.archive import Link
 from peer.manifest import Origin
-from peer.messages import Certificate, Commitment, Member, Proposal, Vote
+from peer.messages import Certificate, Commitment, Proposal, Seat, Vote
 
 SLOTS_BEFORE_REBUILD = 2  # slots without a commit after which a roster may be rebuilt
 
@@ -24,7 +24,7 @@ def quorum_votes(proposal: Proposal, votes: Sequence[Vote]) -> tuple[Vote, ...] 
     `votes` are authentic. Votes of different ballots never add up: a member's earlier vote may have
     been superseded (single-decree Paxos), so counting it could certify two different results.
     """
-    seats = {member.peer for member in proposal.roster}
+    seats = {seat.peer for seat in proposal.roster}
     equal: dict[tuple[tuple[int, int, str], str], dict[str, Vote]] = {}
     for vote in votes:
         if vote.peer in seats and vote.proposal == proposal.digest:
@@ -210,10 +210,10 @@ def contribution_order(commitment: Commitment) -> tuple[tuple[int, ...], str]:
     return tuple(int(part) for part in commitment.path.split(".")), commitment.peer
 
 
-def roster_of(members: Sequence[Member]) -> tuple[Member, ...]:
+def roster_of(seats: Sequence[Seat]) -> tuple[Seat, ...]:
     """Canonical form of a roster: one seat per peer, sorted; a trainer's seat beats a keeper's."""
-    seats: dict[str, Member] = {}
-    for member in members:
-        if member.peer not in seats or seats[member.peer].path is None:
-            seats[member.peer] = member
-    return tuple(seats[peer] for peer in sorted(seats))
+    by_peer: dict[str, Seat] = {}
+    for seat in seats:
+        if seat.peer not in by_peer or by_peer[seat.peer].path is None:
+            by_peer[seat.peer] = seat
+    return tuple(by_peer[peer] for peer in sorted(by_peer))

@@ -18,7 +18,7 @@ from dipaco.topology import ModuleID, PathID
 from peer.certificate import contribution_order
 from peer.changes import Changes
 from peer.manifest import Manifest
-from peer.messages import MAX_CONTRIBUTIONS, MAX_COUNTED, Commitment, Member
+from peer.messages import MAX_CONTRIBUTIONS, MAX_COUNTED, Commitment, Seat
 from peer.node import Node
 from peer.reduction import format_of, mapped_gradient
 
@@ -113,7 +113,7 @@ class Contributions:
         """Whether more are expected to contribute than a version counts."""
         return sum(seat.path is not None for seat in self._seats(commitment)) > MAX_COUNTED
 
-    def _seats(self, commitment: Commitment) -> tuple[Member, ...]:
+    def _seats(self, commitment: Commitment) -> tuple[Seat, ...]:
         held = self._node.log.held.get(ModuleID.parse(commitment.module))
         certificate = held.certificate if held is not None else None
         return certificate.proposal.next_roster if certificate else ()

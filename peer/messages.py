@@ -124,8 +124,8 @@ class Commitment(SignedMessage):
         return self.merged or (Part(peer=self.peer, blob=self.blob),)
 
 
-class Member(Message):
-    """One seat of a roster: a trainer of `path`, or a keeper (`path` is None)."""
+class Seat(Message):
+    """A place in a roster: a trainer of `path`, or a keeper (`path` is None)."""
 
     peer: PeerIDText
     path: PathText | None
@@ -152,9 +152,9 @@ class Proposal(Hashed):
     version: Annotated[int, Field(ge=1, le=2**31)]
     parent: Digest  # digest of the certificate of version - 1; of the origin's state if none is
     contributions: Annotated[tuple[Commitment, ...], Field(min_length=1, max_length=MAX_COUNTED)]
-    roster: Annotated[tuple[Member, ...], Field(min_length=1, max_length=MAX_ROSTER)]
+    roster: Annotated[tuple[Seat, ...], Field(min_length=1, max_length=MAX_ROSTER)]
     rebuilt: bool  # the roster was taken from the announcements, not from the parent certificate
-    next_roster: Annotated[tuple[Member, ...], Field(min_length=1, max_length=MAX_ROSTER)]
+    next_roster: Annotated[tuple[Seat, ...], Field(min_length=1, max_length=MAX_ROSTER)]
 
     @property
     def quorum(self) -> int:

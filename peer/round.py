@@ -46,9 +46,9 @@ from peer.messages import (
     Proposal,
     ProposeReply,
     ProposeRequest,
+    Seat,
     Vote,
 )
-from peer.messages import Member as Seat
 from peer.modules import Held
 from peer.node import Node
 

@@ -7,7 +7,7 @@ import hashlib
 from dht.identity import Identity
 from dipaco.topology import ModuleID
 from peer.manifest import Manifest
-from peer.messages import Ballot, Certificate, Commitment, Member, Proposal, Vote, sign
+from peer.messages import Ballot, Certificate, Commitment, Proposal, Seat, Vote, sign
 
 
 def made_history(
@@ -15,7 +15,7 @@ def made_history(
 ) -> list[Certificate]:
     """The last of them gives `state`; the states of the others are nowhere."""
     parent = base = manifest.starts[module.level].digest
-    roster = (Member(peer=who.peer_id, path=None),)
+    roster = (Seat(peer=who.peer_id, path=None),)
     path = str(manifest.topology.paths_through(module)[0])
     history: list[Certificate] = []
     for version in range(1, num_versions + 1):

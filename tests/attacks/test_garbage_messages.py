@@ -30,10 +30,10 @@ from peer.messages import (
     HaveRequest,
     HelloReply,
     HelloRequest,
-    Member,
     Message,
     ProposeReply,
     ProposeRequest,
+    Seat,
 )
 from tests.lab import identity, lab, little_config
 from tests.virtual_clock import run_virtual
@@ -80,11 +80,11 @@ def test_bytes_are_a_message_or_a_fault_of_their_sender(kind: type[Message], raw
 @pytest.mark.parametrize("name", ["1" * 40, "12D3KooW" + "z" * 44, "12D3KooW" + "1" * 43, ""])
 def test_a_name_that_no_peer_can_have_is_refused(name: str) -> None:
     """Else whoever is to ask everyone whom a certificate names would stumble over it for ever."""
-    member = Member(peer=identity(1).peer_id, path=None)
-    raw = member.to_bytes()
-    assert Member.from_bytes(raw, sender="somebody") == member
+    seat = Seat(peer=identity(1).peer_id, path=None)
+    raw = seat.to_bytes()
+    assert Seat.from_bytes(raw, sender="somebody") == seat
     with pytest.raises(BadMessage):
-        Member.from_bytes(raw.replace(member.peer.encode(), name.encode()), sender="somebody")
+        Seat.from_bytes(raw.replace(seat.peer.encode(), name.encode()), sender="somebody")
 
 
 @pytest.mark.parametrize("kind", TYPES)

@@ -32,10 +32,10 @@ from peer.messages import (
     Proposal,
     ProposeReply,
     ProposeRequest,
+    Seat,
     Vote,
     sign,
 )
-from peer.messages import Member as Seat
 from peer.reduction import reduce
 from peer.store import BlobStore
 from tests.lab import Lab, LabPeer, identity, lab, little_config

@@ -15,7 +15,7 @@ from peer.certificate import (
     wins,
 )
 from peer.manifest import BlobRef, Origin
-from peer.messages import MAX_COUNTED, Ballot, Certificate, Commitment, Member, Proposal, Vote, sign
+from peer.messages import MAX_COUNTED, Ballot, Certificate, Commitment, Proposal, Seat, Vote, sign
 
 PEERS = sorted((Identity(bytes([n]) * 32) for n in range(1, 6)), key=lambda i: i.peer_id)
 RUN, START, RESULT = "a" * 64, "b" * 64, "c" * 64
@@ -42,7 +42,7 @@ def commitment(
 
 
 def proposal(members: list[Identity], **changes: object) -> Proposal:
-    roster = tuple(Member(peer=i.peer_id, path="0.0") for i in members)
+    roster = tuple(Seat(peer=i.peer_id, path="0.0") for i in members)
     values = {
         "run": RUN,
         "module": "1.0",
