@@ -18,7 +18,7 @@ from dipaco.sharding import Sharding, reshard_corpus
 from dipaco.start import Start
 from peer.manifest import BlobRef, Manifest, ShardRef
 from peer.store import BlobStore
-from peer.succession import Draft
+from peer.succession import ManifestDraft
 
 
 class PreparedCorpus:
@@ -29,14 +29,14 @@ class PreparedCorpus:
         self._directory = directory
         self._store = store
 
-    def reshard(self, manifest: Manifest, scores_NP: Tensor) -> Draft:
+    def reshard(self, manifest: Manifest, scores_NP: Tensor) -> ManifestDraft:
         """Give each sequence to the path that probably predicts it best (paper 2.4.2)."""
         config = manifest.run_config
         directory = self._version_directory(manifest)
         sharding = reshard_corpus(self._start, config, scores_NP, directory)
         return self._draft(sharding, config, num_phases=manifest.num_phases + 1)
 
-    def grow(self, manifest: Manifest, config: RunConfig) -> Draft:
+    def grow(self, manifest: Manifest, config: RunConfig) -> ManifestDraft:
         """Give the sequences to the paths of `config`, by the router that such a run begins with.
 
         What a preparation does before it comes to paths is taken over from the start.
@@ -51,8 +51,8 @@ class PreparedCorpus:
     def _version_directory(self, manifest: Manifest) -> Path:
         return self._directory / f"version-{manifest.version + 1}"
 
-    def _draft(self, sharding: Sharding, config: RunConfig, *, num_phases: int) -> Draft:
-        return Draft(
+    def _draft(self, sharding: Sharding, config: RunConfig, *, num_phases: int) -> ManifestDraft:
+        return ManifestDraft(
             config=config,
             router=self._add(sharding.router_file),
             shards=tuple(

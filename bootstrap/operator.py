@@ -22,7 +22,7 @@ from peer.keeper import Keeper
 from peer.manifest import BlobRef, Manifest, Origin
 from peer.messages import sign
 from peer.node import Node
-from peer.succession import Draft, grown, successor
+from peer.succession import ManifestDraft, grown, successor
 
 NOTICE_SLOTS = 3  # from one that is signed until it is in force: everyone has heard of it by then
 FURTHER_SLOTS = 1  # for more scores of the same paths, once every path has some
@@ -32,11 +32,11 @@ MISSING_SLOTS = 3  # in which scores may be missing without a word
 class Corpus(Protocol):
     """The corpus, as the operator has it. Both take long, and run off the event loop."""
 
-    def reshard(self, manifest: Manifest, scores_NP: Tensor) -> Draft:
+    def reshard(self, manifest: Manifest, scores_NP: Tensor) -> ManifestDraft:
         """Give each sequence to the path that probably predicts it best."""
         ...
 
-    def grow(self, manifest: Manifest, config: RunConfig) -> Draft:
+    def grow(self, manifest: Manifest, config: RunConfig) -> ManifestDraft:
         """Give the sequences to the paths of `config`, which are more than the manifest's."""
         ...
 
@@ -113,7 +113,7 @@ class Operator:
         draft = await node.offload(lambda: self._corpus.reshard(manifest, scores_NP))
         await self._issue(manifest, draft)
 
-    async def _issue(self, manifest: Manifest, draft: Draft) -> None:
+    async def _issue(self, manifest: Manifest, draft: ManifestDraft) -> None:
         """Publish the draft as the version after `manifest`, unless that has one by now."""
         # Another copy of this directory may have signed one: two of a version divide the swarm.
         await self._keeper.look_for_manifest()
@@ -122,7 +122,7 @@ class Operator:
             await self._keeper.presence.point_to_manifest()
 
 
-def issue(node: Node, draft: Draft, identity: Identity) -> Manifest:
+def issue(node: Node, draft: ManifestDraft, identity: Identity) -> Manifest:
     """Sign the next version of the manifest and take it up; what it names is in the store.
 
     It comes into force `NOTICE_SLOTS` from now. New modules are born from the versions held here.

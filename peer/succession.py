@@ -92,7 +92,7 @@ def source_of(module: ModuleID, old: Topology, new: Topology) -> ModuleID:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Draft:
+class ManifestDraft:
     """What the operator gives a run next; `num_phases` of its routing are then behind it."""
 
     config: RunConfig
@@ -102,7 +102,7 @@ class Draft:
 
 
 def successor(
-    old: Manifest, draft: Draft, *, first_slot: int, newest: Mapping[ModuleID, Origin]
+    old: Manifest, draft: ManifestDraft, *, first_slot: int, newest: Mapping[ModuleID, Origin]
 ) -> Manifest:
     """The version after `old`, not signed yet.
 

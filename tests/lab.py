@@ -47,7 +47,7 @@ from peer.modules import ModuleLog
 from peer.node import Node
 from peer.providers import Providers
 from peer.store import BlobStore
-from peer.succession import Draft
+from peer.succession import ManifestDraft
 from peer.training import Pace
 from peer.volunteer import Volunteer
 from tests.history_checker import read_histories
@@ -183,19 +183,19 @@ class LabCorpus:
         self.scores: list[Tensor] = []
         self._store = store
 
-    def reshard(self, manifest: Manifest, scores: Tensor) -> Draft:
+    def reshard(self, manifest: Manifest, scores: Tensor) -> ManifestDraft:
         self.scores.append(scores)
         return self.draft(manifest, manifest.run_config, num_phases=manifest.num_phases + 1)
 
-    def grow(self, manifest: Manifest, config: RunConfig) -> Draft:
+    def grow(self, manifest: Manifest, config: RunConfig) -> ManifestDraft:
         return self.draft(manifest, config, num_phases=manifest.num_phases)
 
-    def draft(self, manifest: Manifest, config: RunConfig, *, num_phases: int) -> Draft:
+    def draft(self, manifest: Manifest, config: RunConfig, *, num_phases: int) -> ManifestDraft:
         shards = make_shards(config, seed=100 + manifest.version)
         router = b"router of version %d" % (manifest.version + 1)
         for raw in (router, *(shard.to_bytes() for shard in shards.values())):
             self._store.add(raw)
-        return Draft(
+        return ManifestDraft(
             config=config,
             router=_ref(router),
             shards=shard_refs(config, shards),

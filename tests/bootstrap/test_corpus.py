@@ -12,10 +12,10 @@ from dipaco.config import RunConfig
 from dipaco.shards import Shard
 from peer.manifest import BlobRef, Manifest, Origin
 from peer.store import BlobStore
-from peer.succession import Draft, check_successor, grown, successor
+from peer.succession import ManifestDraft, check_successor, grown, successor
 
 
-def assert_followed(old: Manifest, draft: Draft, store: BlobStore) -> Manifest:
+def assert_followed(old: Manifest, draft: ManifestDraft, store: BlobStore) -> Manifest:
     """The draft makes a manifest that may follow, and all that it names is there."""
     sizes = {module: old.starts[module.level].num_bytes for module in old.topology.modules}
     newest = {

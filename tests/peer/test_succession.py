@@ -18,7 +18,7 @@ from peer.history import History
 from peer.manifest import BlobRef, Manifest, Origin, parse_manifest
 from peer.messages import sign
 from peer.store import BlobStore
-from peer.succession import Draft, check_successor, grown, source_of, successor
+from peer.succession import ManifestDraft, check_successor, grown, source_of, successor
 from tests.lab import identity, little_config, make_run, make_shards, shard_refs
 
 CONFIG = little_config()
@@ -30,7 +30,7 @@ def next_manifest(
     old: Manifest, config: RunConfig = CONFIG, *, by: Identity = OPERATOR, **changes: Any
 ) -> Manifest:
     """A sound successor but for `changes`, signed, as it comes from the wire."""
-    draft = Draft(
+    draft = ManifestDraft(
         config=config,
         router=old.router,
         shards=shard_refs(config, make_shards(config, seed=old.version)),
