@@ -312,7 +312,7 @@ def test_no_contribution_is_too_large_for_those_who_count_it(
 def test_who_claims_too_many_tokens_is_not_merged_and_the_others_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("round", "contributions", "merging"):
+    for module in ("attempt", "contributions", "merging"):
         monkeypatch.setattr(f"peer.{module}.MAX_COUNTED", 1)
 
     async def scenario() -> None:

@@ -10,9 +10,9 @@ import pytest
 from dipaco.compression import encoded_bytes
 from dipaco.config import ModelConfig, TopologyConfig
 from dipaco.topology import ModuleID
+from peer.attempt import pull_seconds
 from peer.memory import Line
 from peer.messages import Commitment, sign
-from peer.round import pull_seconds
 from tests.lab import Lab, identity, lab, little_config
 from tests.virtual_clock import run_virtual
 

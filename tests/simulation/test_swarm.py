@@ -324,7 +324,7 @@ def test_what_a_silent_peer_should_have_merged_the_next_rounds_count(
 
 
 def crowd(monkeypatch: pytest.MonkeyPatch, *, max_counted: int) -> None:
-    for module in ("round", "contributions", "merging"):
+    for module in ("attempt", "contributions", "merging"):
         monkeypatch.setattr(f"peer.{module}.MAX_COUNTED", max_counted)
 
 
