@@ -1,17 +1,12 @@
 """A member's part of a round: hold contributions, promise, reduce for itself, vote, apply.
 
 Everything here answers another peer. What decides is in `certificate.py` and `acceptor.py`; what
-computes is `dipaco.outer`. A version is applied only with a certificate (promise P1).
+reduces is in `reducer.py`. A version is applied only with a certificate (promise P1).
 """
 
-import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
 
-from dht.errors import BadMessage, LocalFault, PeerFault, Unreachable
-from dipaco.digest import BlobIndex, index_of
-from dipaco.errors import BadState
-from dipaco.outer import OuterUpdate
+from dht.errors import BadMessage, PeerFault
 from dipaco.topology import ModuleID
 from peer.acceptor import Acceptor
 from peer.archive import Archived, Link, whole
@@ -50,26 +45,12 @@ from peer.messages import (
 )
 from peer.modules import Held
 from peer.node import Node
-from peer.reduction import reduce
+from peer.reducer import Reducer
 
 CHAIN_PROTOCOL = "/dipaco/chain/1"
 
 FRESH_SECONDS = 1.0  # how old the heads may be by which a rebuilt roster is judged
-OBTAIN_TIMEOUT_SECONDS = 60.0  # and a slot at most: then a later version is nearer than this one
 PULL_SHARE = 0.5  # of a slot: how long after its end members may go on pulling, on slow lines
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Result:
-    """What a proposal makes of a module."""
-
-    index: BlobIndex
-    update: OuterUpdate
-
-    @property
-    def state(self) -> str:
-        """Digest of the new state."""
-        return self.index.digest
 
 
 class Member:
@@ -89,14 +70,12 @@ class Member:
         self._on_version = on_version
         self._on_behind = on_behind
         self._acceptor = Acceptor(node.state_dir / "promises")
-        self._results: dict[ModuleID, tuple[str, _Result]] = {}  # of the proposal of that digest
-        self._flushes: dict[str, asyncio.Task[None]] = {}  # of states that are not on disk yet
-        self._locks: dict[ModuleID, asyncio.Lock] = {}
         self.retiring: set[ModuleID] = set()  # held still, but only until the next roster
         self._pulling: dict[ModuleID, tuple[int, float]] = {}  # slot, and until when
         self.courier = Courier(node.transport, node.faults)
         self.changes = Changes()
         self.contributions = Contributions(node, self.changes, on_manifest=on_manifest)
+        self._reducer = Reducer(node, self.contributions, on_behind=on_behind)
 
     async def serve(self) -> None:
         """Start answering."""
@@ -119,7 +98,7 @@ class Member:
         """Stop what is under way; what is being written gets there."""
         await self.courier.close()
         await self.contributions.close()
-        await asyncio.gather(*self._flushes.values(), return_exceptions=True)
+        await self._reducer.close()
 
     def pulls_until(self, module: ModuleID, slot: int) -> float:
         """Until when a leader that was heard of in `slot` lets members pull; 0 if there is none."""
@@ -143,7 +122,7 @@ class Member:
 
     def caught_up(self, module: ModuleID, certificate: Certificate) -> None:
         """Tell whoever waits that the module was brought forward from outside the round."""
-        self._forget_result(module, but=certificate.result)
+        self._reducer.settle(module, certificate.result)
         self._on_version(module, certificate)
         self.changes.notify()
 
@@ -203,7 +182,7 @@ class Member:
             return ProposeReply(reason="not the roster this member knows")
         if node.peer_id not in {member.peer for member in proposal.roster}:
             return ProposeReply(reason="not a member")
-        result = await self._compute(module, proposal, sources=[sender])
+        result = await self._reducer.reduce(module, proposal, sources=[sender])
         if result is None:
             return ProposeReply(reason="a contribution cannot be had")
         if not self._acceptor.accept(proposal, ballot):
@@ -239,15 +218,14 @@ class Member:
         check_certificate(certificate, sender=sender)
         slot = self._node.slot
         check_link(certificate, held.certificate, origin=held.origin, slot=slot, sender=sender)
-        result = await self._compute(module, certificate.proposal, sources=[sender])
+        result = await self._reducer.reduce(module, certificate.proposal, sources=[sender])
         if result is not None and result.state != certificate.result:
             self._node.events.write(
                 "diverged", module=str(module), ours=result.state, certified=certificate.result
             )
         # Who is killed now comes back with this version: what it was made of is on the disk, with
         # the version before once that is there. So the disk is one version behind at most.
-        if (flush := self._flushes.get(held.state)) is not None:
-            await asyncio.wait({flush})
+        await self._reducer.written(held.state)
         if certificate.result not in self._node.store:
             self._on_behind(module)
             return False
@@ -275,101 +253,19 @@ class Member:
         held = node.log.held[module]
         if held.version != certificate.version - 1:  # somebody was faster while we computed
             return held.version == certificate.version
-        proposal, state = certificate.proposal, certificate.result
-        _, result = self._results.get(module, ("", None))
-        if result is not None and result.state != state:
-            result = None
-        self._forget_result(module, but=state)
+        update = self._reducer.settle(module, certificate.result)
         node.log.adopt(module, [*held.chain, certificate])
-        if state not in self._flushes:
-            self._flushes[state] = asyncio.ensure_future(self._flush(state))
+        self._reducer.write(certificate.result)
         node.events.write(
             "version",
             **facts(certificate),
-            manifest=proposal.manifest,
-            norm_ratio=round(result.update.norm_ratio, 4) if result is not None else None,
-            num_clipped=result.update.num_clipped if result is not None else None,
+            manifest=certificate.proposal.manifest,
+            norm_ratio=round(update.norm_ratio, 4) if update is not None else None,
+            num_clipped=update.num_clipped if update is not None else None,
         )
         self._on_version(module, certificate)
         self.changes.notify()
         return True
-
-    async def _compute(
-        self, module: ModuleID, proposal: Proposal, *, sources: list[str]
-    ) -> _Result | None:
-        """Reduce a proposal by ourselves; the new state then is in the store.
-
-        None if that cannot be done, or the module has gone on meanwhile.
-        """
-        log = self._node.log
-        async with self._locks.setdefault(module, asyncio.Lock()):
-            held = log.held.get(module)
-            if held is None or held.parent != proposal.parent:
-                return None
-            known, result = self._results.get(module, ("", None))
-            if known == proposal.digest:
-                return result
-            seats = [member.peer for member in proposal.roster]
-            slot_seconds = self._node.history.first.run_config.rounds.round_seconds
-            if not await self.contributions.obtain(
-                proposal.contributions,
-                [*sources, *seats],
-                min(OBTAIN_TIMEOUT_SECONDS, slot_seconds),
-            ):
-                return None
-            self._node.events.write(
-                "reducing",
-                module=proposal.module,
-                version=proposal.version,
-                slot=proposal.slot,
-                proposal=proposal.digest,
-            )
-            try:
-                result = await self._node.offload(lambda: self._reduce(module, proposal))
-            except BadState:
-                self._on_behind(module)
-                return None
-            except Unreachable:  # a blob rotted on disk since it was checked
-                return None
-            if log.held.get(module) is not held:
-                return None  # it may have been reduced from another version
-            return result if self._keep(module, proposal.digest, result) else None
-
-    def _reduce(self, module: ModuleID, proposal: Proposal) -> _Result:
-        node = self._node
-        manifest = node.history.get(proposal.manifest)
-        assert manifest is not None, "contributions are pulled only under a manifest that is here"
-        gradients = [self.contributions.gradient(c) for c in proposal.contributions]
-        update = reduce(proposal, node.log.load_state(module), gradients, manifest)
-        return _Result(index=index_of(update.encoded), update=update)
-
-    def _keep(self, module: ModuleID, proposal: str, result: _Result) -> bool:
-        """Have what a proposal comes to in the store, in memory until it is certified."""
-        node = self._node
-        self._forget_result(module, but=result.state)
-        try:
-            node.store.hold(result.index, result.update.encoded)
-        except LocalFault as error:  # at its limit
-            node.events.write("error", where="new state", why=str(error))
-            return False
-        node.log.remember(result.state, result.update.state)
-        self._results[module] = (proposal, result)
-        return True
-
-    def _forget_result(self, module: ModuleID, *, but: str) -> None:
-        """Drop the state that an earlier proposal would have made, unless it is `but`."""
-        _, before = self._results.pop(module, ("", None))
-        if before is not None and before.state != but:
-            self._node.store.remove(before.state)
-
-    async def _flush(self, state: str) -> None:
-        node = self._node
-        try:
-            await node.offload(lambda: node.store.flush(state))
-        except OSError as error:
-            node.events.write("error", where="new state", why=str(error))
-        finally:
-            del self._flushes[state]
 
     def _is_manifest_in_force(self, proposal: Proposal, slot: int) -> bool:
         """Whether the contributions were made under the manifest of their slot.
