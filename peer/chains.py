@@ -15,7 +15,7 @@ from dht.errors import BadMessage
 from dipaco.topology import ModuleID
 from peer.archive import Link, whole
 from peer.certificate import check_chain
-from peer.member import CHAIN_PROTOCOL
+from peer.chain_server import CHAIN_PROTOCOL
 from peer.messages import MAX_MESSAGE_BYTES, Certificate, ChainReply, ChainRequest
 from peer.node import Node
 

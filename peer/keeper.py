@@ -17,6 +17,7 @@ from peer.blob_server import BlobServer
 from peer.boundary import guarded
 from peer.catchup import CatchUp
 from peer.certificate import may_rebuild
+from peer.chain_server import serve_chains
 from peer.changes import Changes
 from peer.committer import Committer
 from peer.discovery import Discovery
@@ -90,6 +91,7 @@ class Keeper:
         )
         await BlobServer(self.node.store).serve(self.node.transport)
         await serve_hello(self.node)
+        await serve_chains(self.node)
         await self.member.serve()
         self._is_running = True
         self.start(self._attend_slots(), "rounds")

@@ -4,12 +4,12 @@ Everything here answers another peer. What decides is in `certificate.py` and `a
 reduces is in `reducer.py`. A version is applied only with a certificate (promise P1).
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 
 from dht.errors import BadMessage, PeerFault
 from dipaco.topology import ModuleID
 from peer.acceptor import Acceptor
-from peer.archive import Archived, Link, whole
+from peer.archive import whole
 from peer.certificate import (
     check_certificate,
     check_link,
@@ -24,13 +24,10 @@ from peer.contributions import Contributions
 from peer.courier import Answer, Courier, Kind
 from peer.heads import Heads
 from peer.messages import (
-    MAX_MESSAGE_BYTES,
     MAX_ROSTER,
     Ballot,
     Certificate,
     CertifyRequest,
-    ChainReply,
-    ChainRequest,
     Commitment,
     CommitRequest,
     Done,
@@ -46,8 +43,6 @@ from peer.messages import (
 from peer.modules import Held
 from peer.node import Node
 from peer.reducer import Reducer
-
-CHAIN_PROTOCOL = "/dipaco/chain/1"
 
 FRESH_SECONDS = 1.0  # how old the heads may be by which a rebuilt roster is judged
 PULL_SHARE = 0.5  # of a slot: how long after its end members may go on pulling, on slow lines
@@ -87,12 +82,6 @@ class Member:
                 Kind.CERTIFY: self._answering(self._on_certify),
             }
         )
-        answer = self._answering(self._on_chain)
-
-        async def chain(peer_id: str, payload: bytes) -> AsyncIterator[bytes]:
-            yield await answer(peer_id, payload)
-
-        await self._node.transport.serve(CHAIN_PROTOCOL, chain, max_request_bytes=1024)
 
     async def close(self) -> None:
         """Stop what is under way; what is being written gets there."""
@@ -335,31 +324,11 @@ class Member:
         await self.learn(request.certificate, sender=peer_id)
         return Done()
 
-    async def _on_chain(self, peer_id: str, payload: bytes) -> Message:
-        request = ChainRequest.from_bytes(payload, sender=peer_id)
-        _, held = self._held(request.module, request.run, peer_id)
-        after = held.after(request.first_version - 1)
-        if after and isinstance(after[0], Archived):  # that is on the disk
-            return await self._node.offload(lambda: _chain_reply(after))
-        return _chain_reply(after)
-
 
 def _next(held: Held, version: int) -> Certificate | None:
     """The certificate of the version after `version`; None if that is not later than the origin."""
     after = held.after(version)
     return whole(after[0]) if after and after[0].version == version + 1 else None
-
-
-def _chain_reply(links: list[Link]) -> ChainReply:
-    """As many of these certificates, oldest first, as one message holds."""
-    fitting: list[Certificate] = []
-    room = MAX_MESSAGE_BYTES - 1024
-    for certificate in map(whole, links[:256]):
-        room -= len(certificate.to_bytes()) + 1
-        if room < 0:
-            break
-        fitting.append(certificate)
-    return ChainReply(certificates=tuple(fitting))
 
 
 def _check_leader(ballot: Ballot, peer_id: str) -> None:

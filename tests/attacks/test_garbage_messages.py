@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from dht.errors import BadMessage, PeerFault
 from peer.blob_server import BLOB_PROTOCOL, BlobRequest
+from peer.chain_server import CHAIN_PROTOCOL
 from peer.courier import ROUND_PROTOCOL, Courier, Kind
 from peer.dial_back import DialBackReply, DialBackRequest
 from peer.faults import Faults
 from peer.hello import HELLO_PROTOCOL, say_hello
 from peer.manifest import Manifest
-from peer.member import CHAIN_PROTOCOL
 from peer.messages import (
     CertifyRequest,
     ChainReply,

@@ -9,8 +9,8 @@ import pytest
 
 from dht.errors import BadMessage, Unreachable
 from dipaco.topology import ModuleID
+from peer.chain_server import CHAIN_PROTOCOL
 from peer.chains import STALL_SECONDS, Chains
-from peer.member import CHAIN_PROTOCOL
 from peer.messages import Certificate, ChainReply, ChainRequest
 from tests.lab import Lab, identity, lab, little_config
 from tests.made_history import made_history

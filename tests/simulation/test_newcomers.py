@@ -16,8 +16,8 @@ from dipaco.config import TopologyConfig
 from dipaco.topology import ModuleID
 from peer.archive import whole
 from peer.catchup import MAX_FRUITLESS, TURN_SECONDS
+from peer.chain_server import CHAIN_PROTOCOL
 from peer.chains import STALL_SECONDS
-from peer.member import CHAIN_PROTOCOL
 from peer.memory import Line
 from peer.messages import ChainReply, ChainRequest
 from tests.lab import Lab, LabPeer, identity, lab, little_config
@@ -66,7 +66,7 @@ def test_a_newcomer_on_a_slow_line_joins_a_long_run(
     """Both modules' certificates come over one line, and take longer than anyone should wait for
     a peer that is silent.
     """
-    monkeypatch.setattr("peer.member.MAX_MESSAGE_BYTES", 16 * 1024)
+    monkeypatch.setattr("peer.chain_server.MAX_MESSAGE_BYTES", 16 * 1024)
 
     async def scenario() -> None:
         async with lab(tmp_path, CONFIG, start_in=-NUM_VERSIONS * ROUND) as place:
