@@ -199,7 +199,7 @@ async def one_round(keeper: Keeper, slot: int, number: int) -> Cost:
             )
         )
     commitments = await keeper.committer.prepare(offers, path=PathID((0,)), slot=slot)
-    keeper.start(keeper.committer.commit(commitments), "commit")
+    keeper.background.start(keeper.committer.commit(commitments), "commit")
     applied = await keeper.versions.until(
         lambda: all(node.log.held[module].version > slot for module in modules), limit
     )

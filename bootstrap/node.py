@@ -59,7 +59,7 @@ async def serve(directory: Path, config: PeerConfig, display: Display, *, start_
         stop_on_signals(stopped.set, display)
         node.events.listen(display.show)
         async with keeper.running():
-            keeper.start(operator.run(), "operator")
+            keeper.background.start(operator.run(), "operator")
             addresses = await reachable_addresses(network)
             write_address_file(directory, addresses)
             wait = manifest.start_time - node.now()

@@ -18,6 +18,7 @@ from dht.identity import Identity
 from dipaco.checkpoint import state_bytes
 from dipaco.config import RunConfig
 from dipaco.errors import DipacoError
+from peer.boundary import guarded
 from peer.keeper import Keeper
 from peer.manifest import BlobRef, Manifest, Origin
 from peer.messages import sign
@@ -60,7 +61,7 @@ class Operator:
         """Look once per slot, until cancelled."""
         node = self._node
         while True:
-            await self._keeper.guard(self.look(), "operator")
+            await guarded(self.look(), "operator", node.events)
             slot_end = node.history.first.slot_start(node.slot + 1)
             await asyncio.sleep(max(0.01, slot_end - node.now()))
 

@@ -74,7 +74,9 @@ async def join(config: PeerConfig, display: Display) -> None:
         volunteer = Volunteer(keeper, trainer_factory(choice), train_in=train_in)
         stop_on_signals(volunteer.stop.set, display)
         async with keeper.running():
-            keeper.start(_stay_reachable(network, keeper, config.state_dir), "reachability")
+            keeper.background.start(
+                _stay_reachable(network, keeper, config.state_dir), "reachability"
+            )
             await _train_until_stopped(volunteer)
             if not volunteer.stop.is_set():
                 display.say("run", "finished; still serving others, Ctrl-C to leave")

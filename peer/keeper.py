@@ -6,13 +6,14 @@ survives when everyone who trained it leaves (promise P6).
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Iterable
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
 from dht.errors import SwarmError
 from dipaco.topology import ModuleID, PathID
 from peer.assignment import Snapshot, assign_paths, keeps, module_name, shard_name
+from peer.background import Background
 from peer.blob_server import BlobServer
 from peer.boundary import guarded
 from peer.catchup import CatchUp
@@ -55,6 +56,7 @@ class Keeper:
         self.providers = providers
         self.snapshot = Snapshot(training={}, shard_tokens=node.manifest.shard_tokens)
         self.versions = Changes()  # notified whenever a held module has a new version
+        self.background = Background(node.events)  # what runs until this peer leaves
         self._keep_all = keep_all
         self._duty_bytes = duty_bytes  # on disk, for what is kept for others; None: no limit
         self._declined: list[str] = []
@@ -66,8 +68,6 @@ class Keeper:
         self._behind: set[ModuleID] = set()  # for which a catch-up is under way
         self._attended: dict[ModuleID, int] = {}
         self._held_changed = Changes()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._is_running = False
         self.heads = Heads(node.swarm, node.run, memory_seconds=round_seconds)
         self.discovery = Discovery(node)
         self.member = Member(
@@ -93,20 +93,16 @@ class Keeper:
         await serve_hello(self.node)
         await serve_chains(self.node)
         await self.member.serve()
-        self._is_running = True
-        self.start(self._attend_slots(), "rounds")
-        self.start(self._do_duties(), "duties")
-        self.start(self._watch_manifests(), "manifests")
-        self.start(self._renew(), "presence")
-        await self.guard(self._take_up(), "modules on disk")
+        self.background.open()
+        self.background.start(self._attend_slots(), "rounds")
+        self.background.start(self._do_duties(), "duties")
+        self.background.start(self._watch_manifests(), "manifests")
+        self.background.start(self._renew(), "presence")
+        await guarded(self._take_up(), "modules on disk", self.node.events)
         try:
             yield
         finally:
-            self._is_running = False
-            tasks = list(self._tasks)
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await self.background.close()
             await self._leave()
 
     async def hold(self, modules: Iterable[ModuleID]) -> bool:
@@ -140,7 +136,7 @@ class Keeper:
         try:
             await self.hold(seated)
         finally:
-            self.start(self.hold(set(newest).difference(seated)), "modules on disk")
+            self.background.start(self.hold(set(newest).difference(seated)), "modules on disk")
 
     def _resumable(self) -> dict[ModuleID, list[Certificate]]:
         """The last certificates of every module that the disk has a state of."""
@@ -168,24 +164,6 @@ class Keeper:
         if await self.discovery.look():
             await self.presence.point_to_manifest()
 
-    def start(self, coroutine: Coroutine[object, object, object], name: str) -> None:
-        """Run something in the background until this peer leaves."""
-        if not self._is_running:
-            coroutine.close()
-            return
-        task = asyncio.create_task(self.guard(coroutine, name))
-        # It may be cancelled before it begins.
-        task.add_done_callback(lambda _: coroutine.close())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def guard(self, coroutine: Coroutine[object, object, object], name: str) -> None:
-        """The task boundary: a fault inside one round must not end the peer.
-
-        Rule: log it, and go on; every loop starts afresh at its next slot.
-        """
-        await guarded(coroutine, name, self.node.events)
-
     async def _hold(self, module: ModuleID) -> bool:
         if module in self.node.log.held:
             return True
@@ -196,13 +174,13 @@ class Keeper:
 
     def _on_version(self, module: ModuleID, certificate: Certificate) -> None:
         self.versions.notify()
-        self.start(self.presence.publish_head(module), f"head of {module}")
+        self.background.start(self.presence.publish_head(module), f"head of {module}")
 
     def _on_behind(self, module: ModuleID) -> None:
         """Whatever shows that, and however often: one look at a time is enough."""
-        if module not in self._behind and self._is_running:
+        if module not in self._behind and self.background.is_open:
             self._behind.add(module)
-            self.start(self._catch_up(module), f"catch-up of {module}")
+            self.background.start(self._catch_up(module), f"catch-up of {module}")
 
     async def _catch_up(self, module: ModuleID) -> None:
         try:
@@ -211,7 +189,7 @@ class Keeper:
             self._behind.discard(module)
 
     def _on_manifest(self, digest: str, peer: str) -> None:
-        self.start(self._ask_for_manifest(digest, peer), "manifest")
+        self.background.start(self._ask_for_manifest(digest, peer), "manifest")
 
     async def _ask_for_manifest(self, digest: str, peer: str) -> None:
         if await self.discovery.ask(digest, peer):
@@ -221,7 +199,7 @@ class Keeper:
         """Every slot, since a later version says in which slot it comes into force."""
         round_seconds = self.node.history.first.run_config.rounds.round_seconds
         while True:
-            await self.guard(self.look_for_manifest(), "manifests")
+            await guarded(self.look_for_manifest(), "manifests", self.node.events)
             await asyncio.sleep(min(round_seconds, DUTY_SECONDS_MAX))
 
     async def _attend_slots(self) -> None:
@@ -232,7 +210,7 @@ class Keeper:
             for module, held in list(node.log.held.items()):
                 if slot >= 0 and self._attended.get(module) != slot and held.version < num_rounds:
                     self._attended[module] = slot
-                    self.start(self.rounds.attend(module, slot), f"round of {module}")
+                    self.background.start(self.rounds.attend(module, slot), f"round of {module}")
             self.member.contributions.forget_before(slot, kept=self.member.bound_blobs())
             pause = node.history.first.slot_start(slot + 1) - node.now()
             attended = set(node.log.held)
@@ -245,7 +223,7 @@ class Keeper:
         """Every slot: see who is there, keep what falls to us, catch up where we fell behind."""
         round_seconds = self.node.history.first.run_config.rounds.round_seconds
         while True:
-            await self.guard(self._do_duties_once(), "duties")
+            await guarded(self._do_duties_once(), "duties", self.node.events)
             await asyncio.sleep(min(round_seconds, DUTY_SECONDS_MAX))
 
     async def _do_duties_once(self) -> None:
@@ -260,7 +238,9 @@ class Keeper:
         }
         duties = self._affordable(duties)
         # What cannot be had now must not keep the others from being followed.
-        await self.guard(self.hold(sorted(duties - set(node.log.held))), "modules to keep")
+        await guarded(
+            self.hold(sorted(duties - set(node.log.held))), "modules to keep", self.node.events
+        )
         for module in sorted(node.log.held):
             # Looked up anew each time: a path may be taken while this waits.
             if module in duties or module in self._own:
@@ -360,7 +340,7 @@ class Keeper:
 
     async def _renew(self) -> None:
         while True:
-            await self.guard(self.presence.publish(), "presence")
+            await guarded(self.presence.publish(), "presence", self.node.events)
             await asyncio.sleep(self.presence.renew_seconds)
 
     async def _leave(self) -> None:

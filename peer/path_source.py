@@ -104,7 +104,9 @@ class PathSource:
                 shard = await node.offload(lambda: self._read_shard(path, ref.digest))
                 shard_digest = ref.digest
             except Unreachable:
-                self._keeper.start(self._keeper.providers.obtain(ref), f"shard of {path}")
+                self._keeper.background.start(
+                    self._keeper.providers.obtain(ref), f"shard of {path}"
+                )
         if manifest is footing.manifest and shard is footing.shard:
             return footing
         return Footing(manifest=manifest, shard=shard, shard_digest=shard_digest)

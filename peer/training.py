@@ -227,7 +227,7 @@ class Training:
         committer = self._keeper.committer
         offers = [await self._node.offload(draft.encode) for draft in drafts]
         commitments = await committer.prepare(offers, path=self.path, slot=slot)
-        self._keeper.start(committer.commit(commitments), "commit")
+        self._keeper.background.start(committer.commit(commitments), "commit")
 
     async def _end_slot(self, slot: int) -> None:
         """Say what was trained, and keep what the next start of an exact run needs."""
@@ -315,7 +315,7 @@ class Training:
             sent_bytes=node.transport.traffic.wire_sent_bytes,
             received_bytes=node.transport.traffic.wire_received_bytes,
         )
-        self._keeper.start(presence.announce(), "announcement")
+        self._keeper.background.start(presence.announce(), "announcement")
 
     def _rarest_module(self) -> ModuleID:
         """The path's module with the fewest other paths."""

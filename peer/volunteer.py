@@ -67,13 +67,13 @@ class Volunteer:
         await self._source.serve()
         await self._settle()
         outer = self._config.outer
-        self.keeper.start(self._node.offload(lambda: warm_up(outer)), "compiler")
+        self.keeper.background.start(self._node.offload(lambda: warm_up(outer)), "compiler")
         slot, is_over = -1, False
         try:
             while not self.stop.is_set() and not (is_over := await self._is_run_over()):
                 slot = next_slot(slot, self._node.slot)
                 self.training.find_place(self._peers_on(self.training.path))
-                self.keeper.start(self._make_plan(slot), "path choice")
+                self.keeper.background.start(self._make_plan(slot), "path choice")
                 await self.training.train_slot(slot)
                 await self._maybe_move()
                 if not self.stop.is_set() and not self.training.is_finished:
@@ -179,7 +179,9 @@ class Volunteer:
             manifest=footing.manifest.version,
             shard_sequences=len(footing.shard.train),
         )
-        self.keeper.start(self._source.take_over(work, self._snapshot.training), "handover")
+        self.keeper.background.start(
+            self._source.take_over(work, self._snapshot.training), "handover"
+        )
 
     def _peers_on(self, path: PathID) -> list[str]:
         """Who trains `path` by the plan."""

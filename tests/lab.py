@@ -314,7 +314,7 @@ class Lab:
         keeper = self.peers["bootstrap"].keeper
         corpus = LabCorpus(keeper.node.store)
         operator = Operator(keeper, corpus, identity=identity(1), directory=self.directory)
-        keeper.start(operator.run(), "operator")
+        keeper.background.start(operator.run(), "operator")
         return corpus
 
     async def leave(self, name: str) -> None:
@@ -336,13 +336,15 @@ class Lab:
             await asyncio.gather(peer.task, return_exceptions=True)
         member, blobs = peer.keeper.member, peer.keeper.node.blobs
         tasks = [
-            *(*peer.keeper._tasks, *member.courier._tasks, *member.contributions._pulls.values()),
+            *peer.keeper.background._tasks,
+            *member.courier._tasks,
+            *member.contributions._pulls.values(),
             *(fetch.task for fetch in blobs._running.values()),
         ]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        peer.keeper._is_running = False
+        peer.keeper.background.is_open = False
         peer.keeper.node.events.close()
         self._forget(name)
 

@@ -498,7 +498,7 @@ def test_many_messages_about_another_version_are_one_catch_up(tmp_path: Path) ->
                 commitments=(),
                 wait_seconds=0.0,
             )
-            before = len(victim.keeper._tasks)
+            before = len(victim.keeper.background._tasks)
             asked = [
                 stranger.courier.ask(
                     victim.peer_id, Kind.HAVE, request.to_bytes(), timeout_seconds=10.0
@@ -507,6 +507,6 @@ def test_many_messages_about_another_version_are_one_catch_up(tmp_path: Path) ->
             ]
             replies = await asyncio.gather(*asked, return_exceptions=True)
             assert any(isinstance(reply, bytes) for reply in replies)
-            assert len(victim.keeper._tasks) <= before + 2
+            assert len(victim.keeper.background._tasks) <= before + 2
 
     run_virtual(scenario())

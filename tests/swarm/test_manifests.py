@@ -80,7 +80,7 @@ async def grow_a_swarm(directory: Path, start: Start) -> None:
         corpus = PreparedCorpus(start, directory, bootstrap.store)
         key = Identity.load_or_create(directory / "identity")
         operator = Operator(keepers[0], corpus, identity=key, directory=directory)
-        keepers[0].start(operator.run(), "operator")
+        keepers[0].background.start(operator.run(), "operator")
         volunteers = [Volunteer(keeper, make_trainer) for keeper in keepers[1:]]
         trainings = [asyncio.create_task(volunteer.run()) for volunteer in volunteers]
         request_growth(directory, (2, 1))
