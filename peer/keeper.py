@@ -24,11 +24,11 @@ from peer.committer import Committer
 from peer.discovery import Discovery
 from peer.heads import Heads
 from peer.hello import serve_hello
+from peer.housekeeping import Housekeeping
 from peer.limits import affordable, duty_module_bytes
 from peer.manifest import BlobRef, Manifest
 from peer.member import Member
 from peer.messages import Certificate
-from peer.modules import STATES_KEPT
 from peer.node import Node
 from peer.presence import Presence
 from peer.providers import Providers
@@ -37,7 +37,6 @@ from peer.survey import Survey
 
 DUTY_SECONDS_MAX = 30.0  # between two looks at who keeps what, when slots are long
 RETIRE_SLOTS = 2  # for which a module is still held that no longer falls to this peer
-UNREFERENCED_SECONDS = 600.0  # at least, before a blob that nothing refers to is deleted
 
 
 class Keeper:
@@ -60,8 +59,6 @@ class Keeper:
         self._keep_all = keep_all
         self._duty_bytes = duty_bytes  # on disk, for what is kept for others; None: no limit
         self._declined: list[str] = []
-        node.store.on_full = self._make_room
-        self._unreferenced_seconds = max(UNREFERENCED_SECONDS, 3 * round_seconds)
         self._own: frozenset[ModuleID] = frozenset()
         self._own_shard: PathID | None = None
         self._retiring: dict[ModuleID, int] = {}  # the slot since when a held module is not wanted
@@ -82,6 +79,10 @@ class Keeper:
         self.committer = Committer(node, self.member, self.heads)
         self.rounds = Rounds(node, self.member, self.heads, self.committer)
         self.catch_up = CatchUp(node, self.member, self.heads, providers)
+        self._housekeeping = Housekeeping(node, self.member, self.presence)
+        node.store.on_full = lambda excess_bytes: self._housekeeping.make_room(
+            excess_bytes, own_shard=self._own_shard
+        )
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -126,7 +127,7 @@ class Keeper:
         up as any duty is.
         """
         node = self.node
-        newest = await node.offload(self._resumable)
+        newest = await node.offload(node.log.resumable)
         seated = [
             module
             for module, certificates in newest.items()
@@ -137,15 +138,6 @@ class Keeper:
             await self.hold(seated)
         finally:
             self.background.start(self.hold(set(newest).difference(seated)), "modules on disk")
-
-    def _resumable(self) -> dict[ModuleID, list[Certificate]]:
-        """The last certificates of every module that the disk has a state of."""
-        node = self.node
-        return {
-            module: certificates
-            for module, certificates in node.log.newest_on_disk().items()
-            if any(certificate.result in node.store for certificate in certificates)
-        }
 
     def own(self, modules: Iterable[ModuleID], shard: PathID) -> None:
         """Modules and shard that this peer trains on: never dropped while it does."""
@@ -253,7 +245,7 @@ class Keeper:
             for ref in self._wanted(manifest, snapshot):
                 await self.providers.obtain(ref)
         await self.providers.announce([node.run])
-        await node.offload(self._sweep)
+        await node.offload(self._housekeeping.sweep)
 
     def _affordable(self, duties: set[ModuleID]) -> set[ModuleID]:
         """The duties that the disk limit has room for, held ones first; own modules are none."""
@@ -362,38 +354,3 @@ class Keeper:
             return True
         own_bytes = store.limit_bytes - self._duty_bytes
         return store.used_bytes + ref.num_bytes + own_bytes // 2 <= store.limit_bytes
-
-    def _make_room(self, excess_bytes: int) -> None:
-        """The store is at its limit: delete what nothing refers to, then what is for others only.
-
-        What a round under way may need is young, and stays.
-        """
-        node = self.node
-        self._sweep(2 * node.history.first.run_config.rounds.round_seconds)
-        own = self._own_shard
-        for manifest in node.history.since(node.slot):
-            for path in manifest.topology.paths:
-                if path != own and excess_bytes > 0 and own is not None:
-                    ref = manifest.shard(path).blob
-                    excess_bytes -= ref.num_bytes if ref.digest in node.store else 0
-                    node.store.remove(ref.digest)
-
-    def _sweep(self, min_seconds: float | None = None) -> None:
-        """Delete blobs that nothing refers to: votes that came to nothing, old contributions."""
-        min_seconds = self._unreferenced_seconds if min_seconds is None else min_seconds
-        node = self.node
-        kept = {manifest.digest for manifest in node.history.versions}
-        for manifest in node.history.since(node.slot):
-            kept.update(ref.digest for ref in (*manifest.data, *manifest.origins))
-        kept.update(scores.blob for scores in self.presence.scores.values())
-        kept |= self.member.bound_blobs()
-        for held in list(node.log.held.values()):
-            kept.add(held.state)
-            kept.update(certificate.result for certificate in held.chain[-STATES_KEPT:])
-        for certificates in self._resumable().values():  # not all are held again yet
-            kept.update(certificate.result for certificate in certificates)
-            kept.update(c.blob for c in certificates[-1].proposal.contributions)
-        for digest in node.store.digests():
-            if digest not in kept and node.store.age_seconds(digest) > min_seconds:
-                node.store.remove(digest)
-        node.store.remove_leftovers(min_seconds)

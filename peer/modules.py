@@ -146,8 +146,8 @@ class ModuleLog:
         except (DipacoError, Unreachable, LocalFault, OSError):  # a full disk, for one
             return
 
-    def newest_on_disk(self) -> dict[ModuleID, list[Certificate]]:
-        """The last certificates of every module that was held here, oldest first.
+    def resumable(self) -> dict[ModuleID, list[Certificate]]:
+        """The last certificates, oldest first, of every module that the disk has a state of.
 
         As many as there are states kept of each; without damaged ones, which `open` sees to.
         Changes nothing.
@@ -160,7 +160,7 @@ class ModuleLog:
                     certificates.append(Certificate.from_bytes(file.read_bytes(), sender="disk"))
                 except (OSError, BadMessage):
                     continue
-            if certificates:
+            if any(certificate.result in self._store for certificate in certificates):
                 newest[module] = certificates
         return newest
 
