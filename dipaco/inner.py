@@ -19,6 +19,7 @@ from dipaco.checkpoint import write_atomically
 from dipaco.config import RunConfig
 from dipaco.device import autocast
 from dipaco.evaluate import IGNORED, NOTHING, Evaluation, evaluate, token_nll
+from dipaco.footprint import LOGITS_AT_ONCE
 from dipaco.model import PathNet, add_to_module, read_module, write_module
 from dipaco.moments import Moments
 from dipaco.optimizer import (
@@ -34,8 +35,6 @@ from dipaco.tensors import encode_quickly
 from dipaco.topology import ModuleID, PathID, Topology
 
 _SCORE_ROWS = 256  # moved to the device at a time
-# Logits of training held at a time: few enough for the cache of a CPU core, enough to fill a GPU.
-_LOGITS_AT_ONCE = {"cpu": 2**19, "cuda": 2**27}
 
 
 class PathTrainer:
@@ -283,7 +282,7 @@ class PathTrainer:
         Logits are by far the largest tensor of a step, so they are turned into their gradients in
         place, some rows at a time.
         """
-        num_rows = -(-_LOGITS_AT_ONCE[self.device.type] // self.config.model.vocab_size)
+        num_rows = -(-LOGITS_AT_ONCE[self.device.type] // self.config.model.vocab_size)
         is_counted_N = targets_N != IGNORED
         shares_N = is_counted_N / is_counted_N.sum().clamp(min=1)
         loss = torch.zeros((), device=self.device)

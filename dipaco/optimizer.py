@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,11 +17,6 @@ from dipaco.tensors import decode_tensors, layout_of, split_tensors
 OptimizerName = Literal["adamw", "adamw8bit"]
 
 _IDENTITY = "identity"
-# Parameters, gradients, and working space of activations besides the optimizer, in bytes per
-# parameter: 4 + 4, and as much again.
-_TRAINING_BYTES_PER_PARAMETER = 16
-_ADAMW_BYTES_PER_PARAMETER = 8
-_ADAMW8BIT_BYTES_PER_PARAMETER = 2
 
 
 def learning_rate(
@@ -39,33 +33,6 @@ def learning_rate(
     cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
     final = config.final_learning_rate_fraction
     return config.learning_rate * warmup * (final + (1.0 - final) * cosine)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OptimizerChoice:
-    """Which optimizer to use, and why, in words for a person."""
-
-    name: OptimizerName
-    reason: str
-
-
-def choose_optimizer(num_parameters: int, free_memory_bytes: int | None) -> OptimizerChoice:
-    """AdamW, or its 8-bit form where the memory of a GPU is short.
-
-    `free_memory_bytes` is None on a CPU.
-    """
-    if free_memory_bytes is None:
-        return OptimizerChoice(name="adamw", reason="the CPU trains with 32-bit AdamW")
-    needed = num_parameters * (_TRAINING_BYTES_PER_PARAMETER + _ADAMW_BYTES_PER_PARAMETER)
-    sizes = f"{needed / 2**30:.1f} GiB needed, {free_memory_bytes / 2**30:.1f} GiB free"
-    if needed <= free_memory_bytes:
-        return OptimizerChoice(name="adamw", reason=f"32-bit AdamW fits the GPU: {sizes}")
-    return OptimizerChoice(name="adamw8bit", reason=f"GPU memory is short for AdamW: {sizes}")
-
-
-def least_training_bytes(num_parameters: int) -> int:
-    """Memory without which a path of that many parameters is not trained, in bytes, about."""
-    return num_parameters * (_TRAINING_BYTES_PER_PARAMETER + _ADAMW8BIT_BYTES_PER_PARAMETER)
 
 
 def new_optimizer(

@@ -6,8 +6,9 @@ import torch
 
 from dipaco.config import RunConfig
 from dipaco.device import find_device, free_memory_bytes, require_compiler
+from dipaco.footprint import choose_optimizer
 from dipaco.inner import PathTrainer
-from dipaco.optimizer import OptimizerName, choose_optimizer
+from dipaco.optimizer import OptimizerName
 from dipaco.shards import Shard
 from dipaco.topology import PathID, Topology
 from peer.config import PeerConfig
@@ -38,7 +39,7 @@ def choose_device(config: PeerConfig, run: RunConfig, topology: Topology) -> Dev
     if config.compiled:
         require_compiler(device)
     parameters = path_parameters(run, topology)
-    choice = choose_optimizer(parameters, free_memory_bytes(device))
+    choice = choose_optimizer(run, parameters, free_memory_bytes(device))
     optimizer: OptimizerName = choice.name if config.optimizer == "auto" else config.optimizer
     reason = choice.reason if config.optimizer == "auto" else "as asked for"
     machine = (

@@ -12,8 +12,8 @@ from typing import TypeVar
 from dht.errors import LocalFault
 from dipaco.checkpoint import state_bytes
 from dipaco.config import RunConfig
+from dipaco.footprint import least_training_bytes
 from dipaco.model import num_parameters
-from dipaco.optimizer import least_training_bytes
 from dipaco.topology import Topology
 from peer.config import PeerConfig
 from peer.events import MAX_LOG_BYTES
@@ -63,7 +63,8 @@ def divide(config: PeerConfig, manifest: Manifest, *, trains_on_cpu: bool) -> Li
     if config.memory_limit_bytes is not None:
         needed = PROCESS_BYTES + parameters * ROUND_BYTES_PER_PARAMETER + state_bytes(parameters)
         training_bytes = config.memory_limit_bytes - needed
-        needed += least_training_bytes(parameters) if trains_on_cpu else 0
+        if trains_on_cpu:
+            needed += least_training_bytes(manifest.run_config, parameters)
         if config.memory_limit_bytes < needed:
             raise LocalFault(
                 f"a path of this run needs {gigabytes(needed)} of memory, "

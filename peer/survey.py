@@ -6,7 +6,7 @@ from statistics import median_low
 
 from dht.keys import announcement_key, head_key
 from dht.records import Announcement, Head
-from dipaco.optimizer import least_training_bytes
+from dipaco.footprint import least_training_bytes
 from dipaco.topology import ModuleID, PathID
 from peer.address_book import Addresses
 from peer.assignment import Snapshot, with_slot_under_way
@@ -104,8 +104,8 @@ class Survey:
 
     def _need_bytes(self, manifest: Manifest) -> dict[PathID, int]:
         """Memory for training, by path; shards are mapped, and need none of their own."""
-        log, topology = self._node.log, manifest.topology
-        return {
-            path: least_training_bytes(sum(map(log.num_parameters, topology.modules_of(path))))
-            for path in topology.paths
+        config, topology, log = manifest.run_config, manifest.topology, self._node.log
+        sizes = {
+            path: sum(map(log.num_parameters, topology.modules_of(path))) for path in topology.paths
         }
+        return {path: least_training_bytes(config, size) for path, size in sizes.items()}
