@@ -13,6 +13,7 @@ a complete round at a time, so that an interrupted training loses at most the ro
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -93,7 +94,7 @@ def train(  # noqa: PLR0913 - what to train, then what to do meanwhile
         with next_round(directory, start.config) as files:
             sharding = training.sharding(round_, states)
             contributions: dict[ModuleID, list[Contribution]] = {m: [] for m in states}
-            losses: dict[PathID, float] = {}
+            losses: dict[PathID, list[float]] = {}
 
             # Each path trains on its own shard, from the modules as they are now, and contributes
             # to each of its modules how far that moved. No module moves until all have trained.
@@ -101,7 +102,7 @@ def train(  # noqa: PLR0913 - what to train, then what to do meanwhile
             trained = training.contributions(paths, round_, sharding, states, files)
             for module, contribution, loss in trained:
                 contributions[module].append(contribution)
-                losses[contribution.path] = loss
+                losses.setdefault(contribution.path, []).append(loss)
 
             # Each module takes one outer step, with the contributions in the order of the paths.
             norm_ratios = {}
@@ -124,7 +125,10 @@ def train(  # noqa: PLR0913 - what to train, then what to do meanwhile
             for path in paths:
                 evaluations[path] = training.evaluate(path, sharding, states, files)
             report = RoundReport(
-                round=round_ + 1, losses=losses, evaluations=evaluations, norm_ratios=norm_ratios
+                round=round_ + 1,
+                losses={path: fmean(of_replicas) for path, of_replicas in losses.items()},
+                evaluations=evaluations,
+                norm_ratios=norm_ratios,
             )
             reports.append(report)
             files.write_reports(reports)

@@ -183,8 +183,15 @@ class Attempt:
         asking = self.member.courier.ask_all(HaveReply, others, Kind.HAVE, window)
         if node.peer_id not in peers:
             return await self._credible(await asking)
-        mine, replies = await asyncio.gather(self.member.have(request, sender=node.peer_id), asking)
+        mine, replies = await asyncio.gather(self._own_have(request), asking)
         return {**await self._credible(replies), node.peer_id: mine}
+
+    async def _own_have(self, request: HaveRequest) -> HaveReply:
+        """Whoever is so late that its slot is over refuses itself, too, as others do."""
+        try:
+            return await self.member.have(request, sender=self.node.peer_id)
+        except BadMessage:
+            return HaveReply(promised=False, held=(), commitments=())
 
     async def _credible(self, replies: Mapping[str, HaveReply]) -> dict[str, HaveReply]:
         """Without those of another history, and those that say what cannot be so."""

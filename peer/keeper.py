@@ -99,8 +99,8 @@ class Keeper:
         self.background.start(self._do_duties(), "duties")
         self.background.start(self._watch_manifests(), "manifests")
         self.background.start(self._renew(), "presence")
-        await guarded(self._take_up(), "modules on disk", self.node.events)
         try:
+            await guarded(self._take_up(), "modules on disk", self.node.events)
             yield
         finally:
             await self.background.close()

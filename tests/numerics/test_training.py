@@ -4,16 +4,19 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from dipaco.batches import Batches
 from dipaco.config import InnerConfig, RoutingConfig, RunConfig, TopologyConfig
 from dipaco.dense import dense_trainer
 from dipaco.errors import BadBytes, ConfigError
 from dipaco.evaluate import Evaluation, total
+from dipaco.inner import PathTrainer
 from dipaco.model import PathNet
 from dipaco.preparation import prepare_start
 from dipaco.reference import Options, paths_of_round, train
@@ -146,6 +149,26 @@ def test_replicas_of_one_path_are_diloco(tiny: RunConfig, tmp_path: Path) -> Non
         ratios.append(max(latest.reports()[-1].norm_ratios.values()))
     assert ratios[0] == pytest.approx(1.0)
     assert ratios[1] < 0.99
+
+
+def test_the_loss_of_a_path_is_the_mean_of_its_replicas(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[PathID, list[float]] = {}
+    end_step = PathTrainer.end_step
+
+    def spy(trainer: PathTrainer) -> Tensor:
+        loss = end_step(trainer)
+        seen.setdefault(trainer.path, []).append(loss.item())
+        return loss
+
+    monkeypatch.setattr(PathTrainer, "end_step", spy)
+    train(start, tmp_path, num_rounds=1, options=Options(replicas=2))
+    latest = latest_round(tmp_path, start.config)
+    assert latest is not None
+    for path, loss in latest.reports()[-1].losses.items():
+        assert len(seen[path]) == 2 * start.config.rounds.inner_steps
+        assert loss == pytest.approx(fmean(seen[path]))
 
 
 def test_a_training_goes_on_with_its_own_options_only(start: Start, tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ import pytest
 
 from dipaco.config import TopologyConfig
 from dipaco.topology import ModuleID
+from peer.attempt import Attempt
 from peer.certificate import SLOTS_BEFORE_REBUILD
+from peer.messages import Ballot
 from tests.lab import lab, little_config
 from tests.virtual_clock import run_virtual
 
@@ -53,5 +55,41 @@ def test_a_small_group_goes_on_when_one_of_it_dies(tmp_path: Path, num_peers: in
             pause = SLOTS_BEFORE_REBUILD if num_peers == 2 else 0
             assert [e["slot"] for e in after] == [slot + 1 + pause, slot + 2 + pause]
             assert seats() == group - ({peers[-1].peer_id} if num_peers > 1 else set())
+
+    run_virtual(scenario())
+
+
+def test_a_leader_that_comes_after_its_slot_is_refused_by_all(tmp_path: Path) -> None:
+    """As a starved process does; by itself too, which once ended its round with an error."""
+
+    async def scenario() -> None:
+        config = replace(
+            little_config(num_rounds=100, blocking=False), topology=TopologyConfig(levels=(1,))
+        )
+        async with lab(tmp_path, config) as place:
+            await place.bootstrap()
+            first, other = [await place.join(f"peer{n}", step_seconds=3.0) for n in range(2)]
+            keeper, node = first.keeper, first.keeper.node
+            await place.until(lambda: len(first.seen("version")) > 1, within=120, what="versions")
+            await place.leave("bootstrap")
+            await place.kill(other.name)  # so that no other leader comes before
+            slot = node.slot
+            await place.until(lambda: node.slot == slot + 2, within=3 * ROUND, what="a later slot")
+            held = node.log.held[MODULE]
+            assert held.certificate is not None
+            assert keeper.member.contributions.known(MODULE, slot)
+            late = Attempt(
+                node=node,
+                member=keeper.member,
+                heads=keeper.heads,
+                held=held,
+                ballot=Ballot(slot=slot, attempt=9, leader=node.peer_id),
+                roster=held.certificate.proposal.next_roster,
+                rebuilt=False,
+                seconds=1.0,
+            )
+            await late.run()
+            failed = [e for e in first.seen("attempt failed") if e["attempt"] == 9]
+            assert [entry["why"].split(" of ")[0] for entry in failed] == ["0"]
 
     run_virtual(scenario())
