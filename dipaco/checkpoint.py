@@ -5,7 +5,7 @@ and outer momentum, float32, each one flat vector in the canonical order of `mod
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from dipaco.tensors import (
     encode_header,
     encode_tensors,
     encoded_bytes,
+    encoded_pieces,
     is_finite,
     split_tensors,
 )
@@ -55,7 +56,12 @@ class ModuleState:
 
 def encode_state(state: ModuleState) -> bytes:
     """The state as safetensors: the same state gives the same bytes on every machine."""
-    return encode_tensors({"parameters": state.parameters, "momentum": state.momentum})
+    return encode_tensors(tensors_of(state))
+
+
+def tensors_of(state: ModuleState) -> dict[str, Tensor]:
+    """The tensors of an encoded state, by their names in it."""
+    return {"parameters": state.parameters, "momentum": state.momentum}
 
 
 def blank_state(num_parameters: int) -> tuple[memoryview, ModuleState]:
@@ -126,6 +132,13 @@ def write_atomically(file: Path, data: bytes | memoryview) -> None:
     """Write a file so that a crash at any instant leaves the old one or the new one, whole."""
     with replacing(file) as stream:
         stream.write(data)
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """`write_atomically` of tensors of the CPU as safetensors, without a copy of them in memory."""
+    with replacing(file) as stream:
+        for piece in encoded_pieces(tensors):
+            stream.write(piece)
 
 
 def _layout(num_parameters: int) -> Layout:

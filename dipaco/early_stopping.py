@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dipaco.checkpoint import write_atomically
+from dipaco.checkpoint import write_tensors
 from dipaco.digest import blob_digest
 from dipaco.evaluate import Evaluation
 from dipaco.shards import Rows
-from dipaco.tensors import encode_tensors, layout_of, split_tensors
+from dipaco.tensors import layout_of, split_tensors
 from dipaco.topology import ModuleID
 
 _ROUND, _PERPLEXITY, _ROWS = "round", "perplexity", "rows"
@@ -61,7 +61,7 @@ def keep_if_best(
         _ROWS: torch.frombuffer(bytearray(digest.encode()), dtype=torch.uint8),
     }
     vectors = {str(module): vector for module, vector in parameters.items()}
-    write_atomically(file, encode_tensors(facts | vectors))
+    write_tensors(file, facts | vectors)
     return True
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dipaco.batches import Batches, step_inputs
-from dipaco.checkpoint import write_atomically
+from dipaco.checkpoint import write_tensors
 from dipaco.config import RunConfig
 from dipaco.device import autocast
 from dipaco.evaluate import IGNORED, NOTHING, Evaluation, evaluate, token_nll
@@ -31,7 +31,6 @@ from dipaco.optimizer import (
 )
 from dipaco.recorded import RecordedStep
 from dipaco.shards import Rows, Shard
-from dipaco.tensors import encode_quickly
 from dipaco.topology import ModuleID, PathID, Topology
 
 _SCORE_ROWS = 256  # moved to the device at a time
@@ -204,7 +203,7 @@ class PathTrainer:
         tensors = optimizer_tensors(
             self._optimizer, self._parameters, identity=self._identity, num_steps=self.num_steps
         )
-        write_atomically(file, encode_quickly(tensors))
+        write_tensors(file, tensors)
 
     def load_optimizer(self, file: Path) -> bool:
         """Continue where `save_optimizer` left off; False, and no change, if that cannot be.

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dipaco.checkpoint import ModuleState, encode_state, write_atomically
+from dipaco.checkpoint import ModuleState, tensors_of, write_atomically, write_tensors
 from dipaco.config import RunConfig
 from dipaco.corpus import load_documents, split_of
 from dipaco.dense import single_path
@@ -31,7 +31,7 @@ from dipaco.sequences import write_sequences
 from dipaco.sharding import shard_corpus
 from dipaco.shards import Rows, Shard, evenly_spread
 from dipaco.start import RUN_FILE, START_FILE, TOKENIZER_FILE, Start
-from dipaco.tensors import decode_tensors, encode_tensors, layout_of
+from dipaco.tensors import decode_tensors, layout_of
 from dipaco.tiny_lm import train_tiny_lm_router
 from dipaco.tokenizer import train_tokenizer
 from dipaco.topology import ModuleID, Topology
@@ -199,7 +199,7 @@ class _Preparation:
         net = self._train_dense_start()
         file = self._directory / DENSE_FILE
         tensors = {name: value.detach().cpu() for name, value in net.named_parameters()}
-        write_atomically(file, encode_tensors(tensors))
+        write_tensors(file, tensors)
         return [file]
 
     def _train_dense_start(self) -> PathNet:
@@ -232,7 +232,7 @@ class _Preparation:
         for level in self._topology.levels:
             vector = read_module(net, self._topology, ModuleID(level.index, 0))
             files.append(self._start.state_file(level.index))
-            write_atomically(files[-1], encode_state(ModuleState.initial(vector)))
+            write_tensors(files[-1], tensors_of(ModuleState.initial(vector)))
         return files
 
     def _router(self) -> list[Path]:

@@ -20,12 +20,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dipaco.checkpoint import ModuleState, decode_state, encode_state, write_atomically
+from dipaco.checkpoint import (
+    ModuleState,
+    decode_state,
+    tensors_of,
+    write_atomically,
+    write_tensors,
+)
 from dipaco.config import RunConfig
 from dipaco.errors import BadBytes
 from dipaco.evaluate import Evaluation
 from dipaco.model import num_parameters
-from dipaco.tensors import decode_tensors, encode_tensors
+from dipaco.tensors import decode_tensors
 from dipaco.topology import ModuleID, PathID, Topology
 
 Evaluations = dict[PathID, Evaluation]
@@ -69,7 +75,7 @@ class RoundFiles:
 
     def write_state(self, module: ModuleID, state: ModuleState) -> None:
         """Keep a module."""
-        write_atomically(self._module_file(module), encode_state(state))
+        write_tensors(self._module_file(module), tensors_of(state))
 
     def optimizer_file(self, path: PathID, replica: int) -> Path:
         """The optimizer's state of one replica of a path; it may not be there."""
@@ -101,7 +107,7 @@ class RoundFiles:
         """Keep the residuals of a replica; nothing is written if there are none."""
         if residuals:
             tensors = {str(module): residual for module, residual in residuals.items()}
-            write_atomically(self._residual_file(path, replica), encode_tensors(tensors))
+            write_tensors(self._residual_file(path, replica), tensors)
 
     def early_stopped_file(self, path: PathID) -> Path:
         """A path as it did best so far (`dipaco.early_stopping`); it may not be there."""

@@ -18,14 +18,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dipaco.checkpoint import ModuleState, write_atomically
+from dipaco.checkpoint import ModuleState, write_tensors
 from dipaco.config import RunConfig
 from dipaco.early_stopping import keep_if_best
 from dipaco.evaluate import Evaluation
 from dipaco.inner import PathTrainer
 from dipaco.moments import Moments
 from dipaco.shards import Rows
-from dipaco.tensors import decode_tensors, encode_tensors, is_finite, layout_of, new_vector
+from dipaco.tensors import decode_tensors, is_finite, layout_of, new_vector
 from dipaco.topology import ModuleID
 from peer.draft import Base, Draft
 from peer.path_files import (
@@ -290,7 +290,7 @@ class PathWork:
         self.trainer.save_optimizer(self._file(OPTIMIZER_SUFFIX))
         tensors = {str(module): residual for module, residual in self._left_behind().items()}
         if tensors:
-            write_atomically(self._file(RESIDUAL_SUFFIX), encode_tensors(tensors))
+            write_tensors(self._file(RESIDUAL_SUFFIX), tensors)
         else:
             self._file(RESIDUAL_SUFFIX).unlink(missing_ok=True)
         drop_oldest(self._directory, max_paths=PATHS_KEPT)
