@@ -98,7 +98,7 @@ def test_training_is_deterministic_and_learns(tiny: RunConfig) -> None:
 
 
 def test_a_step_is_that_of_a_plain_loop(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(inner._LOGITS_AT_ONCE, "cpu", 384 * 50)  # in several parts
+    monkeypatch.setitem(inner.LOGITS_AT_ONCE, "cpu", 384 * 50)  # in several parts
     shard = a_shard(tiny)
     shard.train[:, -9:] = tiny.model.pad_token
     trainer = a_trainer(tiny, shard)
