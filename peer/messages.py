@@ -174,7 +174,10 @@ class Proposal(Hashed):
     @property
     def contributors(self) -> list[str]:
         """Everyone who trained what is counted, those of merged contributions too."""
-        return [part.peer for commitment in self.contributions for part in commitment.parts]
+        found: list[str] = []
+        for commitment in self.contributions:
+            found += [part.peer for part in commitment.merged] or [commitment.peer]
+        return found
 
     @property
     def tokens(self) -> int:

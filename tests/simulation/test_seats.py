@@ -50,7 +50,7 @@ def test_a_duty_is_given_up_after_slots_however_long_they_are(tmp_path: Path) ->
     """Newcomers take the duties of all who had them, in slots longer than the looks at who is
     there: the old members vote until the new ones have their seats, so that no version is missed.
     """
-    round_seconds = 240.0
+    round_seconds = 120.0
 
     async def scenario() -> None:
         config = little_config(
