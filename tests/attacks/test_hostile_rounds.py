@@ -486,7 +486,7 @@ def test_liars_about_versions_do_not_keep_a_newcomer_at_the_start(tmp_path: Path
 
 def test_many_messages_about_another_version_are_one_catch_up(tmp_path: Path) -> None:
     async def scenario() -> None:
-        async with swarm(tmp_path) as place:
+        async with swarm(tmp_path, levels=(1,)) as place:
             stranger = Stranger(place)
             victim: LabPeer = place.peers["peer0"]
             request = HaveRequest(

@@ -19,7 +19,7 @@ from dipaco.config import RunConfig
 
 BIN = Path(sys.executable).parent
 LOOPBACK = ["--host-maddr", "/ip4/127.0.0.1/tcp/0"]
-START_IN_SECONDS = 25  # for five processes to start on two busy cores
+START_IN_SECONDS = 15  # most of what four processes need to start on two cores; late ones join late
 
 
 @dataclass

@@ -32,13 +32,13 @@ START_IN_SECONDS = 10.0
 
 
 @pytest.mark.swarm
-@pytest.mark.parametrize("wire_format", ["float32", "int4"])
-def test_the_swarm_reproduces_the_oracle(tmp_path: Path, wire_format: str) -> None:
+def test_the_swarm_reproduces_the_oracle(tmp_path: Path) -> None:
+    """In float32; in the default format it does in tests/simulation."""
     torch.set_num_threads(1)
     config = RunConfig.from_toml(TINY.read_text())
     config = replace(
         config,
-        outer=replace(config.outer, wire_format=wire_format),
+        outer=replace(config.outer, wire_format="float32"),
         rounds=replace(
             config.rounds, num_rounds=NUM_ROUNDS, round_seconds=6.0, inner_steps=4, blocking=True
         ),
