@@ -22,7 +22,7 @@ demo: $(READY) ## Train a DiPaCo in a swarm on this machine: a kill, a late join
 
 # Real networks and processes keep to the clock, so they do not share the cores with other tests.
 test: $(READY) ## Run all tests.
-	$(BIN)/python -m pytest -m "not swarm" --numprocesses 2 --dist worksteal
+	$(BIN)/python -m pytest -m "not swarm" --numprocesses 2
 	$(BIN)/python -m pytest -m swarm
 
 faults: $(READY) ## Kill and stop real peers at every stage of a round; a quarter of an hour.
