@@ -140,7 +140,9 @@ class PathTrainer:
         if self._recorded is not None:
             self._recorded.begin(self._step, (*inputs, torch.tensor(lr)))
         else:
-            tokens_BT, positions_N, targets_N = (value.to(self.device) for value in inputs)
+            tokens_BT, positions_N, targets_N = (
+                value.to(self.device, non_blocking=True) for value in inputs
+            )
             self._loss = self._step(tokens_BT, positions_N, targets_N, lr)
         self.num_steps += 1
         self.next_batch_number += self._stride

@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     default=1,
     show_default=True,
     metavar="N",
-    help="Train N paths at once; with small paths that is what fills a GPU.",
+    help="Train N paths at once, which is what fills a GPU with small ones; a CPU takes turns.",
 )
 @click.option(
     "--early-stopping",

@@ -47,7 +47,7 @@ def check_proposal(proposal: Proposal, *, sender: str) -> None:
     ordered = sorted(proposal.contributions, key=contribution_order)
     require(list(proposal.contributions) == ordered, "contributions out of order")
     for roster in (proposal.roster, proposal.next_roster):
-        names = [member.peer for member in roster]
+        names = [seat.peer for seat in roster]
         require(names == sorted(set(names)), "a roster is not sorted or names a peer twice")
     first = proposal.contributions[0]
     for commitment in proposal.contributions:

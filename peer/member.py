@@ -169,7 +169,7 @@ class Member:
             return ProposeReply(reason="not by the manifest that this member knows to be in force")
         if not await self._roster_is_right(proposal, held, ballot.slot):
             return ProposeReply(reason="not the roster this member knows")
-        if node.peer_id not in {member.peer for member in proposal.roster}:
+        if node.peer_id not in {seat.peer for seat in proposal.roster}:
             return ProposeReply(reason="not a member")
         result = await self._reducer.reduce(module, proposal, sources=[sender])
         if result is None:

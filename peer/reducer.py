@@ -67,7 +67,7 @@ class Reducer:
             known, result = self._results.get(module, ("", None))
             if known == proposal.digest:
                 return result
-            seats = [member.peer for member in proposal.roster]
+            seats = [seat.peer for seat in proposal.roster]
             slot_seconds = self._node.history.first.run_config.rounds.round_seconds
             if not await self._contributions.obtain(
                 proposal.contributions,

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from dipaco import inner
-from dipaco.batches import Batches
+from dipaco.batches import Batches, step_inputs
 from dipaco.config import RunConfig
 from dipaco.device import require_compiler
 from dipaco.errors import ConfigError
@@ -176,6 +176,25 @@ def test_eight_bit_optimizer_trains_and_is_chosen_only_when_memory_is_short(
     assert losses[-1] < losses[0]
     trainer.save_optimizer(tmp_path / "optimizer")
     assert trainer.load_optimizer(tmp_path / "optimizer")
+
+
+def test_positions_that_only_fill_up_weigh_nothing(tiny: RunConfig) -> None:
+    """What a recorded step of a GPU trains on, in which every batch has one shape."""
+    tokens = torch.from_numpy(a_shard(tiny).train[:4].astype(np.int64))
+    tokens[0, -9:] = tiny.model.pad_token
+    prefix_tokens, pad = tiny.routing.prefix_tokens, tiny.model.pad_token
+    results = []
+    for fill_up in (False, True):
+        inputs = step_inputs(tokens, prefix_tokens=prefix_tokens, pad=pad, fill_up=fill_up)
+        trainer = a_trainer(tiny)
+        loss = trainer._step(*inputs, 0.01)
+        results.append((inputs, loss, [trainer.read_module(m) for m in trainer.modules]))
+    (short, loss, modules), (filled, filled_loss, filled_modules) = results
+    assert len(filled.targets_N) == len(short.targets_N) + 9
+    assert filled.positions_N.shape == filled.targets_N.shape
+    assert torch.isclose(loss, filled_loss)
+    for module, filled_module in zip(modules, filled_modules, strict=True):
+        assert torch.allclose(module, filled_module, atol=1e-6)
 
 
 def test_the_prefix_and_padding_never_count_in_evaluation(tiny: RunConfig) -> None:

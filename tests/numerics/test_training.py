@@ -212,12 +212,11 @@ def test_the_dense_model_goes_on_with_what_its_start_has_not_seen(start: Start) 
 def test_paths_side_by_side_end_where_they_end_one_after_another(
     start: Start, tmp_path: Path
 ) -> None:
-    """Three of four at once, then the fourth alone; only roundings differ."""
+    """Three of four at once, then the fourth alone: bit for bit, on a CPU."""
     alone = train(start, tmp_path / "alone", num_rounds=2)
     together = train(start, tmp_path / "three", num_rounds=2, options=Options(side_by_side=3))
-    for module, state in together.states.items():
-        assert torch.allclose(state.parameters, alone.states[module].parameters, atol=1e-4)
-    assert total(together.at_end).perplexity == pytest.approx(total(alone.at_end).perplexity, 1e-3)
+    assert together.digests == alone.digests
+    assert together.at_end == alone.at_end
 
 
 def harmful(start: Start) -> InnerConfig:
