@@ -15,7 +15,8 @@ from peer.messages import (
     sign,
 )
 from peer.node import Node
-from tests.lab import identity, lab, little_config
+from tests.lab import lab
+from tests.little_run import identity, little_config
 from tests.virtual_clock import run_virtual
 
 MODULE = ModuleID(0, 0)

@@ -35,7 +35,8 @@ from peer.messages import (
     ProposeRequest,
     Seat,
 )
-from tests.lab import identity, lab, little_config
+from tests.lab import lab
+from tests.little_run import identity, little_config
 from tests.virtual_clock import run_virtual
 
 TYPES: list[type[Message]] = [

@@ -20,7 +20,8 @@ from dipaco.tensors import encode_tensors
 from peer.blob_server import BlobServer
 from peer.manifest import Manifest
 from peer.store import BlobStore
-from tests.lab import Lab, LabPeer, identity, lab, little_config, make_run
+from tests.lab import Lab, LabPeer, lab
+from tests.little_run import identity, little_config, make_run
 from tests.peer.test_succession import next_manifest, with_levels
 from tests.virtual_clock import run_virtual
 

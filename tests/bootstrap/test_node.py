@@ -4,7 +4,7 @@ import pytest
 
 from bootstrap.node import advice_on
 from dht.addresses import outside
-from tests.lab import identity
+from tests.little_run import identity
 
 PEER = f"/p2p/{identity(1).peer_id}"
 HERE, AT_HOME, EVERYWHERE = (

@@ -35,7 +35,7 @@ from tests.faults.peer_process import (
     warm_up,
 )
 from tests.history_checker import Event, check
-from tests.lab import little_config, make_run
+from tests.little_run import little_config, make_run
 
 SLOT_SECONDS = 3.0
 START_IN_SECONDS = 6.0

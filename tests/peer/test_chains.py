@@ -12,7 +12,8 @@ from dipaco.topology import ModuleID
 from peer.chain_server import CHAIN_PROTOCOL
 from peer.chains import STALL_SECONDS, Chains
 from peer.messages import Certificate, ChainReply, ChainRequest
-from tests.lab import Lab, identity, lab, little_config
+from tests.lab import Lab, lab
+from tests.little_run import identity, little_config
 from tests.made_history import made_history
 from tests.virtual_clock import run_virtual
 

@@ -20,7 +20,7 @@ from peer.cli import main as peer
 from peer.config import PeerConfig
 from peer.devices import choose_device
 from peer.limits import check_free_disk
-from tests.lab import identity, little_config, make_run
+from tests.little_run import identity, little_config, make_run
 
 PEER_ID = identity(7).peer_id
 ADDRESS = f"/ip4/127.0.0.1/tcp/1/p2p/{PEER_ID}"

@@ -14,7 +14,7 @@ from peer.faults import Faults
 from peer.memory import MemoryNetwork
 from peer.messages import HelloRequest
 from peer.transport import RemoteError
-from tests.lab import identity
+from tests.little_run import identity
 from tests.virtual_clock import run_virtual
 
 ASKER, OTHER = identity(1).peer_id, identity(2).peer_id

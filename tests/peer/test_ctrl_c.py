@@ -10,7 +10,7 @@ import pytest
 from bootstrap.cli import main as bootstrap
 from dipaco.cli import main as dipaco
 from peer.cli import main as peer
-from tests.lab import identity
+from tests.little_run import identity
 
 # Some packages make another error of Ctrl-C. These do, and it is pressed while they load.
 PROGRAM = """

@@ -16,7 +16,7 @@ from peer.dial_back import (
 )
 from peer.memory import MemoryNetwork
 from peer.transport import RemoteError
-from tests.lab import identity
+from tests.little_run import identity
 from tests.peer.dialling import Dials, FakeSwarm
 
 if TYPE_CHECKING:

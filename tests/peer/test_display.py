@@ -9,7 +9,8 @@ import pytest
 from peer.display import Display
 from peer.member import Member
 from peer.messages import ProposeReply
-from tests.lab import lab, little_config
+from tests.lab import lab
+from tests.little_run import little_config
 from tests.virtual_clock import run_virtual
 
 ROUND = 20.0  # virtual seconds

@@ -6,7 +6,8 @@ import pytest
 
 from dipaco.topology import PathID
 from peer.housekeeping import UNREFERENCED_SECONDS
-from tests.lab import lab, little_config
+from tests.lab import lab
+from tests.little_run import little_config
 from tests.virtual_clock import run_virtual
 
 OWN = PathID((0, 1))

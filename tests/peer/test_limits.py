@@ -25,7 +25,8 @@ from peer.limits import affordable, disk_bytes, divide, path_parameters
 from peer.memory import MemoryNetwork
 from peer.modules import MAX_RECENT_BYTES
 from peer.store import BlobStore
-from tests.lab import LabPeer, identity, lab, little_config, make_run
+from tests.lab import LabPeer, lab
+from tests.little_run import identity, little_config, make_run
 from tests.names import peer_named
 from tests.virtual_clock import run_virtual
 

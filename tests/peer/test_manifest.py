@@ -6,7 +6,7 @@ from dht.errors import BadMessage, RunMismatch
 from dipaco.digest import blob_digest
 from peer.manifest import Manifest, check_protocol, parse_manifest
 from peer.messages import PROTOCOL_VERSION, sign
-from tests.lab import identity, little_config, make_run
+from tests.little_run import identity, little_config, make_run
 
 RUN = make_run(little_config(), operator=identity(1), start_time=100.0)
 

@@ -12,7 +12,7 @@ from peer.certificate import check_proposal, counted
 from peer.contributions import check_parts
 from peer.merging import countable, groups_to_merge
 from peer.messages import Commitment, Part
-from tests.lab import identity
+from tests.little_run import identity
 from tests.peer.test_certificate import PEERS, commitment, proposal
 
 MANY = [identity(100 + number) for number in range(64)]

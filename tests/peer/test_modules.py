@@ -13,7 +13,7 @@ from peer.history import History
 from peer.messages import Certificate
 from peer.modules import ModuleLog, counted_tokens
 from peer.store import BlobStore
-from tests.lab import identity, little_config, make_run
+from tests.little_run import identity, little_config, make_run
 from tests.peer.test_certificate import PEERS, certificate, commitment, proposal
 
 MODULE = ModuleID(1, 0)

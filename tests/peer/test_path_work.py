@@ -17,7 +17,7 @@ from dipaco.topology import ModuleID, PathID, Topology
 from peer.draft import Draft
 from peer.path_files import RESIDUAL_SUFFIX
 from peer.path_work import PathWork, Rebasing
-from tests.lab import little_config, make_shards
+from tests.little_run import little_config, make_shards
 
 PATH = PathID((0, 0))
 NO_LIMIT = 1000.0

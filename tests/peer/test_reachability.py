@@ -11,7 +11,7 @@ from dht.daemon import DaemonConfig
 from peer.dial_back import DIAL_BACK_PROTOCOL, DialBack, DialBackReply, DialBackRequest
 from peer.memory import MemoryNetwork
 from peer.reachability import Reachability, Standing, relays_of, verdict
-from tests.lab import identity
+from tests.little_run import identity
 from tests.peer.dialling import Dials, FakeSwarm
 from tests.virtual_clock import run_virtual
 

@@ -19,7 +19,7 @@ from peer.manifest import BlobRef, Manifest, Origin, parse_manifest
 from peer.messages import sign
 from peer.store import BlobStore
 from peer.succession import ManifestDraft, check_successor, grown, source_of, successor
-from tests.lab import identity, little_config, make_run, make_shards, shard_refs
+from tests.little_run import identity, little_config, make_run, make_shards, shard_refs
 
 CONFIG = little_config()
 OPERATOR = identity(1)

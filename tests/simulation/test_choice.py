@@ -11,7 +11,8 @@ from dipaco.config import TopologyConfig
 from dipaco.topology import ModuleID, PathID
 from peer.assignment import Snapshot
 from peer.keeper import RETIRE_SLOTS
-from tests.lab import Lab, LabPeer, certified_states, lab, little_config
+from tests.lab import Lab, LabPeer, certified_states, lab
+from tests.little_run import little_config
 from tests.virtual_clock import run_virtual
 
 ROUND = 20.0  # virtual seconds

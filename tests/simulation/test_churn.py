@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from tests.churn import Churn, soak
-from tests.lab import little_config
+from tests.little_run import little_config
 from tests.virtual_clock import run_virtual
 
 

@@ -9,7 +9,8 @@ from dipaco.config import TopologyConfig
 from dipaco.topology import ModuleID
 from peer.modules import Held
 from peer.path_work import PathWork, Rebasing
-from tests.lab import LabPeer, lab, little_config
+from tests.lab import LabPeer, lab
+from tests.little_run import little_config
 from tests.virtual_clock import run_virtual
 
 ROUND = 20.0  # virtual seconds

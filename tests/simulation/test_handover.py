@@ -8,7 +8,8 @@ from dipaco.config import TopologyConfig
 from dipaco.moments import moments_bytes
 from peer.handover import HANDOVER_PROTOCOL, MAX_REQUEST_BYTES
 from peer.messages import HandoverReply
-from tests.lab import LabPeer, lab, little_config
+from tests.lab import LabPeer, lab
+from tests.little_run import little_config
 from tests.virtual_clock import run_virtual
 
 ROUND = 20.0  # virtual seconds

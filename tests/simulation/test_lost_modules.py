@@ -13,7 +13,8 @@ from dipaco.digest import BlobIndex
 from dipaco.topology import ModuleID
 from peer.memory import Line
 from peer.store import BlobStore
-from tests.lab import Lab, LabPeer, identity, lab, little_config
+from tests.lab import Lab, LabPeer, lab
+from tests.little_run import identity, little_config
 from tests.virtual_clock import run_virtual
 
 ROUND = 20.0  # virtual seconds

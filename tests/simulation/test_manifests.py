@@ -11,7 +11,8 @@ from dipaco.config import RoutingConfig, TopologyConfig
 from dipaco.outer import apply_contributions, contribution_weights
 from dipaco.topology import ModuleID, PathID
 from peer.messages import Certificate
-from tests.lab import Lab, LabPeer, certified_states, lab, little_config
+from tests.lab import Lab, LabPeer, certified_states, lab
+from tests.little_run import little_config
 from tests.virtual_clock import run_virtual
 
 ROUND = 10.0  # virtual seconds

@@ -20,7 +20,8 @@ from peer.chain_server import CHAIN_PROTOCOL
 from peer.chains import STALL_SECONDS
 from peer.memory import Line
 from peer.messages import ChainReply, ChainRequest
-from tests.lab import Lab, LabPeer, identity, lab, little_config
+from tests.lab import Lab, LabPeer, lab
+from tests.little_run import identity, little_config
 from tests.made_history import made_history
 from tests.virtual_clock import run_virtual
 

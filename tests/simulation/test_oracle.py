@@ -9,7 +9,8 @@ import pytest
 
 from dipaco.config import TopologyConfig
 from dipaco.reference import Options, train
-from tests.lab import lab, little_config
+from tests.lab import lab
+from tests.little_run import little_config
 from tests.virtual_clock import run_virtual
 
 NUM_ROUNDS = 3

@@ -10,7 +10,8 @@ from dht.records import Announcement, Head, Record
 from dipaco.evaluate import Evaluation
 from dipaco.topology import ModuleID, PathID
 from peer.path_work import PathWork
-from tests.lab import LabPeer, lab, little_config
+from tests.lab import LabPeer, lab
+from tests.little_run import little_config
 from tests.virtual_clock import run_virtual
 
 

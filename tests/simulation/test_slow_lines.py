@@ -13,7 +13,8 @@ from dipaco.topology import ModuleID
 from peer.attempt import pull_seconds
 from peer.memory import Line
 from peer.messages import Commitment, sign
-from tests.lab import Lab, identity, lab, little_config
+from tests.lab import Lab, lab
+from tests.little_run import identity, little_config
 from tests.virtual_clock import run_virtual
 
 ROUND = 60.0  # virtual seconds; a member first gets 6 of them to pull

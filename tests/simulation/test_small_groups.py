@@ -10,7 +10,8 @@ from dipaco.topology import ModuleID
 from peer.attempt import Attempt
 from peer.certificate import SLOTS_BEFORE_REBUILD
 from peer.messages import Ballot
-from tests.lab import lab, little_config
+from tests.lab import lab
+from tests.little_run import little_config
 from tests.virtual_clock import run_virtual
 
 ROUND = 20.0  # virtual seconds

@@ -3,7 +3,8 @@
 import asyncio
 from pathlib import Path
 
-from tests.lab import lab, little_config
+from tests.lab import lab
+from tests.little_run import little_config
 from tests.virtual_clock import VirtualClockLoop, run_virtual
 
 ROUND = 20.0  # virtual seconds

@@ -10,7 +10,8 @@ import pytest
 from dipaco.config import TopologyConfig
 from dipaco.topology import ModuleID
 from peer.path_work import PathWork
-from tests.lab import Lab, LabPeer, certified_states, lab, little_config
+from tests.lab import Lab, LabPeer, certified_states, lab
+from tests.little_run import little_config
 from tests.virtual_clock import run_virtual
 
 PATHS = {"0.0", "0.1", "1.0", "1.1"}

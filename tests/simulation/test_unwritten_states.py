@@ -8,7 +8,8 @@ from dipaco.topology import ModuleID
 from peer.history import History
 from peer.modules import ModuleLog
 from peer.store import BlobStore
-from tests.lab import Lab, LabPeer, lab, little_config
+from tests.lab import Lab, LabPeer, lab
+from tests.little_run import little_config
 from tests.virtual_clock import run_virtual
 
 ROUND = 10.0  # virtual seconds

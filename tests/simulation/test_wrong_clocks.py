@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from dht.memory import MemorySwarm
-from tests.lab import lab, little_config
+from tests.lab import lab
+from tests.little_run import little_config
 from tests.virtual_clock import run_virtual
 
 ROUND = 20.0  # virtual seconds

@@ -19,7 +19,7 @@ from peer.keeper import Keeper
 from peer.providers import Providers
 from peer.session import Network, make_node, open_network
 from peer.volunteer import Volunteer
-from tests.lab import Run, identity, little_config, make_run
+from tests.little_run import Run, identity, little_config, make_run
 from tests.peer.transport_contract import ECHO, Handlers, ask
 from tests.swarm.namespaces import Internet, require_namespaces
 

@@ -14,7 +14,7 @@ from peer.keeper import Keeper
 from peer.observe import observe
 from peer.providers import Providers
 from peer.session import make_node, open_network
-from tests.lab import identity, little_config, make_run
+from tests.little_run import identity, little_config, make_run
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
