@@ -12,7 +12,9 @@ help: ## Show this help.
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --disable-pip-version-check --quiet --no-compile \
+		--constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true # some files are for newer Pythons
 	touch $(READY)
 
 setup: $(READY) ## Make the virtual environment.

@@ -27,6 +27,20 @@ FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"  # only where the embedding is not tied
 
 
+class Linear(nn.Linear):
+    """A matrix for which no values are drawn: they are written, or drawn by `initialize`."""
+
+    def reset_parameters(self) -> None:
+        """Leave them as the memory was."""
+
+
+class Embedding(nn.Embedding):
+    """A table without values, likewise."""
+
+    def reset_parameters(self) -> None:
+        """Leave them as the memory was."""
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, over the last dimension."""
 
@@ -94,10 +108,10 @@ class Attention(nn.Module):
         kv_width = config.num_kv_heads * config.head_width
         self.head_width = config.head_width
         self.is_grouped = config.num_kv_heads != config.num_heads
-        self.q_proj = nn.Linear(config.width, q_width, bias=False)
-        self.k_proj = nn.Linear(config.width, kv_width, bias=False)
-        self.v_proj = nn.Linear(config.width, kv_width, bias=False)
-        self.o_proj = nn.Linear(q_width, config.width, bias=False)
+        self.q_proj = Linear(config.width, q_width, bias=False)
+        self.k_proj = Linear(config.width, kv_width, bias=False)
+        self.v_proj = Linear(config.width, kv_width, bias=False)
+        self.o_proj = Linear(q_width, config.width, bias=False)
 
     def forward(
         self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor], cache: BlockCache | None = None
@@ -134,9 +148,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.width, config.ffn_width, bias=False)
-        self.up_proj = nn.Linear(config.width, config.ffn_width, bias=False)
-        self.down_proj = nn.Linear(config.ffn_width, config.width, bias=False)
+        self.gate_proj = Linear(config.width, config.ffn_width, bias=False)
+        self.up_proj = Linear(config.width, config.ffn_width, bias=False)
+        self.down_proj = Linear(config.ffn_width, config.width, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Transform each position on its own."""
@@ -168,7 +182,7 @@ class Trunk(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
+        self.embed_tokens = Embedding(config.vocab_size, config.width)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_blocks))
         self.norm = RMSNorm(config.width, config.norm_epsilon)
 
@@ -182,11 +196,10 @@ class PathNet(nn.Module):
     def __init__(self, config: ModelConfig, device: torch.device | str = "cpu") -> None:
         super().__init__()
         self.config = config
-        with torch.device("meta"):  # no time is spent on values that are overwritten
+        with torch.device(device):
             self.model = Trunk(config)
             if not config.tied_embedding:
-                self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
-        self.to_empty(device=device)
+                self.lm_head = Linear(config.width, config.vocab_size, bias=False)
         # Buffers, not kept at their first use: `torch.compile` would trace anew what then changed.
         for name, table_TC in zip(
             ("rotary_cos", "rotary_sin"), rotary_tables(config, config.sequence_tokens), strict=True

@@ -21,6 +21,7 @@ from peer.node import Node
 ATTEMPTS_PER_SLOT = 3  # each a quarter of a slot; the last quarter is left for pulling the result
 COLLECT_SHARE = 0.3  # of an attempt: how long after the slot's end commitments are waited for
 MERGE_SHARE = 0.4  # of an attempt: how long it may then take to merge some, in a crowded round
+LOOK_SHARE = 0.1  # of the time left: how often it is looked at who is to be waited for
 VOTE_SHARE = 0.3  # of an attempt: how long its leader has from then on, before another one begins
 
 
@@ -111,7 +112,7 @@ class Rounds:
                     bool(expected)  # type: ignore[misc]
                     and expected <= {c.peer for c in self._member.contributions.known(module, slot)}
                 ),
-                min(left, FRESH_SECONDS),
+                min(left, max(FRESH_SECONDS, LOOK_SHARE * left)),
             ):
                 return
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 from tests.history_checker import check_logs
@@ -17,6 +18,15 @@ if TYPE_CHECKING:
 # How long an example takes says how busy the machine is.
 settings.register_profile("project", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("project")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def light() -> Iterator[None]:
+    """One thread, since tests run side by side; no waiting for disks: nothing cuts their power."""
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from dipaco.config import RunConfig
 from dipaco.preparation import prepare_start
@@ -22,8 +21,7 @@ WORDS = {
 
 @pytest.fixture(autouse=True, scope="session")
 def small_footprint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One thread, and nothing left in the home directory (`datasets` puts lock files there)."""
-    torch.set_num_threads(1)
+    """Nothing left in the home directory (`datasets` puts lock files there)."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("huggingface")))
         yield

@@ -90,7 +90,7 @@ class Stranger:
 
 
 @asynccontextmanager
-async def swarm(directory: Path, *, levels: tuple[int, ...] = (2, 2)) -> AsyncIterator[Lab]:
+async def swarm(directory: Path, *, levels: tuple[int, ...] = (1, 2)) -> AsyncIterator[Lab]:
     """A bootstrap node and a trainer for each path, late in a slot, a few versions on."""
     config = replace(
         little_config(num_rounds=100, blocking=False), topology=TopologyConfig(levels=levels)

@@ -161,7 +161,7 @@ def test_no_contribution_is_too_large_for_those_who_count_it(
     """Neither a state that is not finite, nor more tokens than can be announced, comes of it."""
 
     async def scenario() -> None:
-        async with swarm(tmp_path, levels=(1, 2)) as place:
+        async with swarm(tmp_path) as place:
             stranger = Stranger(place)
             await stranger.serve()
             for module in (MODULE, ModuleID(2, 0)):

@@ -148,17 +148,17 @@ def test_who_cannot_take_new_versions_does_not_keep_the_last_trainer_from_going_
 
 
 def test_a_duty_is_not_given_up_before_others_hold_the_module(tmp_path: Path) -> None:
-    """Newcomers on slow lines take the duties of the only two peers of sixteen paths."""
+    """Newcomers on slow lines take the duties of the only two peers of eight paths."""
 
     async def scenario() -> None:
         config = little_config(num_rounds=1000, blocking=False)
-        config = replace(config, topology=TopologyConfig(levels=(16,)))
+        config = replace(config, topology=TopologyConfig(levels=(8,)))
         async with lab(tmp_path, config) as place:
             await place.bootstrap()
             first = [await place.join(f"peer{n}", step_seconds=ROUND / 8) for n in range(2)]
             await asyncio.sleep(6 * ROUND)
             await place.leave("bootstrap")
-            await asyncio.sleep(14 * ROUND)
+            await asyncio.sleep(8 * ROUND)
 
             def newest() -> dict[str, int]:
                 peers = place.peers.values()
@@ -169,7 +169,7 @@ def test_a_duty_is_not_given_up_before_others_hold_the_module(tmp_path: Path) ->
 
             lowest = newest()
             assert min(lowest.values()) > 0
-            for number in range(12):
+            for number in range(8):
                 peer_id = identity(2 + len(place.numbers)).peer_id
                 place.network.lines[peer_id] = Line(bandwidth_bytes_per_second=3500)
                 await place.join(f"new{number}", through="peer0", step_seconds=ROUND / 8)

@@ -51,7 +51,7 @@ def test_a_duty_is_given_up_after_slots_however_long_they_are(tmp_path: Path) ->
     """Newcomers take the duties of all who had them, in slots longer than the looks at who is
     there: the old members vote until the new ones have their seats, so that no version is missed.
     """
-    round_seconds = 120.0
+    round_seconds = 60.0
 
     async def scenario() -> None:
         config = little_config(
@@ -60,7 +60,7 @@ def test_a_duty_is_given_up_after_slots_however_long_they_are(tmp_path: Path) ->
         async with lab(tmp_path, config) as place:
             await place.bootstrap()
             for number in range(4):
-                await place.join(f"peer{number}", step_seconds=round_seconds / 10)
+                await place.join(f"peer{number}", step_seconds=round_seconds / 4)
             first = list(place.peers.values())[1:]
             await place.until_versions(1, first, within=6 * round_seconds)
             await place.leave("bootstrap")
@@ -68,8 +68,8 @@ def test_a_duty_is_given_up_after_slots_however_long_they_are(tmp_path: Path) ->
             begin = node.history.first.slot_start(node.slot + 3)
             await asyncio.sleep(begin - node.now() + 0.4 * round_seconds)
             slot = node.slot
-            for number in range(12):
-                await place.join(f"new{number}", through="peer0", step_seconds=round_seconds / 10)
+            for number in range(8):
+                await place.join(f"new{number}", through="peer0", step_seconds=round_seconds / 4)
             await asyncio.sleep(4 * round_seconds)
             dropped = [entry for peer in first for entry in peer.seen("dropped")]
             assert dropped, "nobody gave a duty up"

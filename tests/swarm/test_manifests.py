@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from bootstrap.corpus import PreparedCorpus
 from bootstrap.growth import request_growth
@@ -36,7 +35,6 @@ WITHIN_SECONDS = 60.0
 
 @pytest.mark.swarm
 def test_a_run_grows_and_newcomers_find_out(tmp_path: Path) -> None:
-    torch.set_num_threads(1)
     config = RunConfig.from_toml(TINY.read_text())
     config = replace(
         config,

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from bootstrap.node import load_blobs
 from bootstrap.prepare import load_or_sign_manifest, prepare_run
@@ -34,7 +33,6 @@ START_IN_SECONDS = 10.0
 @pytest.mark.swarm
 def test_the_swarm_reproduces_the_oracle(tmp_path: Path) -> None:
     """In float32; in the default format it does in tests/simulation."""
-    torch.set_num_threads(1)
     config = RunConfig.from_toml(TINY.read_text())
     config = replace(
         config,

@@ -11,7 +11,6 @@ from typing import Any
 
 import psutil
 import pytest
-import torch
 
 from dipaco.config import RunConfig
 from tests.swarm.place import START_IN_SECONDS, Place, Process
@@ -35,7 +34,6 @@ def applied(processes: list[Process]) -> dict[tuple[str, int], set[str]]:
 
 @pytest.fixture
 def place_of(tmp_path: Path) -> Iterator[Callable[[RunConfig], Place]]:
-    torch.set_num_threads(1)
     places: list[Place] = []
 
     def make(config: RunConfig) -> Place:
