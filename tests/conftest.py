@@ -30,6 +30,13 @@ def light() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def on_one_thread() -> Iterator[None]:
+    """Commands choose their number of threads: that is not for the tests after them."""
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
 def histories_hold(request: pytest.FixtureRequest) -> Iterator[None]:
     """Whatever peers a test ran: fail it unless their event logs show a sound history."""
     directory: Path | None = None
