@@ -106,37 +106,46 @@ def state_digest(state: ModuleState) -> str:
 
 
 @contextmanager
-def replacing(file: Path) -> Iterator[BinaryIO]:
+def replacing(file: Path, *, flush: bool = True) -> Iterator[BinaryIO]:
     """A stream for the new content of a file. A crash at any instant, or an error inside the
     block, leaves the old file; the end of the block leaves the new one, whole.
+
+    Without `flush`, which waits for the disk, that holds for crashes of this process, and for those
+    of the machine after a later `flush_to_disk`.
     """
     temporary = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:
         with temporary.open("wb") as stream:
             yield stream
             stream.flush()
-            os.fsync(stream.fileno())
+            if flush:
+                os.fsync(stream.fileno())
         temporary.replace(file)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    # The rename itself is durable only once the directory is.
-    descriptor = os.open(file.parent, os.O_RDONLY)
+    if flush:  # the rename itself is durable only once the directory is
+        flush_to_disk(file.parent)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until what is in a file, or which files are in a directory, survives a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def write_atomically(file: Path, data: bytes | memoryview) -> None:
+def write_atomically(file: Path, data: bytes | memoryview, *, flush: bool = True) -> None:
     """Write a file so that a crash at any instant leaves the old one or the new one, whole."""
-    with replacing(file) as stream:
+    with replacing(file, flush=flush) as stream:
         stream.write(data)
 
 
-def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], *, flush: bool = True) -> None:
     """`write_atomically` of tensors of the CPU as safetensors, without a copy of them in memory."""
-    with replacing(file) as stream:
+    with replacing(file, flush=flush) as stream:
         for piece in encoded_pieces(tensors):
             stream.write(piece)
 

@@ -43,6 +43,7 @@ def keep_if_best(
     *,
     rows: Rows,
     round_number: int,
+    flush: bool = True,
 ) -> bool:
     """Replace what `file` holds, unless that did better on the same `rows`.
 
@@ -61,7 +62,7 @@ def keep_if_best(
         _ROWS: torch.frombuffer(bytearray(digest.encode()), dtype=torch.uint8),
     }
     vectors = {str(module): vector for module, vector in parameters.items()}
-    write_tensors(file, facts | vectors)
+    write_tensors(file, facts | vectors, flush=flush)
     return True
 
 

@@ -200,12 +200,12 @@ class PathTrainer:
             parts.append(-nll_BT.sum(dim=1))
         return torch.cat(parts)
 
-    def save_optimizer(self, file: Path) -> None:
-        """Write the optimizer's state and step count, whole or not at all."""
+    def save_optimizer(self, file: Path, *, flush: bool = True) -> None:
+        """Write the optimizer's state and step count, whole or not at all (see `replacing`)."""
         tensors = optimizer_tensors(
             self._optimizer, self._parameters, identity=self._identity, num_steps=self.num_steps
         )
-        write_tensors(file, tensors)
+        write_tensors(file, tensors, flush=flush)
 
     def load_optimizer(self, file: Path) -> bool:
         """Continue where `save_optimizer` left off; False, and no change, if that cannot be.

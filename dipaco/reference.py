@@ -233,7 +233,7 @@ class _Training:
                 trainer.seek(trainer.num_steps * replicas + replica, stride=replicas)
             losses = self._train(trainers, round_)
             for trainer, seat, loss in zip(trainers, group, losses, strict=True):
-                trainer.save_optimizer(files.optimizer_file(*seat))
+                trainer.save_optimizer(files.optimizer_file(*seat), flush=False)
                 tokens = self._config.rounds.inner_steps * trainer.tokens_per_step
                 gradients = self._outer_gradients(trainer, states, files, seat)
                 for module, gradient in gradients.items():
@@ -269,6 +269,7 @@ class _Training:
                 evaluation,
                 rows=trainer.valid_rows(num_rows),
                 round_number=files.number,
+                flush=False,
             )
         return evaluation
 

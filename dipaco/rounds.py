@@ -4,7 +4,8 @@
 
 A round is written next to the one before, which it replaces only when it is complete. So an
 interrupted training continues at the round it was in, bit for bit. Files that a round does not
-change are links to those of the round before.
+change are links to those of the round before. The disk is waited for once, at a round's end: until
+then it may write while the paths train.
 """
 
 import json
@@ -23,6 +24,7 @@ from torch import Tensor
 from dipaco.checkpoint import (
     ModuleState,
     decode_state,
+    flush_to_disk,
     tensors_of,
     write_atomically,
     write_tensors,
@@ -75,7 +77,7 @@ class RoundFiles:
 
     def write_state(self, module: ModuleID, state: ModuleState) -> None:
         """Keep a module."""
-        write_tensors(self._module_file(module), tensors_of(state))
+        write_tensors(self._module_file(module), tensors_of(state), flush=False)
 
     def optimizer_file(self, path: PathID, replica: int) -> Path:
         """The optimizer's state of one replica of a path; it may not be there."""
@@ -107,7 +109,7 @@ class RoundFiles:
         """Keep the residuals of a replica; nothing is written if there are none."""
         if residuals:
             tensors = {str(module): residual for module, residual in residuals.items()}
-            write_tensors(self._residual_file(path, replica), tensors)
+            write_tensors(self._residual_file(path, replica), tensors, flush=False)
 
     def early_stopped_file(self, path: PathID) -> Path:
         """A path as it did best so far (`dipaco.early_stopping`); it may not be there."""
@@ -116,7 +118,7 @@ class RoundFiles:
     def put_aside(self, path: PathID, replica: int, module: ModuleID, raw: bytes) -> memoryview:
         """Keep an encoded outer gradient on disk until the round is complete; returns it mapped."""
         file = self.directory / _ASIDE / f"{path}-{replica}-{module}.safetensors"
-        write_atomically(file, raw)
+        write_atomically(file, raw, flush=False)
         return np.memmap(file, dtype=np.uint8, mode="r").data
 
     def reports(self) -> list[RoundReport]:
@@ -129,7 +131,7 @@ class RoundFiles:
     def write_reports(self, reports: list[RoundReport]) -> None:
         """Keep the reports."""
         text = json.dumps([_plain(report) for report in reports], indent=1)
-        write_atomically(self._report_file, (text + "\n").encode())
+        write_atomically(self._report_file, (text + "\n").encode(), flush=False)
 
     @property
     def _report_file(self) -> Path:
@@ -177,7 +179,10 @@ def next_round(directory: Path, config: RunConfig) -> Iterator[RoundFiles]:
         (partial / folder).mkdir(exist_ok=True)
     yield RoundFiles(partial, config)
     shutil.rmtree(partial / _ASIDE)
+    for path in (*partial.rglob("*"), partial):
+        flush_to_disk(path)
     partial.rename(partial.with_name(partial.name.removesuffix(_PARTIAL)))
+    flush_to_disk(directory)
     if before is not None:
         shutil.rmtree(before.directory)
 
