@@ -71,7 +71,9 @@ async def join(config: PeerConfig, display: Display) -> None:
         keeper.presence.maddrs = standing.maddrs[:MAX_MADDRS]
         keeper.survey.on_addresses = book.note
         train_in = offload_to(threads(1, TRAINING_NICENESS))
-        volunteer = Volunteer(keeper, trainer_factory(choice), train_in=train_in)
+        volunteer = Volunteer(
+            keeper, trainer_factory(choice), train_in=train_in, paths_kept=limits.paths_kept
+        )
         stop_on_signals(volunteer.stop.set, display)
         async with keeper.running():
             keeper.background.start(

@@ -19,14 +19,16 @@ from peer.config import PeerConfig
 from peer.events import MAX_LOG_BYTES
 from peer.manifest import Manifest
 from peer.modules import MAX_RECENT_BYTES, STATES_KEPT
+from peer.path_files import PATHS_KEPT
 
 T = TypeVar("T")
 
 # Current and next version of a path, the contributions of a group, and as much for what is kept.
 STATES_ON_DISK = 8
-# AdamW's two moments, the residual of the compression, the path at its best, and room to replace
-# the first of them.
-WORK_BYTES_PER_PARAMETER = 24
+# Of a path that was trained: AdamW's two moments, the residual of the compression, and it at its
+# best. Of the one that is trained also room to replace the first of them.
+KEPT_BYTES_PER_PARAMETER = 16
+WORK_BYTES_PER_PARAMETER = KEPT_BYTES_PER_PARAMETER + 8
 # Python, torch, hivemind and p2pd, before any path is taken.
 PROCESS_BYTES = 10**9
 # In main memory, wherever training runs: where progress is counted from (4), the contribution under
@@ -40,6 +42,7 @@ class Limits:
 
     blob_bytes: int | None  # on disk, for everything in the blob store
     duty_bytes: int | None  # of these, for what is kept for others
+    paths_kept: int  # on disk, what was trained lately of them, that of the present one included
     training_bytes: int | None  # in memory, for training on the CPU
     recent_bytes: int  # in memory, for states that are needed again soon
 
@@ -48,7 +51,7 @@ def divide(config: PeerConfig, manifest: Manifest, *, trains_on_cpu: bool) -> Li
     """Divide what `config` allows; raises `LocalFault` if a path of this run does not fit."""
     parameters = path_parameters(manifest.run_config, manifest.topology)
     blob_bytes = duty_bytes = training_bytes = None
-    recent_bytes = MAX_RECENT_BYTES
+    recent_bytes, paths_kept = MAX_RECENT_BYTES, PATHS_KEPT
     check_free_disk(config, manifest)
     if config.disk_limit_bytes is not None:
         needed = disk_bytes(manifest)
@@ -58,8 +61,11 @@ def divide(config: PeerConfig, manifest: Manifest, *, trains_on_cpu: bool) -> Li
                 f"`--disk-limit` allows {gigabytes(config.disk_limit_bytes)}",
                 hint=f"allow more: `--disk-limit {_round_up(needed)}`",
             )
-        blob_bytes = config.disk_limit_bytes - _other_files_bytes(parameters)
-        duty_bytes = config.disk_limit_bytes - needed
+        spare = config.disk_limit_bytes - needed
+        kept_bytes = parameters * KEPT_BYTES_PER_PARAMETER
+        paths_kept = 1 + min(PATHS_KEPT - 1, spare // 2 // kept_bytes)
+        duty_bytes = spare - (paths_kept - 1) * kept_bytes
+        blob_bytes = duty_bytes + needed - _other_files_bytes(parameters)
     if config.memory_limit_bytes is not None:
         needed = PROCESS_BYTES + parameters * ROUND_BYTES_PER_PARAMETER + state_bytes(parameters)
         training_bytes = config.memory_limit_bytes - needed
@@ -76,6 +82,7 @@ def divide(config: PeerConfig, manifest: Manifest, *, trains_on_cpu: bool) -> Li
     return Limits(
         blob_bytes=blob_bytes,
         duty_bytes=duty_bytes,
+        paths_kept=paths_kept,
         training_bytes=training_bytes if trains_on_cpu else None,
         recent_bytes=recent_bytes,
     )

@@ -31,21 +31,20 @@ class Footing:
 class PathSource:
     """Brings paths to this machine."""
 
-    def __init__(self, keeper: Keeper, make_trainer: TrainerFactory) -> None:
+    def __init__(self, keeper: Keeper, make_trainer: TrainerFactory, *, paths_kept: int) -> None:
         self._keeper = keeper
         self._node = keeper.node
         self._make_trainer = make_trainer
         self._paths_dir = keeper.node.state_dir / "paths"
+        self._paths_kept = paths_kept
         self._handover = Handover(keeper.node, self._paths_dir)
 
     async def serve(self) -> None:
         """Start handing the optimizer's states of this peer's paths to others."""
         await self._handover.serve()
 
-    async def take(
-        self, path: PathID, *, besides: Iterable[ModuleID] = ()
-    ) -> tuple[PathWork, Footing]:
-        """Fetch what a path needs, announce it, and put its modules under a trainer.
+    async def fetch(self, path: PathID, *, besides: Iterable[ModuleID] = ()) -> Footing:
+        """Announce a path, and fetch what it needs.
 
         `besides`: the modules of the path that is trained until then. They are kept too, however
         long this takes, since that path goes on if it fails. Raises `Unreachable` if something is
@@ -61,34 +60,44 @@ class PathSource:
         if not await keeper.hold(modules):
             raise Unreachable(f"a module of path {path} has no holder that answers")
         shard = await node.offload(lambda: self._read_shard(path, ref.digest))
+        return Footing(manifest=manifest, shard=shard, shard_digest=ref.digest)
+
+    async def begin(self, path: PathID, footing: Footing) -> PathWork:
+        """Put the modules of a path that was fetched under a trainer, and announce them.
+
+        Raises `Unreachable` if a state is damaged.
+        """
+        node = self._node
+        make = partial(self._make_trainer, footing.manifest, path, footing.shard)
         work = await node.offload(
-            lambda: PathWork(self._make_trainer(manifest, path, shard), self._paths_dir)
+            lambda: PathWork(make(), self._paths_dir, paths_kept=self._paths_kept)
         )
-        for module in modules:
+        for module in work.trainer.modules:
             held = node.log.held[module]
             state = await self.state(module)
             work.begin(module, held.version, held.state, state)
-            await keeper.presence.publish_head(module)
-        return work, Footing(manifest=manifest, shard=shard, shard_digest=ref.digest)
+            await self._keeper.presence.publish_head(module)
+        return work
 
     async def take_over(self, work: PathWork, training: Mapping[str, PathID]) -> None:
         """Go on with the optimizer's state of who trained this path before, if it can be had."""
-        node, trainer = self._node, work.trainer
-        if trainer.optimizer_name != "adamw":
+        if work.trainer.optimizer_name != "adamw":
             return
+        # Nothing here stays with the trainer, which is let go when the path is left meanwhile.
+        node, path, modules = self._node, work.trainer.path, work.trainer.modules
         peers = predecessors(
-            trainer.path,
-            [node.log.held[module] for module in trainer.modules],
+            path,
+            [node.log.held[module] for module in modules],
             announced=training,
             peer=node.peer_id,
             slot=node.slot,
             has_own=work.resumed,
         )
         work.handed_over = await self._handover.take(
-            trainer.path,
+            path,
             peers,
-            num_parameters=sum(map(node.log.num_parameters, trainer.modules)),
-            config=trainer.config.inner,
+            num_parameters=sum(map(node.log.num_parameters, modules)),
+            config=work.trainer.config.inner,
         )
 
     async def footing_now(self, path: PathID, footing: Footing) -> Footing:

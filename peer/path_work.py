@@ -59,13 +59,16 @@ class PathWork:
     training" may run at the same time as the others.
     """
 
-    def __init__(self, trainer: PathTrainer, directory: Path) -> None:
+    def __init__(
+        self, trainer: PathTrainer, directory: Path, *, paths_kept: int = PATHS_KEPT
+    ) -> None:
         self.trainer = trainer
         self.last_loss: float | None = None
         self.train_seconds = 0.0
         self.num_divergences = 0  # times that training came to a loss which is not finite
         self.handed_over: Moments | None = None  # taken up before the next step; set on any thread
         self._directory = directory
+        self._paths_kept = paths_kept
         self._bases: dict[ModuleID, Base] = {}
         self._pending: dict[ModuleID, list[Draft]] = {}
         self._residuals: dict[ModuleID, Tensor] = {}
@@ -130,6 +133,11 @@ class PathWork:
         self.trainer.seek(number)
         for module, vector in parameters.items():
             self.trainer.write_module(module, vector)
+
+    def let_go(self) -> None:
+        """Keep what the next start needs, and free the device; nothing can be trained any more."""
+        self.save()
+        del self.trainer
 
     def train(self, *, seconds: float, max_steps: int, first_step: int) -> int:
         """Take inner steps for about `seconds` (at least one), `max_steps` at most.
@@ -293,7 +301,7 @@ class PathWork:
             write_tensors(self._file(RESIDUAL_SUFFIX), tensors)
         else:
             self._file(RESIDUAL_SUFFIX).unlink(missing_ok=True)
-        drop_oldest(self._directory, max_paths=PATHS_KEPT)
+        drop_oldest(self._directory, max_paths=self._paths_kept)
 
     def _left_behind(self) -> dict[ModuleID, Tensor]:
         """The residuals for the next start on this path.

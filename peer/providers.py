@@ -4,6 +4,7 @@ Contributions and module states need none of this: their holders are known from 
 and from the head records.
 """
 
+import random
 from collections.abc import Iterable
 
 from dht.errors import Rejected, Unreachable
@@ -26,6 +27,7 @@ class Providers:
         self._store = store
         self._blobs = blobs
         self._announced: dict[str, float] = {}
+        self._random = random.Random(swarm.peer_id)
         self.hints: list[str] = []  # peers that probably have everything: who we joined through
 
     async def obtain(self, ref: BlobRef) -> None:
@@ -33,7 +35,8 @@ class Providers:
         if ref.digest not in self._store:
             records = await self._swarm.read(provider_key(ref.digest))
             providers = [record.peer for record in records if isinstance(record, Provider)]
-            sources = [*providers, *self.hints]
+            self._random.shuffle(providers)  # so that made-up ones do not always come first
+            sources = [*self.hints, *providers]
             await self._blobs.fetch(ref.digest, sources, max_bytes=ref.num_bytes)
         await self.announce([ref.digest])
 

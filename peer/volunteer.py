@@ -11,6 +11,7 @@ from peer.assignment import Snapshot, assign_paths, joining_order
 from peer.changes import sleep_unless
 from peer.keeper import Keeper
 from peer.node import Offload
+from peer.path_files import PATHS_KEPT
 from peer.path_source import PathSource, TrainerFactory
 from peer.scoring import Scoring
 from peer.tally import Tally
@@ -33,12 +34,16 @@ class Volunteer:
         *,
         pace: Pace | None = None,
         train_in: Offload | None = None,
+        paths_kept: int = PATHS_KEPT,
     ) -> None:
-        """`train_in` runs the inner steps; without it, they run where everything else does."""
+        """`train_in` runs the inner steps; without it, they run where everything else does.
+
+        `paths_kept`: of how many paths the optimizer's state stays on disk.
+        """
         self.keeper = keeper
         self.stop = asyncio.Event()
         self._node = keeper.node
-        self._source = PathSource(keeper, make_trainer)
+        self._source = PathSource(keeper, make_trainer, paths_kept=paths_kept)
         self._means = Means(
             keeper=keeper,
             source=self._source,
@@ -164,9 +169,11 @@ class Volunteer:
     async def _take(self, path: PathID) -> None:
         """Train this path from now on."""
         former, node = self._training, self._node
-        work, footing = await self._source.take(path, besides=former.modules if former else ())
-        if former is not None:
-            await former.pause()
+        footing = await self._source.fetch(path, besides=former.modules if former else ())
+        if former is not None:  # a device may have no room for two
+            self._training = None
+            await former.end()
+        work = await self._source.begin(path, footing)
         self._training = training = Training(self._means, work, footing)
         self.keeper.own(training.modules, path)
         training.find_place(self._peers_on(path), under_way=self._under_way(path))
@@ -217,17 +224,20 @@ class Volunteer:
             return
         node, modules, former = self._node, self.training.modules, self.training.path
         path = self._plan.get(node.peer_id, former)
-        if path != former:
-            try:
-                await self._take(path)
-                node.events.write("moved", path=str(path), former=str(former))
-            except SwarmError as error:
-                node.events.write("path not to be had", path=str(path), why=str(error))
-                self.keeper.own(modules, former)
-                if node.log.held.keys() >= set(modules):
-                    await self.keeper.presence.change_path(former)
-                else:
-                    await self._take_any(joining_order(node.peer_id, self._snapshot))
+        if path == former:
+            return
+        try:
+            await self._take(path)
+        except SwarmError as error:
+            node.events.write("path not to be had", path=str(path), why=str(error))
+        else:
+            node.events.write("moved", path=str(path), former=str(former))
+            return
+        self.keeper.own(modules, former)
+        if self._training is not None and node.log.held.keys() >= set(modules):
+            await self.keeper.presence.change_path(former)
+        else:
+            await self._take_any(joining_order(node.peer_id, self._snapshot))
 
 
 def next_slot(last: int, current: int) -> int:

@@ -8,13 +8,19 @@ from pathlib import Path
 import pytest
 
 from dht.errors import Unreachable
+from dht.memory import MemoryDHT, MemorySwarm
+from dht.records import Provider
 from dipaco.digest import CHUNK_BYTES, blob_digest
 from peer.blob_server import BLOB_PROTOCOL, BlobRequest, BlobServer, chunk_bits
 from peer.blobs import BlobClient
+from peer.download import MAX_SOURCES_KNOWN
 from peer.events import EventLog
 from peer.faults import Faults
+from peer.manifest import BlobRef
 from peer.memory import Line, MemoryNetwork
+from peer.providers import Providers
 from peer.store import BlobStore
+from tests.little_run import identity
 from tests.names import peer_named
 from tests.virtual_clock import run_virtual
 
@@ -177,5 +183,34 @@ def test_a_blob_larger_than_allowed_is_refused_before_it_is_read(place: Place) -
             )
         assert place.faults.by_peer[peer_named("source")]["BadBlob"] == 1
         assert place.network.transports[peer_named("client")].traffic.received_bytes < 4096
+
+    run(place, scenario())
+
+
+def test_made_up_providers_do_not_keep_everyone_from_those_there_are(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More of them than a download asks, and first in the order of peer IDs."""
+    ref = BlobRef(digest=DIGEST, num_bytes=len(BLOB))
+    dht = MemoryDHT(latency_seconds=0.0)
+    *others, honest = sorted((identity(n) for n in range(100)), key=lambda key: key.peer_id)
+    asked: list[set[str]] = []
+
+    async def fetch(digest: str, sources: list[str], *, max_bytes: int) -> None:
+        asked.append(set(sources[:MAX_SOURCES_KNOWN]))
+        raise Unreachable("nobody")
+
+    async def scenario() -> None:
+        for key in (*others, honest):
+            swarm = MemorySwarm(dht, key)
+            assert await swarm.store(Provider(peer=key.peer_id, digest=DIGEST), 300.0)
+        monkeypatch.setattr(place.client, "fetch", fetch)
+        providers = Providers(MemorySwarm(dht, identity(200)), place.store, place.client)
+        providers.hints = [peer_named("who we joined through")]
+        for _ in range(10):
+            with pytest.raises(Unreachable):
+                await providers.obtain(ref)
+        assert all(providers.hints[0] in sources for sources in asked)
+        assert any(honest.peer_id in sources for sources in asked)
 
     run(place, scenario())

@@ -21,7 +21,7 @@ from peer.command_options import SizeType
 from peer.config import PeerConfig
 from peer.events import EventLog
 from peer.faults import Faults
-from peer.limits import affordable, disk_bytes, divide, path_parameters
+from peer.limits import KEPT_BYTES_PER_PARAMETER, affordable, disk_bytes, divide, path_parameters
 from peer.memory import MemoryNetwork
 from peer.modules import MAX_RECENT_BYTES
 from peer.store import BlobStore
@@ -64,7 +64,18 @@ def test_a_path_that_does_not_fit_is_refused_with_what_would(tmp_path: Path) -> 
     assert limits.training_bytes is not None
     state = state_bytes(path_parameters(CONFIG, MANIFEST.topology))
     assert state <= limits.recent_bytes < MAX_RECENT_BYTES
-    assert limits.duty_bytes == roomy.disk_limit_bytes - disk_bytes(MANIFEST)
+    spare = roomy.disk_limit_bytes - disk_bytes(MANIFEST)
+    assert 0 < limits.duty_bytes < spare
+
+
+def test_what_is_kept_of_former_paths_is_within_the_limit(tmp_path: Path) -> None:
+    kept_bytes = KEPT_BYTES_PER_PARAMETER * path_parameters(CONFIG, MANIFEST.topology)
+    limit = disk_bytes(MANIFEST) + 5 * kept_bytes
+    config = PeerConfig(state_dir=tmp_path, disk_limit_bytes=limit)
+    limits = divide(config, MANIFEST, trains_on_cpu=True)
+    assert limits.paths_kept == 3
+    assert limits.duty_bytes == 3 * kept_bytes
+    assert divide(PeerConfig(state_dir=tmp_path), MANIFEST, trains_on_cpu=True).paths_kept > 3
 
 
 def test_a_peer_with_a_ceiling_relays_for_nobody() -> None:

@@ -1,13 +1,18 @@
 """Path choice in a running swarm: turns, slow peers, joiners at one instant."""
 
 import asyncio
+import weakref
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from dht.errors import Unreachable
+from dipaco.checkpoint import ModuleState
 from dipaco.config import TopologyConfig
+from dipaco.inner import PathTrainer
 from dipaco.topology import ModuleID, PathID
 from peer.assignment import Snapshot
 from peer.keeper import RETIRE_SLOTS
@@ -120,6 +125,51 @@ def test_joiners_at_the_same_instant_settle_within_one_round(tmp_path: Path) -> 
                        if e["slot"] == slot + 1}  # fmt: skip
             assert len(settled) == len(peers)
             assert_agreement([*there, *joiners])
+
+    run_virtual(scenario())
+
+
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_a_move_lets_a_trainer_go_before_it_makes_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_damaged: bool
+) -> None:
+    """A device may have no room for two; nor is there one left if the new path cannot begin."""
+    config = replace(
+        little_config(num_rounds=100, blocking=False), topology=TopologyConfig(levels=(2,))
+    )
+
+    async def scenario() -> None:
+        async with lab(tmp_path, config) as place:
+            await place.bootstrap()
+            peer = await place.join("peer", step_seconds=STEP_SECONDS)
+            await place.until(lambda: bool(peer.seen("path")), within=ROUND, what="a path")
+            assert peer.volunteer is not None
+            source = peer.volunteer._source
+            make, state = source._make_trainer, source.state
+            first = weakref.ref(peer.volunteer.training.work.trainer)
+            trainers, num_damaged = [first], 0
+
+            def counting(*args: Any) -> PathTrainer:
+                assert not any(trainer() for trainer in trainers)
+                trainer = make(*args)
+                trainers.append(weakref.ref(trainer))
+                return trainer
+
+            async def damaged_once(module: ModuleID) -> ModuleState:
+                nonlocal num_damaged
+                if is_damaged and len(trainers) == 2 and not num_damaged:
+                    num_damaged += 1
+                    raise Unreachable("damaged")
+                return await state(module)
+
+            monkeypatch.setattr(source, "_make_trainer", counting)
+            monkeypatch.setattr(source, "state", damaged_once)
+            await place.until(
+                lambda: len(peer.seen("moved")) >= 2, within=10 * ROUND, what="two moves"
+            )
+            assert num_damaged == is_damaged
+            assert len(trainers) == 3 + 2 * is_damaged
+            await place.until_versions(2, [peer], within=6 * ROUND)
 
     run_virtual(scenario())
 
