@@ -167,7 +167,12 @@ class KademliaSwarm:
         """The peers that p2pd is connected to: peer ID -> addresses `/ip4/…` they are seen at.
 
         Quick, so that a p2pd that does not answer this within seconds hangs. No timeout here.
+        `Unreachable` also when hivemind has stopped listening to p2pd, which an answer that comes
+        at the instant when it is no longer waited for can do to it: then no call would come back.
         """
+        control = self.p2p._client.control
+        if control._read_task.done() or control._write_task.done():
+            raise Unreachable("what p2pd answers is no longer read")
         return await list_peers(self.p2p)
 
     async def join(self, initial_peers: Sequence[str]) -> None:

@@ -77,9 +77,14 @@ async def check_both_directions(peer: LocalPeer, others: list[LocalPeer], *, mar
 
 
 async def break_and_recover(
-    peer: LocalPeer, others: list[LocalPeer], fault: signal.Signals, events: list[dict[str, Any]]
+    peer: LocalPeer,
+    others: list[LocalPeer],
+    fault: Callable[[], object],
+    events: list[dict[str, Any]],
+    *,
+    mark: int,
 ) -> list[Exception]:
-    """Send `fault` to the peer's p2pd; returns what calls raised until it was there again."""
+    """Do `fault` to the peer's p2pd; returns what calls raised until it was there again."""
     pid = peer.daemon.pid
     record = Provider(peer=peer.peer_id, digest="d" * 64)
     await peer.swarm.store(record, 300)
@@ -96,13 +101,13 @@ async def break_and_recover(
     )
     async with probing(*calls) as errors:
         events.clear()
-        os.kill(pid, fault)
+        fault()
         fault_time = time.monotonic()
         with pytest.raises(Unreachable, match="cut"):
             await anext(frames)
         await peer.swarm.withdraw(Provider(peer=peer.peer_id, digest="f" * 64))  # as far as it goes
         async with asyncio.timeout(RECOVERY_SECONDS):
-            await check_both_directions(peer, others, mark=fault)
+            await check_both_directions(peer, others, mark=mark)
         seconds = time.monotonic() - fault_time
     assert peer.daemon.pid != pid, "the fault happened"
     assert seconds < RECOVERY_SECONDS
@@ -112,7 +117,9 @@ async def break_and_recover(
     return errors
 
 
-def test_a_dead_and_a_hanging_p2pd_are_replaced_within_ten_seconds(tmp_path: Path) -> None:
+def test_a_dead_a_hanging_and_an_unheard_p2pd_are_replaced_within_ten_seconds(
+    tmp_path: Path,
+) -> None:
     events: list[dict[str, Any]] = []
 
     async def main() -> None:
@@ -124,8 +131,13 @@ def test_a_dead_and_a_hanging_p2pd_are_replaced_within_ten_seconds(tmp_path: Pat
             watchdog.report = lambda event, **fields: events.append({"event": event, **fields})
             async with watchdog.running():
                 assert await watchdog._answers(), "it knows now who is connected"
-                for fault in (signal.SIGKILL, signal.SIGSTOP):
-                    errors = await break_and_recover(peer, [a, b], fault, events)
+                faults = (
+                    lambda: os.kill(peer.daemon.pid, signal.SIGKILL),
+                    lambda: os.kill(peer.daemon.pid, signal.SIGSTOP),
+                    lambda: peer.swarm.p2p._client.control._read_task.cancel(),
+                )
+                for mark, fault in enumerate(faults):
+                    errors = await break_and_recover(peer, [a, b], fault, events, mark=mark)
                     assert errors, "calls fail meanwhile"
                     assert all(isinstance(error, Unreachable) for error in errors)
                 assert await peer.swarm.maddrs() == [peer.maddr]
