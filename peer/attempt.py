@@ -104,7 +104,7 @@ class Attempt:
         known = self.member.contributions.known(self.held.module, self.ballot.slot)
         if not known:
             return
-        replies = await self._ask_until_held(known)
+        replies = await self._ask_until_held(self._usable(known))
         for peer, reply in replies.items():
             done = reply.certificate
             if done is not None and await self.member.learn(done, sender=peer):
@@ -125,6 +125,9 @@ class Attempt:
         if certificate is not None:
             await self.member.learn(certificate, sender=self.node.peer_id)
             await self._hand_out(certificate)
+
+    def _usable(self, commitments: Iterable[Commitment]) -> list[Commitment]:
+        return self.member.contributions.usable(commitments, self.held, self.ballot.slot)
 
     async def _ask_until_held(self, known: Sequence[Commitment]) -> dict[str, HaveReply]:
         """Who of the roster promises the ballot, and holds what.
@@ -216,16 +219,12 @@ class Attempt:
         A member that did not answer loses its seat until it announces itself to a later leader: the
         majority that certifies this is a majority of the *old* roster, so shrinking is safe.
         """
-        held, slot = self.held, self.ballot.slot
-        manifest = self.node.history.at(slot).digest
+        held = self.held
         known = {c.digest: c for reply in promises.values() for c in reply.commitments}
-        usable = [
-            c
-            for c in known.values()
-            if (c.base_state, c.manifest, c.slot) == (held.state, manifest, slot)
-        ]
         contributions = agreed_contributions(
-            usable, [reply.held for reply in promises.values()], self._quorum
+            self._usable(known.values()),
+            [reply.held for reply in promises.values()],
+            self._quorum,
         )
         if not contributions:
             return None

@@ -19,6 +19,7 @@ from peer.certificate import contribution_order
 from peer.changes import Changes
 from peer.manifest import Manifest
 from peer.messages import MAX_CONTRIBUTIONS, MAX_COUNTED, Commitment, Seat
+from peer.modules import Held
 from peer.node import Node
 from peer.reduction import format_of, mapped_gradient
 
@@ -49,6 +50,19 @@ class Contributions:
     def known(self, module: ModuleID, slot: int) -> list[Commitment]:
         """All commitments for a module and slot, in the order in which they are added up."""
         return sorted(self._known.get((str(module), slot), {}).values(), key=contribution_order)
+
+    def usable(self, commitments: Iterable[Commitment], held: Held, slot: int) -> list[Commitment]:
+        """Those of `slot` that the version after `held` may count.
+
+        No proposal with another one is valid, so it has a place in none, and nobody waits for it.
+        """
+        manifest = self._node.history.at(slot).digest
+        right = (str(held.module), held.version, held.state, manifest, slot)
+        return [
+            c
+            for c in commitments
+            if (c.module, c.base_version, c.base_state, c.manifest, c.slot) == right
+        ]
 
     def held(self, commitments: Iterable[Commitment]) -> list[Commitment]:
         """Those whose bytes are here and were found good."""
@@ -88,8 +102,7 @@ class Contributions:
             known[key] = commitment
             self._give_up_before(commitment)
             self._changes.notify()
-        is_crowded = len(known) > MAX_COUNTED or self._is_crowded(commitment)
-        if is_asked_for or commitment.merged or not is_crowded:
+        if is_asked_for or commitment.merged or not self._is_crowded(commitment):
             self._pull(commitment, [commitment.peer, sender, *self._group(commitment)])
         return True
 
@@ -110,8 +123,17 @@ class Contributions:
         return [seat.peer for seat in self._seats(commitment)]
 
     def _is_crowded(self, commitment: Commitment) -> bool:
-        """Whether more are expected to contribute than a version counts."""
-        return sum(seat.path is not None for seat in self._seats(commitment)) > MAX_COUNTED
+        """Whether more contribute, or are expected to, than a version counts.
+
+        What cannot be counted is in the way of others of its kind only.
+        """
+        module, slot = ModuleID.parse(commitment.module), commitment.slot
+        rivals = self.known(module, slot)
+        if (held := self._node.log.held.get(module)) is not None:
+            usable = self.usable(rivals, held, slot)
+            rivals = usable if commitment in usable else rivals
+        num_trainers = sum(seat.path is not None for seat in self._seats(commitment))
+        return max(len(rivals), num_trainers) > MAX_COUNTED
 
     def _seats(self, commitment: Commitment) -> tuple[Seat, ...]:
         held = self._node.log.held.get(ModuleID.parse(commitment.module))

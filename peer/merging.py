@@ -80,13 +80,9 @@ class Merging:
 
     async def attend(self, held: Held, slot: int, *, until: float) -> None:
         """When all have committed: return as soon as everything is merged, or at `until`."""
-        known = self._member.contributions.known(held.module, slot)
-        manifest = self._node.history.at(slot).digest
-        singles = [
-            c
-            for c in known
-            if not c.merged and (c.base_state, c.manifest) == (held.state, manifest)
-        ]
+        contributions = self._member.contributions
+        usable = contributions.usable(contributions.known(held.module, slot), held, slot)
+        singles = [commitment for commitment in usable if not commitment.merged]
         groups = groups_to_merge(singles, limit=MAX_COUNTED)
         if not groups:
             return
@@ -98,7 +94,7 @@ class Merging:
         leads = {group[0].peer for group in groups}
 
         def is_merged() -> bool:
-            known = self._member.contributions.known(held.module, slot)
+            known = contributions.known(held.module, slot)
             return leads <= {commitment.peer for commitment in known if commitment.merged}
 
         await self._member.changes.until(is_merged, max(0.0, until - self._node.now()))

@@ -208,6 +208,39 @@ def test_who_claims_too_many_tokens_is_not_merged_and_the_others_are(
     run_virtual(scenario())
 
 
+@pytest.mark.parametrize("wrong", ["version", "state"])
+def test_commitments_that_no_version_can_count_are_in_nobodys_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    """Neither proposed, nor waited for, nor counted among what is too much to pull."""
+    for module in ("attempt", "contributions", "merging"):
+        monkeypatch.setattr(f"peer.{module}.MAX_COUNTED", 2)
+
+    async def scenario() -> None:
+        async with swarm(tmp_path) as place:
+            strangers = [Stranger(place, 500 + number) for number in range(3)]
+            node, member = strangers[0].node, strangers[0].honest[1].keeper.member
+            if wrong == "version":
+                for stranger in strangers:
+                    await stranger.serve()
+            trainers = {place.peers[name].peer_id for name in ("peer0", "peer1")}
+            before = node.log.held[MODULE].version
+            for _ in range(3):
+                change = {"base_version": node.log.held[MODULE].version + 1, "signature": ""}
+                if wrong == "state":
+                    change |= {"base_version": 0, "base_state": "0" * 64}
+                for stranger in strangers:
+                    commitment = stranger.commitment(MODULE, tokens=MAX_TOKENS)
+                    bad = sign(commitment.model_copy(update=change), stranger.key)
+                    await stranger.commit(bad)
+                await asyncio.sleep(ROUND_SECONDS)
+                assert bad in member.contributions.known(MODULE, bad.slot)
+            made = node.log.held[MODULE].after(before)
+            assert [set(c.proposal.contributors) for c in made] == 3 * [trainers]
+
+    run_virtual(scenario())
+
+
 def test_a_member_with_an_old_certificate_does_not_end_attempts(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with swarm(tmp_path) as place:
