@@ -107,7 +107,7 @@ class Attempt:
         replies = await self._ask_until_held(self._usable(known))
         for peer, reply in replies.items():
             done = reply.certificate
-            if done is not None and await self.member.learn(done, sender=peer):
+            if done is not None and await self._learn(done, sender=peer):
                 return
         promises = {peer: reply for peer, reply in replies.items() if reply.promised}
         if len(promises) < self._quorum:
@@ -204,7 +204,7 @@ class Attempt:
             done = reply.certificate
             try:
                 if done is not None and done.proposal.parent != self.held.parent:
-                    await self.member.learn(done, sender=peer)
+                    await self._learn(done, sender=peer)
                     continue
                 check_have_reply(reply, self.held, self.ballot, run=run, slot=slot, sender=peer)
             except BadMessage as error:
@@ -212,6 +212,20 @@ class Attempt:
             else:
                 credible[peer] = reply
         return credible
+
+    async def _learn(self, certificate: Certificate, *, sender: str) -> bool:
+        """Apply what a member says is certified already, if it is; a lie of it ends no attempt.
+
+        It has proved nothing yet: to rebuild a roster, say, anyone can certify with itself alone.
+        """
+        proposal = certificate.proposal
+        try:
+            if (proposal.run, proposal.module) != (self.node.run, str(self.held.module)):
+                raise BadMessage(sender, f"speaks of another module than {self.held.module}")
+            return await self.member.learn(certificate, sender=sender)
+        except BadMessage as error:
+            self.node.faults.count(error, sender)
+            return False
 
     async def _propose(self, promises: Mapping[str, HaveReply]) -> Proposal | None:
         """What a quorum can reduce right away, and who forms the next round's roster.

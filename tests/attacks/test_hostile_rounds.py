@@ -10,6 +10,7 @@ import torch
 from dipaco.compression import EncodedGradient, encode
 from dipaco.digest import index_of
 from dipaco.topology import ModuleID, PathID
+from peer.archive import whole
 from peer.courier import Answer, Kind
 from peer.messages import (
     MAX_TOKENS,
@@ -241,12 +242,19 @@ def test_commitments_that_no_version_can_count_are_in_nobodys_way(
     run_virtual(scenario())
 
 
-def test_a_member_with_an_old_certificate_does_not_end_attempts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("module", [str(MODULE), "9.9"])
+def test_a_member_with_an_old_certificate_does_not_end_attempts(
+    tmp_path: Path, module: str
+) -> None:
+    """Be it one of another module, which nobody here holds."""
+
     async def scenario() -> None:
         async with swarm(tmp_path) as place:
             stranger = Stranger(place)
             node = stranger.node
-            old = node.log.held[MODULE].chain[0]
+            old = whole(node.log.held[MODULE].chain[0])
+            proposal = old.proposal.model_copy(update={"module": module})
+            old = old.model_copy(update={"proposal": proposal})
             asked = 0
 
             async def have(peer_id: str, payload: bytes) -> bytes:
@@ -270,6 +278,7 @@ def test_a_member_with_an_old_certificate_does_not_end_attempts(tmp_path: Path) 
                 await asyncio.sleep(ROUND_SECONDS / 4)
             await advances(place, MODULE)
             assert asked
+            assert not [e for peer in stranger.honest for e in peer.seen("error")]
 
     run_virtual(scenario())
 
