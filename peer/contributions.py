@@ -10,6 +10,7 @@ checked. They stay on disk, and are mapped into memory: adding them up reads the
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from contextlib import contextmanager
 
 from dht.errors import BadMessage, LocalFault, PeerFault, SwarmError
 from dipaco.compression import EncodedGradient, encoded_bytes
@@ -24,7 +25,9 @@ from peer.node import Node
 from peer.reduction import format_of, mapped_gradient
 
 SLOTS_KEPT = 2  # older commitments are forgotten, and their blobs deleted
-MAX_PULLS = 8  # contributions pulled at once
+MAX_PULLS = 8  # contributions pulled at once, of those that were only offered
+MAX_URGENT_PULLS = MAX_COUNTED  # and of those that a leader asks for, or that we need
+MAX_PULLS_OF_ONE = 2  # of each, from one signer: a silent one holds its places for a minute
 # Far more than any training does, and so little that no state made of such overflows a float32.
 MAX_NORM = 1e15
 
@@ -45,7 +48,9 @@ class Contributions:
         self._brought: dict[str, int] = {}  # blobs that are here as contributions, and their size
         self._needed: Counter[str] = Counter()  # digests of commitments that `obtain` waits for
         self._logged: set[tuple[str, int]] = set()  # whose first pull is in the event log
-        self._slots = asyncio.Semaphore(MAX_PULLS)
+        self._urgent: set[str] = set()  # digests of what is asked for or needed, and not here
+        # The signers of what is being pulled, by whether that was urgent when it began.
+        self._under_way: dict[bool, list[str]] = {False: [], True: []}
 
     def known(self, module: ModuleID, slot: int) -> list[Commitment]:
         """All commitments for a module and slot, in the order in which they are added up."""
@@ -103,7 +108,8 @@ class Contributions:
             self._give_up_before(commitment)
             self._changes.notify()
         if is_asked_for or commitment.merged or not self._is_crowded(commitment):
-            self._pull(commitment, [commitment.peer, sender, *self._group(commitment)])
+            sources = [commitment.peer, sender, *self._group(commitment)]
+            self._pull(commitment, sources, is_urgent=is_asked_for)
         return True
 
     def _give_up_before(self, commitment: Commitment) -> None:
@@ -169,7 +175,7 @@ class Contributions:
         for commitment in wanted:
             if self._checked(commitment, commitment.peer) is None:
                 return False
-            self._pull(commitment, [commitment.peer, *sources])
+            self._pull(commitment, [commitment.peer, *sources], is_urgent=True)
         needed = Counter(commitment.digest for commitment in wanted)
         self._needed += needed
         try:
@@ -237,8 +243,13 @@ class Contributions:
     def _all_known(self) -> Iterator[Commitment]:
         return (c for known in self._known.values() for c in known.values())
 
-    def _pull(self, commitment: Commitment, sources: list[str]) -> None:
-        if commitment.digest in self._gradients or commitment.digest in self._pulls:
+    def _pull(self, commitment: Commitment, sources: list[str], *, is_urgent: bool) -> None:
+        if commitment.digest in self._gradients:
+            return
+        if is_urgent and commitment.digest not in self._urgent:
+            self._urgent.add(commitment.digest)
+            self._changes.notify()
+        if commitment.digest in self._pulls:
             return
         task = asyncio.ensure_future(self._fetch_and_check(commitment, sources))
         self._pulls[commitment.digest] = task
@@ -246,12 +257,39 @@ class Contributions:
 
     def _pulled(self, commitment: Commitment) -> None:
         self._pulls.pop(commitment.digest, None)
+        self._urgent.discard(commitment.digest)
         self._changes.notify()
+
+    def _may_begin(self, commitment: Commitment) -> bool:
+        """Whether few enough are being pulled.
+
+        What was only offered is in the way of nothing urgent, and no signer in that of all others.
+        """
+        is_urgent = commitment.digest in self._urgent
+        signers = self._under_way[is_urgent]
+        is_full = len(signers) >= (MAX_URGENT_PULLS if is_urgent else MAX_PULLS)
+        return not is_full and signers.count(commitment.peer) < MAX_PULLS_OF_ONE
+
+    @contextmanager
+    def _place(self, commitment: Commitment) -> Iterator[None]:
+        """A place among what is being pulled."""
+        signers = self._under_way[commitment.digest in self._urgent]
+        signers.append(commitment.peer)
+        try:
+            yield
+        finally:
+            signers.remove(commitment.peer)
+            self._changes.notify()
 
     async def _fetch_and_check(self, commitment: Commitment, sources: list[str]) -> None:
         node = self._node
+        slot_seconds = node.history.first.run_config.rounds.round_seconds
+        # After so long it is forgotten, unless somebody needs it: who does asks again.
+        wait_seconds = SLOTS_KEPT * slot_seconds
+        if not await self._changes.until(lambda: self._may_begin(commitment), wait_seconds):
+            return
         try:
-            async with self._slots:
+            with self._place(commitment):
                 self._log_first(commitment)
                 if commitment.blob not in node.store:
                     self._brought[commitment.blob] = commitment.blob_bytes

@@ -134,7 +134,12 @@ class Member:
             request.module, request.version, request.parent, request.ballot
         )
         self._pulling[module] = (request.ballot.slot, self._node.now() + request.wait_seconds)
-        wanted = [c for c in request.commitments if self._add(c, sender, is_asked_for=True)]
+        wanted = [
+            c
+            for c in request.commitments
+            if (c.module, c.slot) == (str(module), request.ballot.slot)
+            and self._add(c, sender, is_asked_for=True)
+        ]
         await self.changes.until(
             lambda: len(self.contributions.held(wanted)) == len(wanted), request.wait_seconds
         )
