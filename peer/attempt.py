@@ -123,8 +123,7 @@ class Attempt:
             return
         certificate = await self._gather_votes(proposal)
         if certificate is not None:
-            await self.member.learn(certificate, sender=self.node.peer_id)
-            await self._hand_out(certificate)
+            await self._conclude(certificate)
 
     def _usable(self, commitments: Iterable[Commitment]) -> list[Commitment]:
         return self.member.contributions.usable(commitments, self.held, self.ballot.slot)
@@ -329,6 +328,17 @@ class Attempt:
             return await self.member.vote(proposal, self.ballot, sender=self.node.peer_id)
         except (SwarmError, ValueError) as error:
             return ProposeReply(reason=str(error)[:MAX_REASON_CHARACTERS])
+
+    async def _conclude(self, certificate: Certificate) -> None:
+        """Apply it and hand it out; nobody waits for what this peer may have yet to compute."""
+        outcomes = await asyncio.gather(
+            self.member.learn(certificate, sender=self.node.peer_id),
+            self._hand_out(certificate),
+            return_exceptions=True,
+        )
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
 
     async def _hand_out(self, certificate: Certificate) -> None:
         proposal = certificate.proposal

@@ -15,6 +15,7 @@ from dipaco.outer import OuterUpdate
 from dipaco.topology import ModuleID
 from peer.contributions import Contributions
 from peer.messages import Proposal
+from peer.modules import Held
 from peer.node import Node
 from peer.reduction import reduce
 
@@ -50,6 +51,7 @@ class Reducer:
         self._results: dict[ModuleID, tuple[str, Result]] = {}  # of the proposal of that digest
         self._flushes: dict[str, asyncio.Task[None]] = {}  # of states that are not on disk yet
         self._locks: dict[ModuleID, asyncio.Lock] = {}
+        self._adding: dict[ModuleID, asyncio.Task[Result | None]] = {}  # one at a time of each
 
     async def reduce(
         self, module: ModuleID, proposal: Proposal, *, sources: Sequence[str]
@@ -57,10 +59,13 @@ class Reducer:
         """Reduce a proposal by ourselves; the new state then is in the store.
 
         What is missing is pulled from its signers, `sources` and the roster. None if that cannot be
-        done, or the module has gone on meanwhile.
+        done, or the module has gone on meanwhile. What is being added up goes on when whoever waits
+        for it is cancelled: no vote is wanted any more, but what it is to be for is certified.
         """
         log = self._node.log
         async with self._locks.setdefault(module, asyncio.Lock()):
+            if (left := self._adding.get(module)) is not None:
+                await asyncio.wait({left})
             held = log.held.get(module)
             if held is None or held.parent != proposal.parent:
                 return None
@@ -75,23 +80,10 @@ class Reducer:
                 min(OBTAIN_TIMEOUT_SECONDS, slot_seconds),
             ):
                 return None
-            self._node.events.write(
-                "reducing",
-                module=proposal.module,
-                version=proposal.version,
-                slot=proposal.slot,
-                proposal=proposal.digest,
-            )
-            try:
-                result = await self._node.offload(lambda: self._add_up(module, proposal))
-            except BadState:
-                self._on_behind(module)
-                return None
-            except Unreachable:  # a blob rotted on disk since it was checked
-                return None
-            if log.held.get(module) is not held:
-                return None  # it may have been reduced from another version
-            return result if self._keep(module, proposal.digest, result) else None
+            adding = asyncio.ensure_future(self._add_up_and_keep(module, held, proposal))
+            self._adding[module] = adding
+            adding.add_done_callback(lambda _: self._added(module))
+            return await asyncio.shield(adding)
 
     def settle(self, module: ModuleID, state: str) -> OuterUpdate | None:
         """Keep of what was made of a module only `state`, which is certified now.
@@ -113,8 +105,37 @@ class Reducer:
             await asyncio.wait({flush})
 
     async def close(self) -> None:
-        """What is being written gets there."""
-        await asyncio.gather(*self._flushes.values(), return_exceptions=True)
+        """What is being written gets there; what is being added up ends, as threads do."""
+        under_way = [*self._adding.values(), *self._flushes.values()]
+        await asyncio.gather(*under_way, return_exceptions=True)
+
+    async def _add_up_and_keep(
+        self, module: ModuleID, held: Held, proposal: Proposal
+    ) -> Result | None:
+        node = self._node
+        node.events.write(
+            "reducing",
+            module=proposal.module,
+            version=proposal.version,
+            slot=proposal.slot,
+            proposal=proposal.digest,
+        )
+        try:
+            result = await node.offload(lambda: self._add_up(module, proposal))
+        except BadState:
+            self._on_behind(module)
+            return None
+        except Unreachable:  # a blob rotted on disk since it was checked
+            return None
+        if node.log.held.get(module) is not held:
+            return None  # it may have been reduced from another version
+        return result if self._keep(module, proposal.digest, result) else None
+
+    def _added(self, module: ModuleID) -> None:
+        """Write down an error, too: whoever waited may be gone."""
+        adding = self._adding.pop(module)
+        if not adding.cancelled() and (error := adding.exception()) is not None:
+            self._node.events.write("error", where="new state", why=repr(error))
 
     def _add_up(self, module: ModuleID, proposal: Proposal) -> Result:
         node = self._node

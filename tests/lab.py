@@ -159,6 +159,7 @@ class Lab:
             *peer.keeper.background._tasks,
             *member.courier._tasks,
             *member.contributions._pulls.values(),
+            *member._reducer._adding.values(),
             *(fetch.task for fetch in blobs._running.values()),
         ]
         for task in tasks:

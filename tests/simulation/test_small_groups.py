@@ -1,7 +1,11 @@
 """Groups of one, two and three: who is alone certifies alone, and a death stops nobody for long."""
 
+import asyncio
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
@@ -10,10 +14,11 @@ from dipaco.topology import ModuleID
 from peer.attempt import Attempt
 from peer.certificate import SLOTS_BEFORE_REBUILD
 from peer.messages import Ballot
-from tests.lab import lab
+from tests.lab import LabPeer, lab
 from tests.little_run import little_config
 from tests.virtual_clock import run_virtual
 
+T = TypeVar("T")
 ROUND = 20.0  # virtual seconds
 MODULE = ModuleID(0, 0)
 
@@ -92,5 +97,46 @@ def test_a_leader_that_comes_after_its_slot_is_refused_by_all(tmp_path: Path) ->
             await late.run()
             failed = [e for e in first.seen("attempt failed") if e["attempt"] == 9]
             assert [entry["why"].split(" of ")[0] for entry in failed] == ["0"]
+
+    run_virtual(scenario())
+
+
+def test_a_leader_that_computes_slowly_computes_once_and_holds_up_nobody(tmp_path: Path) -> None:
+    """The others have a quorum without its vote; what it was to vote for it needs all the same."""
+
+    async def scenario() -> None:
+        config = replace(
+            little_config(num_rounds=100, blocking=False), topology=TopologyConfig(levels=(1,))
+        )
+        async with lab(tmp_path, config) as place:
+            await place.bootstrap()
+            slow, *others = [await place.join(f"peer{n}", step_seconds=3.0) for n in range(3)]
+            reducer, node = slow.keeper.member._reducer, slow.keeper.node
+
+            async def offload(function: Callable[[], T]) -> T:
+                result = await node.offload(function)
+                await asyncio.sleep(1.0)
+                return result
+
+            reducer._node = replace(node, offload=offload)
+            await place.until_versions(3, [slow, *others], within=6 * ROUND)
+            begin = node.now()
+
+            def led() -> set[str]:
+                made = [entry for entry in slow.seen("publishing") if entry["time"] > begin]
+                return {entry["certificate"] for entry in made}
+
+            def applied(peer: LabPeer) -> dict[str, float]:
+                return {entry["certificate"]: entry["time"] for entry in peer.seen("version")}
+
+            await place.until(
+                lambda: len(led()) > 1 and led() <= set(applied(slow)),
+                within=12 * ROUND,
+                what="versions that it has led to",
+            )
+            reduced = Counter(entry["proposal"] for entry in slow.seen("reducing"))
+            assert set(reduced.values()) == {1}
+            for peer in others:
+                assert all(applied(peer)[made] < applied(slow)[made] for made in led())
 
     run_virtual(scenario())
