@@ -12,8 +12,8 @@ import logging
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
+from google.protobuf.message import DecodeError
 from hivemind.dht.node import DHTNode
-from hivemind.dht.routing import DHTID
 from hivemind.p2p import P2P, PeerID
 from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError, P2PHandlerError
 from hivemind.proto import dht_pb2
@@ -23,7 +23,7 @@ from hivemind.utils.timed_storage import get_dht_time
 
 from dht.calls import watch_calls
 from dht.control import dial, identify, list_peers
-from dht.errors import Offline, RunMismatch, Unreachable
+from dht.errors import LocalFault, Offline, RunMismatch, Unreachable
 from dht.hardening import Validator, harden, node_id_of
 from dht.records import MAX_CLOCK_SKEW_SECONDS, MAX_LIFETIME_SECONDS, encode
 from dht.storage import RecordStorage
@@ -199,31 +199,34 @@ class KademliaSwarm:
             await asyncio.gather(*greetings, return_exceptions=True)
         for error in errors:
             log.debug("cannot enter through one of the addresses: %s", error)
-            if not isinstance(error, Unreachable):
-                raise error
-        if len(errors) == len(greetings):
-            raise errors[0]
+        if len(errors) == len(greetings):  # else one wrong peer would keep us from all others
+            raise next((e for e in errors if not isinstance(e, Unreachable)), errors[0])
         async with self._operation():
             await self._node.find_nearest_nodes([self._node.node_id])
 
     async def _greet(self, maddr: str) -> None:
-        """Connect to a peer, compare clocks, and get into each other's routing table."""
-        peer_id = await dial(self.p2p, maddr, timeout_seconds=DIAL_SECONDS)
-        protocol = self._node.protocol
+        """Connect to a peer, compare clocks, and get into each other's routing table.
+
+        Whatever it answers is at worst `Unreachable`, or `RunMismatch` if the clocks differ.
+        """
+        try:
+            peer_id = await dial(self.p2p, maddr, timeout_seconds=DIAL_SECONDS)
+        except LocalFault as e:  # p2pd also connects to what is no peer of any run
+            raise Unreachable(str(e), hint=e.hint) from e
+        protocol, peer = self._node.protocol, PeerID.from_base58(peer_id)
         request = dht_pb2.PingRequest(peer=protocol.node_info, validate=True)
         asked_time = self.now()
         try:
-            stub = protocol.get_stub(PeerID.from_base58(peer_id))
+            stub = protocol.get_stub(peer)
             pong = await stub.rpc_ping(request, timeout=2 * RPC_SECONDS)  # it pings us, too
-        except (P2PDaemonError, P2PHandlerError, TimeoutError) as e:
+        except (P2PDaemonError, P2PHandlerError, DecodeError, TimeoutError) as e:
             raise Unreachable(
                 f"`{maddr}` is there, but does not answer as a peer of a swarm",
                 hint="is it the address that `dipaco-bootstrap serve` or a peer has printed?",
             ) from e
         check_clock(asked_time, pong.dht_time, self.now(), peer_id)
-        await protocol.update_routing_table(
-            DHTID.from_bytes(pong.peer.node_id), PeerID.from_base58(peer_id), responded=True
-        )
+        if pong.peer.node_id == node_id_of(peer).to_bytes():  # who only reads the DHT gives none
+            await protocol.update_routing_table(node_id_of(peer), peer, responded=True)
 
     async def store(self, record: Record, lifetime_seconds: float) -> bool:
         """See `Swarm`. Raises `Unreachable` if p2pd is gone or the search takes too long."""

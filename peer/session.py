@@ -170,6 +170,7 @@ async def find_run(
 
 async def _ask_for_run(network: Network, maddrs: Sequence[str]) -> FoundRun:
     names = list(dict.fromkeys(map(peer_of, maddrs)))
+    names = [name for name in names if name != network.transport.peer_id]  # does not ask itself
     replies = await asyncio.gather(
         *(say_hello(network.transport, name) for name in names), return_exceptions=True
     )
@@ -184,8 +185,9 @@ async def _ask_for_run(network: Network, maddrs: Sequence[str]) -> FoundRun:
             check_protocol(reply.protocol, "that peer")
             answers[name] = reply
     if not answers:
+        why = problems[0] if problems else "no address of another peer was given"
         raise Unreachable(
-            f"no answer about its run: {problems[0] if problems else 'no address was given'}",
+            f"no answer about its run: {why}",
             hint="use the address that `dipaco-bootstrap serve`, or a running peer, prints",
         )
     runs = {reply.run for reply in answers.values()}

@@ -65,12 +65,13 @@ class Watchdog:
         self._known: dict[str, str] = {}  # peer ID -> address; the one seen last comes last
         self._restarts: deque[float] = deque(maxlen=MAX_RESTARTS)  # their times, of the loop
         self._busy = asyncio.Lock()  # p2pd is being asked or restarted
+        self._answered_time = 0.0  # of the loop: when p2pd was last there
+        self._rejoin_time = 0.0
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Watch p2pd inside this context."""
         task = asyncio.create_task(self._watch())
-        task.add_done_callback(_log_bug)
         try:
             yield
         finally:
@@ -92,22 +93,30 @@ class Watchdog:
             await self._restart(config)
 
     async def _watch(self) -> None:
-        loop = asyncio.get_running_loop()
-        answered_time = rejoin_time = loop.time()
+        self._answered_time = self._rejoin_time = asyncio.get_running_loop().time()
         while True:
-            async with self._busy:
-                is_well = self._daemon.alive and await self._answers()
-                if not is_well:
-                    await self._recover(answered_time)
-            answered_time = loop.time()
-            if is_well and self._restarts and answered_time > self._restarts[-1] + WELL_SECONDS:
-                self._restarts.clear()
-            if self._swarm.num_neighbors == 0 and answered_time > rejoin_time + REJOIN_SECONDS:
-                await self._rejoin()
-                rejoin_time = loop.time()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(CHECK_SECONDS):
-                    await self._daemon.wait()
+            try:
+                await self._look()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(CHECK_SECONDS):
+                        await self._daemon.wait()
+            except Exception as error:  # unexpected, but without this watch the peer would be lost
+                log.exception("unexpected error in the watch over p2pd")
+                self.report("error", where="watch over p2pd", why=repr(error))
+                await asyncio.sleep(CHECK_SECONDS)
+
+    async def _look(self) -> None:
+        loop = asyncio.get_running_loop()
+        async with self._busy:
+            is_well = self._daemon.alive and await self._answers()
+            if not is_well:
+                await self._recover(self._answered_time)
+        self._answered_time = now = loop.time()
+        if is_well and self._restarts and now > self._restarts[-1] + WELL_SECONDS:
+            self._restarts.clear()
+        if self._swarm.num_neighbors == 0 and now > self._rejoin_time + REJOIN_SECONDS:
+            self._rejoin_time = now
+            await self._rejoin()
 
     async def _answers(self) -> bool:
         """Ask p2pd whom it is connected to: cheap, and needed when it is gone."""
@@ -176,8 +185,3 @@ class Watchdog:
 
 def _log_event(event: str, **fields: object) -> None:
     log.info("%s %s", event, fields)
-
-
-def _log_bug(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and task.exception() is not None:
-        log.error("p2pd is no longer watched", exc_info=task.exception())

@@ -86,3 +86,26 @@ def test_only_restarts_in_quick_succession_are_limited() -> None:
     assert len(times) > 2 * MAX_RESTARTS, "each of them worked for a while"
     times = restart_times(WELL_SECONDS / 2, within=RESTARTS_SECONDS - 1)
     assert len(times) == MAX_RESTARTS
+
+
+class ClumsyPeer(MortalPeer):
+    """It never gets back into the swarm, for a reason that nobody thought of."""
+
+    async def join(self, *_: object) -> None:
+        raise ArithmeticError("a bug")
+
+
+def test_an_unexpected_error_does_not_end_the_watch(caplog: pytest.LogCaptureFixture) -> None:
+    seen: list[tuple[str, dict[str, object]]] = []
+
+    async def watch() -> int:
+        peer = ClumsyPeer(WELL_SECONDS + 2 * CHECK_SECONDS)
+        watchdog = Watchdog(peer, peer, peer)  # type: ignore[arg-type]
+        watchdog.report = lambda event, **fields: seen.append((event, fields))
+        async with watchdog.running():
+            await asyncio.sleep(RESTARTS_SECONDS)
+        return len(peer.restart_times)
+
+    assert run_virtual(watch()) > 2 * MAX_RESTARTS
+    assert seen[0] == ("error", {"where": "watch over p2pd", "why": "ArithmeticError('a bug')"})
+    assert "a bug" in caplog.text

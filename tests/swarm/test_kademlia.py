@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import hivemind.dht.protocol
 import pytest
+from hivemind.proto import dht_pb2
 
 from dht.errors import RunMismatch, Unreachable
 from tests.dht.swarm_contract import announcement, check_closed_swarm, check_swarm
@@ -54,6 +55,44 @@ def test_one_dead_address_among_several_does_no_harm(tmp_path: Path) -> None:
             await peer.close()
             with pytest.raises(Unreachable, match="cannot reach"):
                 await start_peer(tmp_path, "b", initial_peers=[dead])
+
+    asyncio.run(main())
+
+
+GARBAGE = b"\xff"
+FALSE_TIME = dht_pb2.PingResponse(dht_time=1.0).SerializeToString()
+
+
+def false_node_id() -> bytes:
+    node = dht_pb2.NodeInfo(node_id=b"\xff" * 21)
+    answer: bytes = dht_pb2.PingResponse(peer=node, dht_time=time.time()).SerializeToString()
+    return answer
+
+
+def test_one_who_greets_wrongly_keeps_nobody_from_the_others(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with local_swarm(tmp_path, 2) as [first, liar]:
+            handlers = liar.swarm.p2p._client.control.unary_handlers
+            [ping] = [name for name in handlers if name.endswith("rpc_ping")]
+            lie = GARBAGE
+
+            async def answer(_data: bytes, _peer_id: object) -> bytes:
+                return lie
+
+            handlers[ping] = answer
+            of_another_kind = f"{first.maddr.rpartition('/')[0]}/Qm{'a' * 44}"
+            peer = await start_peer(tmp_path, "a")
+            try:
+                for told in (false_node_id(), FALSE_TIME, GARBAGE):
+                    lie = told
+                    await peer.swarm.join([of_another_kind, liar.maddr, first.maddr])
+                    assert peer.swarm.num_neighbors, "the honest one is known"
+                with pytest.raises(Unreachable, match="does not answer as a peer"):
+                    await peer.swarm.join([liar.maddr])
+                with pytest.raises(Unreachable, match="not the address of a peer"):
+                    await peer.swarm.join([of_another_kind])
+            finally:
+                await peer.close()
 
     asyncio.run(main())
 

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from dht.errors import Unreachable
 from peer.check import MIN_OPEN_FILES, check_open_files
 from peer.config import PeerConfig
 from peer.keeper import Keeper
 from peer.observe import observe
 from peer.providers import Providers
-from peer.session import make_node, open_network
+from peer.session import find_run, make_node, open_network
 from tests.little_run import identity, little_config, make_run
 
 if TYPE_CHECKING:
@@ -68,6 +69,8 @@ def test_an_observer_sees_the_swarm_and_is_no_part_of_it(tmp_path: Path) -> None
             async with Keeper(node, providers, keep_all=True).running():
                 seen = await observe(tuple(await network.swarm.maddrs()))
                 assert network.swarm.num_neighbors == 0
+                with pytest.raises(Unreachable, match="another peer"):  # it does not ask itself
+                    await find_run(network, await network.swarm.maddrs())
             node.events.close()
             assert seen.run == run.digest
             assert len(seen.modules) == len(run.manifest.topology.modules)
