@@ -4,17 +4,44 @@ Everything goes to stderr; stdout is for data. Meaning is never in color alone.
 """
 
 import time
-from typing import Any
+from contextlib import suppress
+from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.text import Text
 
 
+class _Stream:
+    """`stream`, as far as it can be written; what it does not take is lost.
+
+    rich would try that again and again, and end the process where a pipe has lost its reader.
+    """
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
+
+
 class Display:
-    """Turns a peer's events into lines for a person."""
+    """Turns a peer's events into lines for a person.
+
+    A peer goes on where they cannot be shown: behind a full disk, or once the terminal is closed.
+    """
 
     def __init__(self, *, quiet: bool = False, verbosity: int = 0) -> None:
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        stream = cast("IO[str]", _Stream(Console(stderr=True).file))
+        self._console = Console(file=stream, highlight=False, soft_wrap=True)
         self._quiet = quiet
         self._verbosity = verbosity
         self._start = time.monotonic()

@@ -1,12 +1,16 @@
 """What a volunteer reads: what goes wrong also if quiet."""
 
 import asyncio
+import errno
+import io
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from peer.display import Display
+from peer.events import EventLog
 from peer.member import Member
 from peer.messages import ProposeReply
 from tests.lab import lab
@@ -29,6 +33,40 @@ def test_quiet_is_quiet_but_for_what_goes_wrong(
     assert "duties: the disk is full" in shown
     assert "p2pd keeps failing" in shown
     assert ("entering" in shown, "slot 0 begins in 3 s" in shown) == (not quiet, not quiet)
+
+
+class Broken(io.StringIO):
+    """A stream that fails, as long as it has an `error`."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__()
+        self.error: OSError | None = error
+
+    def write(self, text: str) -> int:
+        if self.error is not None:
+            raise self.error
+        return super().write(text)
+
+    def flush(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), BrokenPipeError(errno.EPIPE, "")])
+def test_where_nothing_can_be_shown_a_peer_goes_on(
+    error: OSError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = Broken(error)
+    monkeypatch.setattr(sys, "stderr", stream)
+    log = EventLog(tmp_path / "events.jsonl", lambda: 1.0)
+    log.listen(Display().show)
+    log.write("error", where="first", why="x")
+    log.write("error", where="second", why="x")
+    stream.error = None
+    log.write("error", where="third", why="x")
+    log.close()
+    assert stream.getvalue().count("[error]") == 1, "what failed is not kept"
+    assert "third" in stream.getvalue()
 
 
 @pytest.mark.parametrize(
