@@ -216,6 +216,9 @@ class Keeper:
         round_seconds = self.node.history.first.run_config.rounds.round_seconds
         while True:
             await guarded(self._do_duties_once(), "duties", self.node.events)
+            await guarded(
+                self.node.offload(self._housekeeping.sweep), "housekeeping", self.node.events
+            )
             await asyncio.sleep(min(round_seconds, DUTY_SECONDS_MAX))
 
     async def _do_duties_once(self) -> None:
@@ -241,11 +244,15 @@ class Keeper:
             else:
                 await self._retire(module)
         # The next versions' data too, so that it is there when they come into force.
-        for manifest in node.history.since(node.slot):
-            for ref in self._wanted(manifest, snapshot):
-                await self.providers.obtain(ref)
-        await self.providers.announce([node.run])
-        await node.offload(self._housekeeping.sweep)
+        manifests = node.history.since(node.slot)
+        wanted = [ref.digest for each in manifests for ref in self._wanted(each, snapshot)]
+        # What is here is announced before anything is waited for.
+        await self.providers.announce([node.run, *(d for d in wanted if d in node.store)])
+        for manifest in manifests:
+            for ref in self._wanted(manifest, snapshot):  # as far as there is room by now
+                await guarded(
+                    self.providers.obtain(ref), f"blob {ref.digest[:12]}", self.node.events
+                )
 
     def _affordable(self, duties: set[ModuleID]) -> set[ModuleID]:
         """The duties that the disk limit has room for, held ones first; own modules are none."""

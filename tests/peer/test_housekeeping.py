@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from dht.keys import provider_key
 from dipaco.topology import PathID
 from peer.housekeeping import UNREFERENCED_SECONDS
 from tests.lab import lab
@@ -56,5 +57,27 @@ def test_shards_of_others_make_room_and_only_as_many_as_are_needed(tmp_path: Pat
             assert len(here()) == len(everything) - 1
             keeper._housekeeping.make_room(2**40, own_shard=OWN)
             assert here() == {OWN}
+
+    run_virtual(scenario())
+
+
+def test_a_shard_that_is_nowhere_keeps_a_peer_from_no_other_duty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    age = UNREFERENCED_SECONDS + 1.0
+    monkeypatch.setattr("peer.store.BlobStore.age_seconds", lambda _, blob: age)
+
+    async def scenario() -> None:
+        async with lab(tmp_path, little_config()) as place:
+            bootstrap = await place.bootstrap()
+            node, manifest = bootstrap.keeper.node, place.run.manifest
+            lost, *others = [manifest.shard(path).blob.digest for path in manifest.topology.paths]
+            node.store.remove(lost)
+            old = node.store.add(b"old")
+            await place.until(lambda: old not in node.store, within=100, what="sweeping")
+            for digest in others:
+                assert await node.swarm.read(provider_key(digest)), "it is announced"
+            places = {entry["where"] for entry in bootstrap.seen("error")}
+            assert places == {f"blob {lost[:12]}"}
 
     run_virtual(scenario())
