@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Mapping, Sequence
 
-from dht.errors import LocalFault, NotYet, SwarmError, Unreachable
+from dht.errors import LocalFault, NotYet, Offline, SwarmError, Unreachable
 from dipaco.config import RunConfig
 from dipaco.outer import warm_up
 from dipaco.topology import PathID
@@ -21,7 +21,7 @@ PLAN_SHARE = 0.75  # of a slot: when paths are chosen for the next one
 LAST_LOOK_SHARE = 0.05  # of a slot: between two looks at whether other paths are finished, too
 WAIT_SECONDS = 30.0  # and a slot at most, before what could not be had yet is tried again
 MAX_PATHS_TRIED = 4  # whose modules cannot be had yet, before that: they have some in common
-SETTLE_SECONDS = 1.0  # between two looks at who else is there, before the run starts
+SETTLE_SECONDS = 1.0  # between two looks at who else is there, before a path is trained
 
 
 class Volunteer:
@@ -122,8 +122,7 @@ class Volunteer:
     async def _settle(self) -> None:
         """Take a path; until the run starts, make room for others that took the same."""
         node = self._node
-        await self.keeper.look_for_manifest()
-        self._snapshot = await self.keeper.look_around()
+        self._snapshot = await self._first_look()
         self._plan = self._snapshot.training
         await self._take_any(joining_order(node.peer_id, self._snapshot))
         if node.slot < 0:
@@ -131,8 +130,23 @@ class Volunteer:
         while node.slot < 0 and not self.stop.is_set():
             left = node.history.first.start_time - node.now()
             await sleep_unless(self.stop, min(SETTLE_SECONDS, max(0.0, left)))
-            self._choose(await self.keeper.look_around())
+            try:
+                snapshot = await self.keeper.look_around()
+            except SwarmError:  # by what was seen last, then, until the swarm can be reached again
+                continue
+            self._choose(snapshot)
             await self._maybe_move()
+
+    async def _first_look(self) -> Snapshot:
+        """Who trains what under the newest manifest, once the swarm can be asked."""
+        while not self.stop.is_set():
+            try:
+                await self.keeper.look_for_manifest()
+                return await self.keeper.look_around()
+            except Unreachable as error:
+                self._node.events.write("error", where="first look", why=str(error))
+                await sleep_unless(self.stop, SETTLE_SECONDS)
+        return self.keeper.snapshot
 
     async def _take_any(self, paths: Sequence[PathID]) -> None:
         """Take the first of `paths` whose shard and modules can be had.
@@ -151,7 +165,7 @@ class Volunteer:
                     await self._take(path)
                 except SwarmError as error:
                     self._node.events.write("path not to be had", path=str(path), why=str(error))
-                    num_later += isinstance(error, NotYet)
+                    num_later += isinstance(error, NotYet | Offline)
                 else:
                     return
                 if num_later == MAX_PATHS_TRIED:

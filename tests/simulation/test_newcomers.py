@@ -10,7 +10,7 @@ import torch
 
 from dht.errors import NotYet, Offline
 from dht.memory import MemorySwarm
-from dht.records import Head
+from dht.records import Head, Record
 from dipaco.checkpoint import ModuleState, encode_state
 from dipaco.config import TopologyConfig
 from dipaco.topology import ModuleID
@@ -245,3 +245,32 @@ async def claim(place: Lab, module: ModuleID, version: int) -> None:
         state="b" * 64,
     )
     assert await MemorySwarm(place.dht, LIAR).store(head, 600.0)
+
+
+def test_who_cannot_ask_the_swarm_before_the_start_asks_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, is_lost = MemorySwarm.read, True
+
+    async def read_unless_lost(swarm: MemorySwarm, key: str) -> list[Record]:
+        if is_lost and swarm.peer_id == identity(2).peer_id:
+            raise Offline("this peer's p2pd has ended")
+        return await read(swarm, key)
+
+    monkeypatch.setattr(MemorySwarm, "read", read_unless_lost)
+
+    async def scenario() -> None:
+        nonlocal is_lost
+        async with lab(tmp_path, little_config(num_rounds=3), start_in=30.0) as place:
+            await place.bootstrap()
+            peer = await place.join("peer")
+            assert peer.peer_id == identity(2).peer_id
+            await asyncio.sleep(3.0)
+            is_lost = False
+            await place.until(lambda: bool(peer.seen("waiting")), within=10, what="a path")
+            is_lost = True
+            await asyncio.sleep(3.0)
+            is_lost = False
+            await place.until(lambda: bool(peer.seen("version")), within=90, what="a version")
+
+    run_virtual(scenario())
