@@ -33,6 +33,7 @@ from peer.chunk_plan import (
     has_room,
     is_nearly_done,
 )
+from peer.sources import doubled
 from peer.store import MAX_INDEX_BYTES, BlobStore, PartialBlob
 
 if TYPE_CHECKING:
@@ -248,8 +249,7 @@ class Download:
             self._failure = error
 
     def _pause(self, source: Source, times: int) -> None:
-        seconds = min(PAUSE_SECONDS * 2.0 ** (times - 1), MAX_PAUSE_SECONDS)
-        source.ready_time = self._now() + seconds
+        source.ready_time = self._now() + doubled(PAUSE_SECONDS, times - 1, MAX_PAUSE_SECONDS)
 
     async def _converse(self, source: Source, run: Run, request: BlobRequest) -> None:
         frames = self._transport.stream(

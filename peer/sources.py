@@ -20,10 +20,16 @@ FAULTS_TO_SKIP = 3  # one after another; then the source is skipped for a while
 SAME_FAULT_SECONDS = 1.0  # in which several count once: what cuts a line cuts every stream on it
 SKIP_SECONDS = 15.0  # at first; each further fault doubles it
 MAX_SKIP_SECONDS = 240.0
+MAX_DOUBLINGS = 32  # of a pause; a float overflows at the 1024th
 
 FRAME_TIMEOUT_SECONDS = 30.0  # for one chunk: 35 kB/s is the slowest useful source
 MIN_FRAME_TIMEOUT_SECONDS = 5.0  # a line may stall that long, and still be a good one
 SLOWDOWN = 8.0  # against what was measured, e.g. by others who ask for the same; then it is late
+
+
+def doubled(seconds: float, times: int, max_seconds: float) -> float:
+    """`seconds`, doubled so many times, but never more than `max_seconds`."""
+    return min(seconds * 2.0 ** min(times, MAX_DOUBLINGS), max_seconds)
 
 
 @dataclass(slots=True)
@@ -61,8 +67,8 @@ class Sources:
         source.fault_time = now
         source.num_faults += 1
         if source.num_faults >= FAULTS_TO_SKIP:
-            seconds = SKIP_SECONDS * 2.0 ** (source.num_faults - FAULTS_TO_SKIP)
-            source.skipped_until = now + min(seconds, MAX_SKIP_SECONDS)
+            times = source.num_faults - FAULTS_TO_SKIP
+            source.skipped_until = now + doubled(SKIP_SECONDS, times, MAX_SKIP_SECONDS)
 
     def bytes_per_second(self, peer: str) -> float | None:
         """What `peer` sends us, as measured; None if it never was."""

@@ -18,6 +18,7 @@ from peer.faults import Faults
 from peer.memory import Line, MemoryNetwork
 from peer.sources import (
     FAULTS_TO_SKIP,
+    MAX_SKIP_SECONDS,
     MIN_FRAME_TIMEOUT_SECONDS,
     SAME_FAULT_SECONDS,
     SKIP_SECONDS,
@@ -308,6 +309,24 @@ def test_nobody_is_blamed_while_we_are_cut_off_ourselves(peers: Peers) -> None:
         assert not peers.faults.total
 
     run_virtual(scenario())
+
+
+def test_a_source_may_have_nothing_however_often(peers: Peers) -> None:
+    async def scenario() -> None:
+        await peers.start("client")
+        known, transport = Sources(), OneChunk()
+        transport.may_answer.set()
+        download = transport.download(peers, known)
+        download.add(["other", "source"])
+        download._sources["other"].num_empty = 5000
+        await download.run()
+        assert download._sources["other"].num_empty == 5001
+
+    run_virtual(scenario())
+    sources = Sources()
+    for number in range(5000):
+        sources.failed("peer", now=number * SAME_FAULT_SECONDS)
+    assert not sources.is_skipped("peer", now=5000 * SAME_FAULT_SECONDS + MAX_SKIP_SECONDS)
 
 
 def test_the_best_sources_come_first_and_bad_ones_are_skipped_for_a_while() -> None:
