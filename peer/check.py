@@ -55,7 +55,7 @@ async def run_checks(config: PeerConfig) -> AsyncIterator[Finding]:
             )
             yield Finding(name="device", ok=True, text=choice.description)
             what = "limits"
-            divide(config, manifest, trains_on_cpu=choice.device.type == "cpu")
+            divide(config, manifest, run_dir=run_dir, trains_on_cpu=choice.device.type == "cpu")
     except (SwarmError, DipacoError) as error:
         yield Finding(name=what, ok=False, text=str(error), fix=error.hint)
 

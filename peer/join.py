@@ -50,7 +50,12 @@ async def join(config: PeerConfig, display: Display) -> None:
         choice = await asyncio.to_thread(
             choose_device, config, manifest.run_config, manifest.topology
         )
-        limits = divide(config, manifest, trains_on_cpu=choice.device.type == "cpu")
+        limits = divide(
+            config,
+            manifest,
+            run_dir=node.state_dir,
+            trains_on_cpu=choice.device.type == "cpu",
+        )
         standing = await network.reachability.settle(await others(node, providers))
         addresses = list(standing.maddrs) or await reachable_addresses(network)
         display.introduce(

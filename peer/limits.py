@@ -7,6 +7,7 @@ machine can take part, and how much it keeps for the swarm besides its own path.
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from dht.errors import LocalFault
@@ -47,12 +48,15 @@ class Limits:
     recent_bytes: int  # in memory, for states that are needed again soon
 
 
-def divide(config: PeerConfig, manifest: Manifest, *, trains_on_cpu: bool) -> Limits:
-    """Divide what `config` allows; raises `LocalFault` if a path of this run does not fit."""
+def divide(config: PeerConfig, manifest: Manifest, *, run_dir: Path, trains_on_cpu: bool) -> Limits:
+    """Divide what `config` allows; raises `LocalFault` if a path of this run does not fit.
+
+    `run_dir` is where the state of the run lies.
+    """
     parameters = path_parameters(manifest.run_config, manifest.topology)
     blob_bytes = duty_bytes = training_bytes = None
     recent_bytes, paths_kept = MAX_RECENT_BYTES, PATHS_KEPT
-    check_free_disk(config, manifest)
+    check_free_disk(manifest, run_dir)
     if config.disk_limit_bytes is not None:
         needed = disk_bytes(manifest)
         if config.disk_limit_bytes < needed:
@@ -102,13 +106,16 @@ def disk_bytes(manifest: Manifest) -> int:
     return blobs + _other_files_bytes(parameters)
 
 
-def check_free_disk(config: PeerConfig, manifest: Manifest) -> None:
-    """Raise `LocalFault` if the disk cannot hold what a volunteer needs."""
-    needed, free = disk_bytes(manifest), shutil.disk_usage(config.state_dir).free
-    if free < needed:
+def check_free_disk(manifest: Manifest, run_dir: Path) -> None:
+    """Raise `LocalFault` if the disk cannot hold what a volunteer needs.
+
+    What the run has there from before is part of it: who took part has filled its disk with it.
+    """
+    needed, free, used = disk_bytes(manifest), shutil.disk_usage(run_dir).free, _used_bytes(run_dir)
+    if free + used < needed:
         raise LocalFault(
-            f"the disk of `{config.state_dir}` has {gigabytes(free)} free, "
-            f"this run needs {gigabytes(needed)}",
+            f"the disk of `{run_dir}` has {gigabytes(free)} free, "
+            f"this run needs {gigabytes(needed)} and has {gigabytes(used)} of that",
             hint="free some space, or choose another disk with `--state-dir DIR`",
         )
 
@@ -133,6 +140,10 @@ def affordable(wanted: Iterable[tuple[T, int]], room_bytes: int | None) -> list[
 def gigabytes(num_bytes: int) -> str:
     """For a person, in the units that the options are given in."""
     return f"{num_bytes / 1e9:.2f} GB"
+
+
+def _used_bytes(directory: Path) -> int:
+    return sum(file.lstat().st_blocks * 512 for file in directory.rglob("*"))  # some have holes
 
 
 def _other_files_bytes(parameters: int) -> int:

@@ -216,12 +216,15 @@ def test_a_device_that_is_not_there_lists_those_that_are() -> None:
 def test_a_disk_that_is_too_small_is_found_before_joining(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = PeerConfig(state_dir=tmp_path)
-    check_free_disk(config, RUN.manifest)
+    check_free_disk(RUN.manifest, tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     with pytest.raises(LocalFault, match="this run needs") as caught:
-        check_free_disk(config, RUN.manifest)
+        check_free_disk(RUN.manifest, tmp_path)
     assert "--state-dir" in caught.value.hint
+    monkeypatch.setattr("peer.limits.disk_bytes", lambda _: 10**5)
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "state").write_bytes(bytes(range(100)) * 1000)
+    check_free_disk(RUN.manifest, tmp_path)  # it took part before
 
 
 def test_two_peers_do_not_share_a_state_directory(tmp_path: Path) -> None:

@@ -55,12 +55,12 @@ def test_what_is_no_size_is_answered_with_one(text: str) -> None:
 def test_a_path_that_does_not_fit_is_refused_with_what_would(tmp_path: Path) -> None:
     config = PeerConfig(state_dir=tmp_path, disk_limit_bytes=1000, memory_limit_bytes=10**9)
     with pytest.raises(LocalFault, match="of disk") as caught:
-        divide(config, MANIFEST, trains_on_cpu=True)
+        divide(config, MANIFEST, run_dir=tmp_path, trains_on_cpu=True)
     roomy = replace(config, disk_limit_bytes=hinted(caught.value, "--disk-limit"))
     with pytest.raises(LocalFault, match="of memory") as caught:
-        divide(roomy, MANIFEST, trains_on_cpu=True)
+        divide(roomy, MANIFEST, run_dir=tmp_path, trains_on_cpu=True)
     roomy = replace(roomy, memory_limit_bytes=hinted(caught.value, "--memory-limit"))
-    limits = divide(roomy, MANIFEST, trains_on_cpu=True)
+    limits = divide(roomy, MANIFEST, run_dir=tmp_path, trains_on_cpu=True)
     assert limits.training_bytes is not None
     state = state_bytes(path_parameters(CONFIG, MANIFEST.topology))
     assert state <= limits.recent_bytes < MAX_RECENT_BYTES
