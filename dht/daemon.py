@@ -115,6 +115,16 @@ class Daemon:
         return f"/unix{_socket_file(self._socket_dir)}"
 
     @property
+    def listening(self) -> tuple[str, ...]:
+        """Where p2pd listens: the addresses it was given, with its port where any would do.
+
+        Without that port where it was told what to announce, since it names nothing else then.
+        """
+        if self._output is None or self.config.announce_maddrs:
+            return self.config.host_maddrs
+        return with_ports(self.config.host_maddrs, self._output.maddrs)
+
+    @property
     def pid(self) -> int:
         """The process ID of p2pd."""
         assert self._process is not None, "it has been started"

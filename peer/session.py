@@ -32,7 +32,7 @@ from peer.history import History
 from peer.manifest import MAX_MANIFEST_BYTES, Manifest, check_protocol, parse_manifest
 from peer.modules import ModuleLog
 from peer.node import Node
-from peer.ports import as_before
+from peer.ports import as_before, keep_port
 from peer.providers import Providers
 from peer.reachability import Reachability
 from peer.store import BlobStore
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 ADDRESS_FILE = "address"  # of this peer; the other has those of others
 ADDRESS_BOOK_FILE = "peers.json"
+PORT_FILE = "port"
 MANIFEST_TIMEOUT_SECONDS = 60.0
 WANTED_OPEN_FILES = 16384  # one per stream and blob; many systems give 1024 unless asked
 
@@ -87,7 +88,7 @@ async def open_network(
         daemon = await Daemon.start(
             identity_file,
             config=DaemonConfig(
-                host_maddrs=as_before(config.host_maddrs, config.state_dir / ADDRESS_FILE),
+                host_maddrs=as_before(config.host_maddrs, config.state_dir / PORT_FILE),
                 announce_maddrs=config.announce_maddrs,
                 map_port=not (config.client_mode or is_local),
                 client_mode=config.client_mode,
@@ -103,6 +104,7 @@ async def open_network(
         except Unreachable:
             if not known_maddrs():
                 raise
+        keep_port(daemon.listening, config.state_dir / PORT_FILE)
         meter = Meter(config.max_bytes_per_second)
         swarm.on_call = meter.called
         transport = Libp2pTransport(swarm.p2p, meter=meter)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dht.identity import Identity
 from peer.address_book import MAX_PEERS, AddressBook, merged
-from peer.ports import as_before
+from peer.ports import as_before, keep_port
 
 RUN = "a" * 64
 PEERS = [Identity(bytes([number]) * 32).peer_id for number in range(1, 50)]
@@ -49,12 +49,16 @@ def test_a_damaged_book_is_an_empty_one(tmp_path: Path) -> None:
 
 
 def test_a_peer_listens_where_it_did_unless_that_is_taken(tmp_path: Path) -> None:
-    file, anywhere = tmp_path / "address", ("/ip4/0.0.0.0/tcp/0",)
+    file, anywhere = tmp_path / "port", ("/ip4/0.0.0.0/tcp/0",)
     assert as_before(anywhere, file) == anywhere
+    for garbage in ("", "x", "0", "70000", "1 2"):
+        file.write_text(garbage)
+        assert as_before(anywhere, file) == anywhere
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-        file.write_text(f"{address(PEERS[0], port)}\n/ip4/127.0.0.1/tcp/{port}/p2p/{PEERS[0]}\n")
+        keep_port([f"/ip4/0.0.0.0/tcp/{port}"], file)
+        keep_port(anywhere, file)  # in client mode
         listener.listen()
         assert as_before(anywhere, file) == anywhere
     assert as_before(anywhere, file) == (f"/ip4/0.0.0.0/tcp/{port}",)

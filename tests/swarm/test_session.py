@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from dht.addresses import ports_of
 from dht.errors import Unreachable
 from peer.check import MIN_OPEN_FILES, check_open_files
 from peer.config import PeerConfig
 from peer.keeper import Keeper
 from peer.observe import observe
 from peer.providers import Providers
-from peer.session import find_run, make_node, open_network
+from peer.session import ADDRESS_FILE, find_run, make_node, open_network
 from tests.little_run import identity, little_config, make_run
 
 if TYPE_CHECKING:
@@ -24,6 +25,21 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.swarm
 
 LOOPBACK = ("/ip4/127.0.0.1/tcp/0",)
+
+
+def test_a_peer_has_its_port_again_however_it_was_reached(tmp_path: Path) -> None:
+    relayed = "/ip4/203.0.113.7/tcp/4/p2p/12D3KooW/p2p-circuit\n"
+
+    async def ports(*announced: str) -> tuple[int, ...]:
+        config = PeerConfig(state_dir=tmp_path, host_maddrs=LOOPBACK, announce_maddrs=announced)
+        async with open_network(config) as network:
+            return ports_of(network.daemon.listening)
+
+    before = asyncio.run(ports())
+    assert len(before) == 1
+    assert asyncio.run(ports("/ip4/203.0.113.7/tcp/4001")) == before
+    (tmp_path / ADDRESS_FILE).write_text(relayed)  # what it knew last
+    assert asyncio.run(ports()) == before
 
 
 @pytest.fixture
