@@ -52,7 +52,10 @@ def prepare_start(
     *,
     device: torch.device | str = "cpu",
 ) -> Start:
-    """Make `directory` hold the start of a run, doing only what is not done yet."""
+    """Make `directory` hold the start of a run, doing only what is not done yet.
+
+    Interrupted, it leaves a finished start of the configuration before, or none.
+    """
     (directory / "shards").mkdir(parents=True, exist_ok=True)
     (directory / "states").mkdir(exist_ok=True)
     _Preparation(config, directory, progress, torch.device(device)).run()
@@ -135,6 +138,8 @@ class _Preparation:
             self._progress(name, 1, 1)
             return key
         self._progress(name, 0, 1)
+        # Until all stages are done again, this is no start: its parts are of two configurations.
+        (self._directory / START_FILE).unlink(missing_ok=True)
         record_file.unlink(missing_ok=True)
         files = {str(f.relative_to(self._directory)): f.stat().st_size for f in work()}
         write_atomically(record_file, _json({"key": key, "files": files}))

@@ -135,6 +135,32 @@ def test_an_interrupted_preparation_continues_to_the_same_bytes(start: Start, co
     assert again.router_file.read_bytes() == start.router_file.read_bytes()
 
 
+def test_a_start_whose_parts_were_replaced_in_part_is_none(start: Start, copied: Path) -> None:
+    """Interrupted while it is prepared for another configuration, before any stage or amid them."""
+    other = replace(start.config, dense_start=replace(start.config.dense_start, steps=3))
+
+    def interrupt(stage: str, done: int, total: int) -> None:
+        if stage == interrupted_at:
+            raise KeyboardInterrupt
+
+    interrupted_at = "tokenizer"
+    with pytest.raises(KeyboardInterrupt):
+        prepare_start(other, copied, interrupt)
+    assert Start.load(copied).config == start.config, "nothing was replaced"
+    interrupted_at = "router"
+    with pytest.raises(KeyboardInterrupt):
+        prepare_start(other, copied, interrupt)
+    with pytest.raises(ConfigError, match="no finished preparation"):
+        Start.load(copied)
+    recorder = Recorder()
+    again = prepare_start(other, copied, recorder)
+    assert {stage for stage, calls in recorder.worked.items() if calls > 1} == {"router", "shards"}
+    assert Start.load(copied).config.fingerprint() == again.config.fingerprint()
+    assert prepare_start(start.config, copied).router_file.read_bytes() == (
+        start.router_file.read_bytes()
+    )
+
+
 def test_an_unfinished_or_changed_preparation_is_refused(start: Start, copied: Path) -> None:
     with pytest.raises(ConfigError, match="no finished preparation"):
         Start.load(copied / "absent")
