@@ -35,6 +35,13 @@ class Best:
     rows: str
     parameters: Mapping[ModuleID, Tensor]
 
+    def is_on(self, rows: Rows) -> bool:
+        """Whether these are the rows; what did best on others, of a shard before, is not the best.
+
+        Nothing is on no rows: then there is no telling what does best.
+        """
+        return self.rows == _digest(rows)
+
 
 def keep_if_best(
     file: Path,
@@ -51,15 +58,14 @@ def keep_if_best(
     """
     if not evaluation.num_tokens:
         return False
-    digest = blob_digest(rows.tobytes())
     before = _read(file)
-    limit = before.perplexity if before is not None and before.rows == digest else math.inf
+    limit = before.perplexity if before is not None and before.is_on(rows) else math.inf
     if limit <= evaluation.perplexity:
         return False
     facts = {
         _ROUND: torch.tensor(round_number),
         _PERPLEXITY: torch.tensor(evaluation.perplexity, dtype=torch.float32),
-        _ROWS: torch.frombuffer(bytearray(digest.encode()), dtype=torch.uint8),
+        _ROWS: torch.frombuffer(bytearray(_digest(rows).encode()), dtype=torch.uint8),
     }
     vectors = {str(module): vector for module, vector in parameters.items()}
     write_tensors(file, facts | vectors, flush=flush)
@@ -69,12 +75,17 @@ def keep_if_best(
 def read_best(file: Path, sizes: Mapping[ModuleID, int]) -> Best | None:
     """What `keep_if_best` kept last of a path whose modules have these numbers of parameters.
 
-    None if that is nothing, or damaged, or of other modules.
+    None if that is nothing, or damaged, or of other modules. `Best.is_on` tells whether it is still
+    the best.
     """
     best = _read(file)
     if best is None or {m: len(vector) for m, vector in best.parameters.items()} != sizes:
         return None
     return best
+
+
+def _digest(rows: Rows) -> str:
+    return blob_digest(rows.tobytes())
 
 
 def _read(file: Path) -> Best | None:

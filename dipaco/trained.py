@@ -113,7 +113,7 @@ class TrainedModel:
         """A path, by its number, as it did best on its validation rows; None to take the last one.
 
         `early_stopped` says which of the two is wanted; None stands for its best, where that was
-        kept. ConfigError if it is wanted and was not.
+        kept since its shard was made. ConfigError if it is wanted and was not.
         """
         if early_stopped is False:
             return None
@@ -122,12 +122,18 @@ class TrainedModel:
         modules = topology.modules_of(path)
         sizes = {m: num_parameters(self.config.model, topology, m) for m in modules}
         best = read_best(self.files.early_stopped_file(path), sizes)
+        if best is not None and not best.is_on(self._valid_rows(path)):
+            best = None
         if early_stopped and best is None:
             raise ConfigError(
                 f"path {path} was not kept as it did best",
-                hint="train with --early-stopping, or take it with --last",
+                hint="train with --early-stopping (a sharding begins anew), or take it with --last",
             )
         return best
+
+    def _valid_rows(self, path: PathID) -> Rows:
+        """The rows that the path is scored on after a round."""
+        return self.sharding.shard(path).valid[: self.config.rounds.eval_sequences]
 
     def net(self, number: int, *, early_stopped: bool | None = False) -> PathNet:
         """The network of a path, by its number: `early_stopped` as in `best`."""

@@ -7,12 +7,15 @@ operator's node has all.
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from dht.errors import LocalFault
 from dipaco.checkpoint import decode_state
 from dipaco.config import ModelConfig
 from dipaco.early_stopping import Best, read_best
 from dipaco.errors import BadState
 from dipaco.model import PathNet, write_module
+from dipaco.shards import Rows, Shard
 from dipaco.topology import ModuleID, PathID
 from peer.history import History
 from peer.manifest import parse_manifest
@@ -61,7 +64,8 @@ class RunOnDisk:
         """A path as it was when it did best here (`early_stopped`), or as its newest versions are.
 
         None stands for its best if it is the path that this peer has trained last. Others go on
-        without it, so what was best here may be long ago: of these, the newest versions.
+        without it, so what was best here may be long ago: of these, the newest versions. What did
+        best on the shard of an earlier manifest is not the best.
         `LocalFault` if there is no such path, or not all of it is here.
         """
         topology = self._history.newest.topology
@@ -115,7 +119,20 @@ class RunOnDisk:
 
     def _best(self, path: PathID, modules: tuple[ModuleID, ...]) -> Best | None:
         sizes = {module: self._log.num_parameters(module) for module in modules}
-        return read_best(self._paths / f"{path}{BEST_SUFFIX}", sizes)
+        best = read_best(self._paths / f"{path}{BEST_SUFFIX}", sizes)
+        return best if best is not None and best.is_on(self._valid_rows(path)) else None
+
+    def _valid_rows(self, path: PathID) -> Rows:
+        """The rows that the path is scored on by now; none if its shard is not here."""
+        manifest = self._history.newest
+        model = manifest.run_config.model
+        file = self._store.intact_file(manifest.shard(path).blob.digest)
+        if file is None:
+            return np.empty((0, model.sequence_tokens), np.uint16)
+        shard = Shard.load(
+            file, path=path, sequence_tokens=model.sequence_tokens, vocab_size=model.vocab_size
+        )
+        return shard.valid[: manifest.run_config.rounds.eval_sequences]
 
     def _net(self, best: Best, model: ModelConfig) -> tuple[PathNet, int]:
         net = PathNet(model)

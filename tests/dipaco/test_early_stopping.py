@@ -32,6 +32,9 @@ def test_what_did_best_on_the_same_rows_is_kept(tmp_path: Path) -> None:
     best = read_best(file, sizes)
     assert best is not None
     assert (best.round, float(best.parameters[module][0])) == (2, 2.0)
+    assert best.is_on(np.zeros((2, 3), np.uint16))
+    assert not best.is_on(np.ones((2, 3), np.uint16))
+    assert not best.is_on(no_rows)
     assert keep(4.0, 2.5, 4, shard=1), "another shard is another measure"
     assert read_best(file, {module: 6}) is None, "of another model"
     file.write_bytes(file.read_bytes()[:-1])

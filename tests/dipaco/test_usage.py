@@ -64,11 +64,12 @@ def stopped_dir(trained_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     model = TrainedModel.load(shutil.copytree(trained_dir, directory))
     best = model.best(2, early_stopped=True)
     assert best is not None
+    valid = model.sharding.shard(PathID((1, 0))).valid
     assert keep_if_best(
         model.files.early_stopped_file(PathID((1, 0))),
         {module: torch.zeros_like(vector) for module, vector in best.parameters.items()},
         Evaluation(nll_sum=0.0, num_tokens=1),
-        rows=model.sharding.shard(PathID((1, 0))).valid,
+        rows=valid[: model.config.rounds.eval_sequences],
         round_number=1,
     )
     return directory

@@ -255,6 +255,12 @@ def test_early_stopping_forgets_what_was_measured_on_another_shard(
     config = replace(phased.config, rounds=rounds, routing=routing, inner=harmful(phased))
     some = prepare_start(config, directory)
     files = training_directory(directory, some.config)
+    train(some, files, num_rounds=5, options=Options(early_stopping=True))
+    trained = TrainedModel.load(directory)
+    (latest,) = trained.files.reports()[-1].losses
+    for number, path in enumerate(some.topology.paths):
+        best = trained.best(number, early_stopped=None)
+        assert (best is not None) == (path == latest), "others were not scored on the new shard yet"
     train(some, files, num_rounds=8, options=Options(early_stopping=True))
     trained = TrainedModel.load(directory)
     reports = trained.files.reports()

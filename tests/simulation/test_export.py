@@ -3,12 +3,14 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
 
 from dht.errors import LocalFault
-from dipaco.early_stopping import read_best
+from dipaco.early_stopping import keep_if_best, read_best
+from dipaco.evaluate import Evaluation
 from dipaco.model import PathNet, read_module
 from dipaco.start import Start
 from dipaco.topology import PathID
@@ -80,6 +82,14 @@ def check_best(place: Lab, peer: LabPeer, path: PathID, target: Path) -> None:
     with pytest.raises(LocalFault, match="at its best"):
         RunOnDisk(directory).path(str(other), early_stopped=True)
     assert "there is no path '7.7'" in export("7.7", target, directory).output
+    # What did best on a shard that the path no longer has is left alone.
+    file = place.directory / peer.name / "paths" / f"{path}{BEST_SUFFIX}"
+    other_rows, raw = np.zeros((1, 3), np.uint16), file.read_bytes()
+    perfect = Evaluation(nll_sum=0.0, num_tokens=1)
+    assert keep_if_best(file, best.parameters, perfect, rows=other_rows, round_number=1)
+    assert not RunOnDisk(directory).path(str(path)).is_early_stopped
+    file.write_bytes(raw)
+    assert RunOnDisk(directory).path(str(path)).is_early_stopped
     # Who moves on to another path knows no longer how well others do on this one.
     (place.directory / peer.name / "paths" / f"{other}{OPTIMIZER_SUFFIX}").touch()
     assert not RunOnDisk(directory).path(str(path)).is_early_stopped
