@@ -10,7 +10,7 @@ a complete round at a time, so that an interrupted training loses at most the ro
 
 # ruff: noqa: N806 - tensors carry their shape in their name: N sequences, P paths
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -25,6 +25,7 @@ from dipaco.early_stopping import keep_if_best
 from dipaco.errors import BadBytes, ConfigError
 from dipaco.evaluate import Evaluation
 from dipaco.inner import PathTrainer
+from dipaco.model import num_parameters
 from dipaco.outer import Contribution, apply_contributions, contribution_weights
 from dipaco.rounds import (
     DAMAGED_HINT,
@@ -93,20 +94,19 @@ def train(  # noqa: PLR0913 - what to train, then what to do meanwhile
     for round_ in range(latest.number, num_rounds):
         with next_round(directory, start.config) as files:
             sharding = training.sharding(round_, states)
-            contributions: dict[ModuleID, list[Contribution]] = {m: [] for m in states}
-            losses: dict[PathID, list[float]] = {}
 
             # Each path trains on its own shard, from the modules as they are now, and contributes
             # to each of its modules how far that moved. No module moves until all have trained.
             paths = paths_of_round(start.config, start.topology, round_)
-            trained = training.contributions(paths, round_, sharding, states, files)
-            for module, contribution, loss in trained:
-                contributions[module].append(contribution)
-                losses.setdefault(contribution.path, []).append(loss)
+            trained = training.train(paths, round_, sharding, states, files)
+            losses: dict[PathID, list[float]] = {}
+            for turn in trained:
+                losses.setdefault(turn.path, []).append(turn.loss)
 
             # Each module takes one outer step, with the contributions in the order of the paths.
             norm_ratios = {}
-            for module, parts in contributions.items():
+            for module in start.topology.modules:
+                parts = training.contributions(module, trained, files)
                 if not parts:
                     continue  # none of its paths had its turn
                 weights = contribution_weights(
@@ -157,6 +157,15 @@ def paths_of_round(config: RunConfig, topology: Topology, round_: int) -> list[P
     order = np.random.default_rng((config.seed, epoch)).permutation(topology.num_paths)
     chosen = sorted(order[group * count : (group + 1) * count])
     return [topology.path_at(int(number)) for number in chosen]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Turn:
+    """One round of one replica of a path."""
+
+    path: PathID
+    tokens: int
+    loss: float
 
 
 class _Training:
@@ -212,15 +221,16 @@ class _Training:
             self._reshard(states, sharding.directory)
         return sharding
 
-    def contributions(
+    def train(
         self,
         paths: list[PathID],
         round_: int,
         sharding: Sharding,
         states: States,
         files: RoundFiles,
-    ) -> Iterator[tuple[ModuleID, Contribution, float]]:
-        """Train all replicas of the paths; what each contributes to each module, and its loss."""
+    ) -> list[_Turn]:
+        """Train all replicas of the paths, and put aside how far each of their modules moved."""
+        turns = []
         seats = [(path, replica) for path in paths for replica in range(self._options.replicas)]
         for first in range(0, len(seats), self._options.side_by_side):
             group = seats[first : first + self._options.side_by_side]
@@ -234,11 +244,26 @@ class _Training:
             losses = self._train(trainers, round_)
             for trainer, seat, loss in zip(trainers, group, losses, strict=True):
                 trainer.save_optimizer(files.optimizer_file(*seat), flush=False)
+                self._put_aside(trainer, states, files, seat)
                 tokens = self._config.rounds.inner_steps * trainer.tokens_per_step
-                gradients = self._outer_gradients(trainer, states, files, seat)
-                for module, gradient in gradients.items():
-                    part = Contribution(path=trainer.path, tokens=tokens, gradient=gradient)
-                    yield module, part, loss
+                turns.append(_Turn(path=trainer.path, tokens=tokens, loss=loss))
+        return turns
+
+    def contributions(
+        self, module: ModuleID, turns: list[_Turn], files: RoundFiles
+    ) -> list[Contribution]:
+        """What the paths through a module contribute to it, in the order of their turns."""
+        modules_of = self._start.topology.modules_of
+        turns = [turn for turn in turns if module in modules_of(turn.path)]
+        size = num_parameters(self._config.model, self._start.topology, module)
+        encoded = (
+            EncodedGradient(raw, self._config.outer.wire_format, num_parameters=size)
+            for raw in files.put_aside_of(module)
+        )
+        return [
+            Contribution(path=turn.path, tokens=turn.tokens, gradient=gradient)
+            for turn, gradient in zip(turns, encoded, strict=True)
+        ]
 
     def _train(self, trainers: list[PathTrainer], round_: int) -> list[float]:
         """One round of inner steps; the mean loss of each trainer."""
@@ -286,23 +311,19 @@ class _Training:
             trainer.write_module(module, states[module].parameters)
         return trainer
 
-    def _outer_gradients(
+    def _put_aside(
         self, trainer: PathTrainer, states: States, files: RoundFiles, seat: tuple[PathID, int]
-    ) -> dict[ModuleID, EncodedGradient]:
-        """Old minus new, as it arrives after the wire, on disk."""
+    ) -> None:
+        """Old minus new of each module, as it goes over the wire."""
         wire_format = self._config.outer.wire_format
         residuals = files.residuals(*seat)
-        gradients = {}
         for module in trainer.modules:
             gradient = states[module].parameters - trainer.read_module(module)
             raw, residual = compress_with_feedback(gradient, residuals.get(module), wire_format)
             if residual is not None:
                 residuals[module] = residual
-            gradients[module] = EncodedGradient(
-                files.put_aside(*seat, module, raw), wire_format, num_parameters=gradient.numel()
-            )
+            files.put_aside(module, raw)
         files.write_residuals(*seat, residuals)
-        return gradients
 
     def _reshard(self, states: States, directory: Path) -> None:
         """Shard the corpus anew, by the path that predicts the router data best (paper 2.4.2)."""

@@ -29,6 +29,7 @@ from dipaco.checkpoint import (
     write_atomically,
     write_tensors,
 )
+from dipaco.compression import encoded_bytes
 from dipaco.config import RunConfig
 from dipaco.errors import BadBytes
 from dipaco.evaluate import Evaluation
@@ -115,11 +116,25 @@ class RoundFiles:
         """A path as it did best so far (`dipaco.early_stopping`); it may not be there."""
         return self.directory / "early-stopped" / f"{path}.safetensors"
 
-    def put_aside(self, path: PathID, replica: int, module: ModuleID, raw: bytes) -> memoryview:
-        """Keep an encoded outer gradient on disk until the round is complete; returns it mapped."""
-        file = self.directory / _ASIDE / f"{path}-{replica}-{module}.safetensors"
-        write_atomically(file, raw, flush=False)
-        return np.memmap(file, dtype=np.uint8, mode="r").data
+    def put_aside(self, module: ModuleID, raw: bytes) -> None:
+        """Keep an encoded outer gradient on disk until the round is complete."""
+        with self._aside_file(module).open("ab") as stream:
+            stream.write(raw)
+            stream.write(bytes(-len(raw) % _ALIGNMENT_BYTES))
+
+    def put_aside_of(self, module: ModuleID) -> list[memoryview]:
+        """All that was put aside of a module, in that order.
+
+        Mapped, as one file: however many there are, they take no memory and one descriptor.
+        """
+        try:
+            mapped = np.memmap(self._aside_file(module), dtype=np.uint8, mode="r").data
+        except FileNotFoundError:
+            return []
+        size = num_parameters(self._config.model, self._topology, module)
+        num_bytes = encoded_bytes(self._config.outer.wire_format, size)
+        stride = num_bytes + -num_bytes % _ALIGNMENT_BYTES
+        return [mapped[start : start + num_bytes] for start in range(0, len(mapped), stride)]
 
     def reports(self) -> list[RoundReport]:
         """What was reported of every round so far."""
@@ -140,6 +155,9 @@ class RoundFiles:
     def _module_file(self, module: ModuleID) -> Path:
         return self.directory / "modules" / f"{module}.safetensors"
 
+    def _aside_file(self, module: ModuleID) -> Path:
+        return self.directory / _ASIDE / str(module)
+
     def _residual_file(self, path: PathID, replica: int) -> Path:
         return self.directory / "residuals" / f"{path}-{replica}.safetensors"
 
@@ -147,6 +165,7 @@ class RoundFiles:
 _ROUND = "round-"
 _PARTIAL = ".partial"
 _ASIDE = "contributions"  # of a round that is not complete
+_ALIGNMENT_BYTES = 64  # a cache line
 _FOLDERS = ("modules", "optimizers", "residuals", "early-stopped")
 DAMAGED_HINT = "delete that folder to train from the start"
 

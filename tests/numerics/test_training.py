@@ -1,5 +1,7 @@
 """The parts of the loop on one machine beyond Algorithm 1: resuming, phases, turns, evaluation."""
 
+import os
+import resource
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -149,6 +151,18 @@ def test_replicas_of_one_path_are_diloco(tiny: RunConfig, tmp_path: Path) -> Non
         ratios.append(max(latest.reports()[-1].norm_ratios.values()))
     assert ratios[0] == pytest.approx(1.0)
     assert ratios[1] < 0.99
+
+
+def test_a_round_of_many_contributions_needs_few_open_files(start: Start, tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = len(os.listdir("/proc/self/fd")) + 32
+    options = Options(replicas=8)
+    assert options.replicas * start.topology.num_paths * len(start.topology.levels) > 2 * 32
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, limits[1]))
+    try:
+        train(start, tmp_path, num_rounds=1, options=options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_the_loss_of_a_path_is_the_mean_of_its_replicas(
