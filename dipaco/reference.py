@@ -47,7 +47,8 @@ States = dict[ModuleID, ModuleState]
 class ReferenceResult:
     """The last version of every module, its digest, and evaluations before and after.
 
-    `sharding` is the one of the last round, on whose validation rows `at_end` is.
+    `sharding` is the one of the last round, on whose validation rows `at_end` is: of every path, by
+    the last versions, whether or not it had its turn in that round.
     """
 
     states: States
@@ -134,12 +135,18 @@ def train(  # noqa: PLR0913 - what to train, then what to do meanwhile
             files.write_reports(reports)
         on_round(report)
 
+    sharding = training.sharding(max(0, num_rounds - 1), states)
+    at_end = dict(reports[-1].evaluations)
+    if reports[-1].round:  # who had no turn in the last round was scored by older modules
+        for path in start.topology.paths:
+            if path not in reports[-1].losses:
+                at_end[path] = training.score(path, sharding, states)
     return ReferenceResult(
         states=states,
         digests={module: state_digest(state) for module, state in states.items()},
-        sharding=training.sharding(max(0, num_rounds - 1), states),
+        sharding=sharding,
         at_start=reports[0].evaluations,
-        at_end=reports[-1].evaluations,
+        at_end=at_end,
     )
 
 
@@ -150,13 +157,23 @@ def paths_of_round(config: RunConfig, topology: Topology, round_: int) -> list[P
     (paper 2.6.2 proposes to sample paths where there are too many).
     """
     count = config.rounds.paths_per_round or topology.num_paths
-    num_groups = -(-topology.num_paths // count)
+    num_groups = _num_groups(config, topology)
     epoch, group = divmod(round_, num_groups)
     if num_groups == 1:
         return list(topology.paths)
     order = np.random.default_rng((config.seed, epoch)).permutation(topology.num_paths)
     chosen = sorted(order[group * count : (group + 1) * count])
     return [topology.path_at(int(number)) for number in chosen]
+
+
+def max_turns(config: RunConfig, topology: Topology) -> int:
+    """In how many rounds of a run a path trains; one that has the most turns, if they differ."""
+    return -(-config.rounds.num_rounds // _num_groups(config, topology))
+
+
+def _num_groups(config: RunConfig, topology: Topology) -> int:
+    """Within how many rounds every path has its turn."""
+    return -(-topology.num_paths // (config.rounds.paths_per_round or topology.num_paths))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -278,6 +295,11 @@ class _Training:
                 self._on_step(trainer.path, position)
         means: list[float] = torch.stack(losses).mean(dim=0).tolist()
         return means
+
+    def score(self, path: PathID, sharding: Sharding, states: States) -> Evaluation:
+        """A path with the modules as they are."""
+        trainer = self._trainer(path, sharding.shard(path), states)
+        return trainer.evaluate(self._config.rounds.eval_sequences)
 
     def evaluate(
         self, path: PathID, sharding: Sharding, states: States, files: RoundFiles

@@ -65,7 +65,7 @@ if TYPE_CHECKING:
 @click.option(
     "--baseline",
     is_flag=True,
-    help="Also train a dense model of one path's size for as many steps.",
+    help="Also train a dense model of one path's size, for as many steps as a path.",
 )
 def train(  # noqa: PLR0913 - one parameter per option
     config: Path,
@@ -150,9 +150,10 @@ def _train(
     )
     if not baseline:
         return result, None
-    task = progress.add_task("dense", total=rounds.total_steps)
+    num_steps = reference.max_turns(start.config, start.topology) * rounds.inner_steps
+    task = progress.add_task("dense", total=num_steps)
     dense = train_dense(
-        start, rounds.total_steps, device=device, on_step=lambda step: progress.advance(task)
+        start, num_steps, device=device, on_step=lambda step: progress.advance(task)
     )
     return result, evaluate_dense(result.sharding, dense)
 

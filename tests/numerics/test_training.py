@@ -3,8 +3,10 @@
 import os
 import resource
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 
@@ -21,7 +23,7 @@ from dipaco.evaluate import Evaluation, total
 from dipaco.inner import PathTrainer
 from dipaco.model import PathNet
 from dipaco.preparation import prepare_start
-from dipaco.reference import Options, paths_of_round, train
+from dipaco.reference import Options, max_turns, paths_of_round, train
 from dipaco.rerouting import boundaries, evaluate_choices
 from dipaco.rounds import latest_round
 from dipaco.start import Start
@@ -125,6 +127,11 @@ def test_each_path_gets_its_turn(tiny: RunConfig) -> None:
     turns = [paths_of_round(config, cut, round_) for round_ in range(6)]
     assert sorted(path for turn in turns for path in turn) == list(cut.paths)
     assert turns[0] != paths_of_round(config, cut, 6)
+    for num_rounds in (5, 6, 7, 18):
+        run = replace(config, rounds=replace(rounds, num_rounds=num_rounds))
+        turns = [paths_of_round(run, cut, round_) for round_ in range(num_rounds)]
+        assert max_turns(run, cut) == max(Counter(chain(*turns)).values())
+    assert max_turns(tiny, Topology.of(tiny)) == tiny.rounds.num_rounds
 
 
 def test_a_part_of_the_paths_trains_in_a_round(start: Start, tmp_path: Path) -> None:
@@ -136,6 +143,13 @@ def test_a_part_of_the_paths_trains_in_a_round(start: Start, tmp_path: Path) -> 
     assert set(reports[0].norm_ratios) == set(some.topology.modules_of(path))
     moved = {module for module, state in result.states.items() if state.momentum.any()}
     assert moved == set(some.topology.modules_of(path))
+    for scored in some.topology.paths:
+        trainer = PathTrainer(some.config, some.topology, scored, some.shard(scored))
+        for module in trainer.modules:
+            trainer.write_module(module, result.states[module].parameters)
+        found = trainer.evaluate(some.config.rounds.eval_sequences)
+        assert result.at_end[scored] == found != result.at_start[scored]
+    assert train(some, tmp_path, num_rounds=1).at_end == result.at_end
 
 
 def test_replicas_of_one_path_are_diloco(tiny: RunConfig, tmp_path: Path) -> None:
