@@ -131,20 +131,23 @@ def _texts(config: CorpusConfig, name: str) -> Iterator[str]:
 
 
 def _rows(config: CorpusConfig, name: str) -> Iterator[dict[str, Any]]:
-    """The rows of a table; of a text file, some lines at a time."""
+    """The rows of a table; of a text file, some lines at a time; of an empty file none."""
     from datasets import config as datasets_config
     from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
 
+    is_local = config.source != "hub"
+    if is_local and Path(name).is_file() and not Path(name).stat().st_size:
+        return
     # Otherwise the library tells its hub each time somebody reads a local file.
     datasets_config.HF_UPDATE_DOWNLOAD_COUNTS = False
     options: dict[str, Any] = {"split": config.split, "streaming": True}
-    if config.source == "hub":
-        arguments = (name, config.config or None)
-    else:
+    arguments: tuple[str, str | None]
+    if is_local:
         arguments = (config.source, None)
         options["data_files"] = {config.split: name}
         options.update(_READING.get(config.source, {}))
+    else:
+        arguments = (name, config.config or None)
     try:
         rows = load_dataset(*arguments, **options)
         if config.source == "text":
@@ -153,9 +156,17 @@ def _rows(config: CorpusConfig, name: str) -> Iterator[dict[str, Any]]:
                 yield {"text": "".join(table["text"].to_pylist())}
         else:
             yield from rows
-    except (OSError, ValueError, DatasetsError) as error:
-        reason = " ".join(str(error).split())
+    except StopIteration:  # what the library makes of JSON lines that there are none of
+        return
+    except Exception as error:  # of any decompressor, parser or network library, each with its own
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(
-            f"cannot read the corpus {name}: {reason:.200}",
-            hint="check corpus.files, or corpus.name, corpus.config, corpus.split and the network",
+            f"cannot read the corpus {name}: {reason:.200}", hint=_HINT if is_local else _HUB_HINT
         ) from error
+
+
+_HINT = "check corpus.files: each must be whole, and of the kind that corpus.source says"
+_HUB_HINT = (
+    "check corpus.name, corpus.config, corpus.split and the network; a data set that is a script "
+    "cannot be read"
+)

@@ -1,5 +1,10 @@
+import bz2
+import gzip
+import io
 import json
+import lzma
 import tracemalloc
+import zipfile
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -141,6 +146,58 @@ def test_a_missing_file_is_a_config_error(tmp_path: Path) -> None:
     config = CorpusConfig(source="text", files=(str(tmp_path / "absent.txt"),))
     with pytest.raises(ConfigError, match="cannot read the corpus"):
         list(load_documents(config))
+
+
+@pytest.mark.parametrize("kind", ["text", "json"])
+@pytest.mark.parametrize("ending", ["gz", "bz2", "xz", "zip"])
+def test_a_damaged_file_is_a_config_error(kind: str, ending: str, tmp_path: Path) -> None:
+    lines = "".join(json.dumps({"text": f"{n} {hash(n * 0.7)}"}) + "\n" for n in range(200))
+    compress = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zip": zipped}
+    raw = compress[ending](lines.encode())
+    file = tmp_path / f"a.jsonl.{ending}"
+    config = CorpusConfig(source=kind, files=(str(file),))
+    file.write_bytes(raw)
+    assert list(load_documents(config))
+    middle = len(raw) // 2
+    for damaged in (raw[:middle], raw[:middle] + bytes(50) + raw[middle + 50 :], b"other things"):
+        file.write_bytes(damaged)
+        with pytest.raises(ConfigError, match="cannot read the corpus") as caught:
+            list(load_documents(config))
+        assert "corpus.files" in caught.value.hint
+        assert "corpus.name" not in caught.value.hint
+
+
+def zipped(raw: bytes) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.jsonl", raw)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("source", "empty"),
+    [
+        ("json", {"a.jsonl": b"", "a.jsonl.gz": gzip.compress(b""), "a.jsonl.zip": b""}),
+        ("text", {"a.txt": b"", "a.txt.bz2": b""}),
+    ],
+)
+def test_an_empty_file_among_others_has_no_documents(
+    source: str, empty: dict[str, bytes], tmp_path: Path
+) -> None:
+    files = {**empty, "b": b'{"text": "one"}\n'}
+    for name, raw in files.items():
+        (tmp_path / name).write_bytes(raw)
+    config = CorpusConfig(source=source, files=tuple(str(tmp_path / name) for name in files))
+    assert len(list(load_documents(config))) == 1
+
+
+def test_a_hub_data_set_that_is_a_script_is_a_config_error(tmp_path: Path) -> None:
+    (tmp_path / "scripted").mkdir()
+    (tmp_path / "scripted" / "scripted.py").write_text("")
+    config = CorpusConfig(source="hub", name=str(tmp_path / "scripted"))
+    with pytest.raises(ConfigError, match="scripts are no longer supported") as caught:
+        list(load_documents(config))
+    assert "a script cannot be read" in caught.value.hint
 
 
 def test_a_sample_of_the_corpus_has_its_share_of_every_split() -> None:
