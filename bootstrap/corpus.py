@@ -12,6 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from dipaco.checkpoint import link_or_copy
 from dipaco.config import RunConfig
 from dipaco.preparation import prepare_start
 from dipaco.sharding import Sharding, reshard_corpus
@@ -43,7 +44,7 @@ class PreparedCorpus:
         """
         directory = self._version_directory(manifest)
         shutil.rmtree(directory, ignore_errors=True)
-        shutil.copytree(self._start.directory, directory, copy_function=_link)
+        shutil.copytree(self._start.directory, directory, copy_function=link_or_copy)
         # The settings of the start, so that nothing but the paths has changed.
         start = prepare_start(replace(self._start.config, topology=config.topology), directory)
         return self._draft(start.sharding, config, num_phases=manifest.num_phases)
@@ -69,11 +70,3 @@ class PreparedCorpus:
         index = self._store.index(digest)
         assert index is not None, "it was added just now"
         return BlobRef(digest=digest, num_bytes=index.size)
-
-
-def _link(source: str, target: str) -> None:
-    """Another name for a file; stages replace files, and never write into them."""
-    try:
-        Path(target).hardlink_to(source)
-    except OSError:  # a file system without them
-        shutil.copyfile(source, target)

@@ -5,6 +5,7 @@ and outer momentum, float32, each one flat vector in the canonical order of `mod
 """
 
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -135,6 +136,17 @@ def flush_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """Another name for a file that is replaced but never written into, as all here are.
+
+    A copy on a file system without hard links (exFAT, SMB), or on another one.
+    """
+    try:
+        Path(target).hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def write_atomically(file: Path, data: bytes | memoryview, *, flush: bool = True) -> None:

@@ -4,12 +4,11 @@
 
 A round is written next to the one before, which it replaces only when it is complete. So an
 interrupted training continues at the round it was in, bit for bit. Files that a round does not
-change are links to those of the round before. The disk is waited for once, at a round's end: until
-then it may write while the paths train.
+change are links to those of the round before, or copies where there are no links. The disk is
+waited for once, at a round's end: until then it may write while the paths train.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from dipaco.checkpoint import (
     ModuleState,
     decode_state,
     flush_to_disk,
+    link_or_copy,
     tensors_of,
     write_atomically,
     write_tensors,
@@ -193,7 +193,7 @@ def next_round(directory: Path, config: RunConfig) -> Iterator[RoundFiles]:
     if before is None:
         partial.mkdir()
     else:
-        shutil.copytree(before.directory, partial, copy_function=os.link)
+        shutil.copytree(before.directory, partial, copy_function=link_or_copy)
     for folder in (*_FOLDERS, _ASIDE):
         (partial / folder).mkdir(exist_ok=True)
     yield RoundFiles(partial, config)

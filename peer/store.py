@@ -6,13 +6,13 @@ which survives a crash and is resumed. Nothing is ever visible under a digest th
 
 import contextlib
 import os
-import shutil
 import threading
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 
 from dht.errors import LocalFault
+from dipaco.checkpoint import link_or_copy
 from dipaco.digest import CHUNK_BYTES, BlobIndex, chunk_digest, index_of, index_of_file
 
 MAX_INDEX_BYTES = 8 * 2**20  # of one blob: 256 GiB of data
@@ -99,10 +99,7 @@ class BlobStore:
             self._write(self._index_file(index.digest), index.to_bytes())
             temporary = self._directory / f".{index.digest}.{os.getpid()}"
             temporary.unlink(missing_ok=True)
-            try:
-                temporary.hardlink_to(file)
-            except OSError:  # another file system
-                shutil.copyfile(file, temporary)
+            link_or_copy(file, temporary)
             temporary.replace(self.file(index.digest))
             self._indexes[index.digest] = index
         return index.digest

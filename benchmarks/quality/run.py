@@ -3,7 +3,6 @@
 # ruff: noqa: N806 - arrays carry their shape in their name: N sequences, P paths
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ import dipaco
 from benchmarks.quality.flops import training_flops_per_token
 from benchmarks.quality.plan import Experiment
 from benchmarks.quality.synchronous import train_synchronously
-from dipaco.checkpoint import write_atomically
+from dipaco.checkpoint import link_or_copy, write_atomically
 from dipaco.config import RunConfig
 from dipaco.dense import dense_trainer
 from dipaco.evaluate import total
@@ -50,7 +49,7 @@ def prepare(config: RunConfig, directory: Path, device: str, base: Path | None =
     """The start of a run; stages that are finished in `base` are not done again."""
     torch.set_num_threads(1)
     if base is not None and not directory.exists():
-        shutil.copytree(base, directory, copy_function=os.link)
+        shutil.copytree(base, directory, copy_function=link_or_copy)
     return prepare_start(config, directory, device=device)
 
 

@@ -1,5 +1,6 @@
 """The parts of the loop on one machine beyond Algorithm 1: resuming, phases, turns, evaluation."""
 
+import errno
 import os
 import resource
 import shutil
@@ -177,6 +178,22 @@ def test_a_round_of_many_contributions_needs_few_open_files(start: Start, tmp_pa
         train(start, tmp_path, num_rounds=1, options=options)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_a_file_system_without_hard_links_will_do(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    linked = train(start, tmp_path / "linked", num_rounds=2)
+    refused: list[object] = []
+
+    def no_link(*names: object) -> None:
+        refused.append(names)
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr("os.link", no_link)
+    copied = train(start, tmp_path / "copied", num_rounds=2)
+    assert refused
+    assert copied.digests == linked.digests
 
 
 def test_the_loss_of_a_path_is_the_mean_of_its_replicas(
