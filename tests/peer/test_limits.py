@@ -72,10 +72,13 @@ def test_what_is_kept_of_former_paths_is_within_the_limit(tmp_path: Path) -> Non
     kept_bytes = KEPT_BYTES_PER_PARAMETER * path_parameters(CONFIG, MANIFEST.topology)
     limit = disk_bytes(MANIFEST) + 5 * kept_bytes
     config = PeerConfig(state_dir=tmp_path, disk_limit_bytes=limit)
-    limits = divide(config, MANIFEST, trains_on_cpu=True)
+    limits = divide(config, MANIFEST, run_dir=tmp_path, trains_on_cpu=True)
     assert limits.paths_kept == 3
     assert limits.duty_bytes == 3 * kept_bytes
-    assert divide(PeerConfig(state_dir=tmp_path), MANIFEST, trains_on_cpu=True).paths_kept > 3
+    unlimited = divide(
+        PeerConfig(state_dir=tmp_path), MANIFEST, run_dir=tmp_path, trains_on_cpu=True
+    )
+    assert unlimited.paths_kept > 3
 
 
 def test_a_peer_with_a_ceiling_relays_for_nobody() -> None:
