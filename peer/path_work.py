@@ -36,7 +36,7 @@ from peer.path_files import (
     drop_oldest,
 )
 
-DRAFTS_REMEMBERED = 3  # one may be counted by a certificate of a later slot
+DRAFTS_REMEMBERED = 3  # the first since the last version, and the last two
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +48,8 @@ class Rebasing:
     state: str  # digest
     parameters: Tensor  # of the version
     change: Tensor  # to the path's parameters, which keeps what was trained since
-    counted: Draft | None  # in the version
+    blob: str | None  # our contribution that is in the version
+    counted: Draft | None  # which that is of; None if it is not remembered
     residual: Tensor | None  # instead of the one there is, if something was counted
 
 
@@ -71,6 +72,7 @@ class PathWork:
         self._paths_kept = paths_kept
         self._bases: dict[ModuleID, Base] = {}
         self._pending: dict[ModuleID, list[Draft]] = {}
+        self._forgotten: dict[ModuleID, set[str]] = {}  # blobs of drafts that were pending
         self._residuals: dict[ModuleID, Tensor] = {}
         directory.mkdir(parents=True, exist_ok=True)
         self.resumed = trainer.load_optimizer(self._file(OPTIMIZER_SUFFIX))
@@ -171,6 +173,7 @@ class PathWork:
     def _start_over(self) -> None:
         self.num_divergences += 1
         self._pending.clear()
+        self._forgotten.clear()
         self._residuals.clear()
         self._file(RESIDUAL_SUFFIX).unlink(missing_ok=True)
         self.trainer.forget()
@@ -195,8 +198,11 @@ class PathWork:
                 self._residuals.get(module),
                 config.outer.wire_format,
             )
-            earlier = self._pending.get(module, [])
-            self._pending[module] = [*earlier, draft][-DRAFTS_REMEMBERED:]
+            # Where versions do not get here, the first is counted; where there are none, the last.
+            pending = [*self._pending.get(module, []), draft]
+            if len(pending) > DRAFTS_REMEMBERED:
+                self._forgotten.setdefault(module, set()).add(pending.pop(1).blob)
+            self._pending[module] = pending
             drafts.append(draft)
         return drafts
 
@@ -221,6 +227,9 @@ class PathWork:
         stays on top. If they part before, it counts none, and all that is on top stays there. What
         the path was rebased for is no longer on top: it is lost with the history that counted it,
         and neither added nor subtracted here.
+
+        If a draft was counted that is forgotten, nobody knows what of the progress is not in the
+        version: all of it is given up, since nothing may be counted twice.
         """
         drafts = self._pending.get(module, [])
         draft = next((draft for draft in drafts if draft.blob == counted), None)
@@ -231,6 +240,7 @@ class PathWork:
             state=digest,
             parameters=state.parameters,
             change=torch.sub(state.parameters, since, out=new_vector(len(since))),
+            blob=counted,
             counted=draft,
             residual=None if draft is None else draft.lost(),
         )
@@ -240,17 +250,20 @@ class PathWork:
         module, base = step.module, self._bases[step.module]
         if not self.is_new(module, step.version, step.state):
             return
-        if step.counted not in (None, *self._pending.get(module, [])):  # it has started over since
+        is_forgotten = step.blob in self._forgotten.get(module, ())
+        is_pending = step.counted in self._pending.get(module, [])
+        if step.counted is not None and not (is_pending or is_forgotten):  # started over since
             change = torch.sub(step.parameters, base.parameters)
             step = replace(step, counted=None, residual=None, change=change)
         tokens = base.tokens
-        if step.counted is not None:
-            tokens -= step.counted.tokens
+        if step.counted is not None or is_forgotten:
+            tokens = 0 if step.counted is None else tokens - step.counted.tokens
             if step.residual is None:
                 self._residuals.pop(module, None)
             else:
                 self._residuals[module] = step.residual
         self._pending.pop(module, None)
+        self._forgotten.pop(module, None)
         if tokens:
             self.trainer.add_to_module(module, step.change)
         else:

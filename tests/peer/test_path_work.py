@@ -216,6 +216,32 @@ def test_a_new_version_keeps_what_was_trained_since_the_contribution_that_it_cou
     assert work.drafts(config, [module])[0].tokens == 2 * tokens, "a version is put there once"
 
 
+@pytest.mark.parametrize("counted", range(6))
+def test_nothing_is_counted_twice_however_late_a_version_comes(
+    tmp_path: Path, counted: int
+) -> None:
+    """Which of six contributions it counts: one that is remembered, or not any more."""
+    config = little_config(wire_format="int4", blocking=False)
+    work = begun(config, tmp_path)
+    [module, *_] = work.trainer.modules
+    blobs, taken = [], []
+    for slot in range(6):
+        work.train(seconds=NO_LIMIT, max_steps=1, first_step=slot)
+        [draft] = work.drafts(config, [module])
+        draft.encode()
+        blobs.append(draft.blob)
+        taken.append(work.trainer.read_module(module))
+    version = ModuleState.initial(torch.full_like(taken[0], 0.5))
+    late = taken[-1] - taken[counted]
+    work.rebase(work.rebasing(module, 1, "b" * 64, version, counted=blobs[counted]))
+    is_remembered = counted in (0, 4, 5)
+    left = work.trainer.read_module(module) - version.parameters
+    assert torch.allclose(left, late if is_remembered else torch.zeros_like(late), atol=1e-6)
+    drafts = work.drafts(config, [module])
+    num_steps = sum(draft.tokens for draft in drafts) // work.trainer.tokens_per_step
+    assert num_steps == (5 - counted if is_remembered else 0)
+
+
 def test_the_version_that_wins_a_fork_takes_the_place_of_the_one_that_lost(tmp_path: Path) -> None:
     config = little_config()
     work = begun(config, tmp_path)
