@@ -25,6 +25,7 @@ def requested_growth(directory: Path) -> tuple[int, ...] | None:
         return None
 
 
-def forget_growth(directory: Path) -> None:
-    """It is done, or cannot be done."""
-    (directory / GROWTH_FILE).unlink(missing_ok=True)
+def forget_growth(directory: Path, levels: tuple[int, ...]) -> None:
+    """These are there, or cannot be; what was asked for meanwhile stays asked for."""
+    if requested_growth(directory) == levels:
+        (directory / GROWTH_FILE).unlink(missing_ok=True)

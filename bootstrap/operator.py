@@ -89,9 +89,12 @@ class Operator:
             draft = await node.offload(lambda: self._corpus.grow(manifest, config))
         except DipacoError as error:
             node.events.write("growth refused", levels=list(levels), why=str(error))
+            forget_growth(self._directory, levels)
         else:
-            await self._issue(manifest, draft)
-        forget_growth(self._directory)
+            if requested_growth(self._directory) != levels:
+                return  # others were asked for meanwhile
+            if await self._issue(manifest, draft):
+                forget_growth(self._directory, levels)
 
     async def _gather(self, manifest: Manifest) -> None:
         """Collect the scores; shard the corpus anew once there are some of every path."""
@@ -114,13 +117,15 @@ class Operator:
         draft = await node.offload(lambda: self._corpus.reshard(manifest, scores_NP))
         await self._issue(manifest, draft)
 
-    async def _issue(self, manifest: Manifest, draft: ManifestDraft) -> None:
-        """Publish the draft as the version after `manifest`, unless that has one by now."""
+    async def _issue(self, manifest: Manifest, draft: ManifestDraft) -> bool:
+        """Publish the draft as the version after `manifest`; False if that has one by now."""
         # Another copy of this directory may have signed one: two of a version divide the swarm.
         await self._keeper.look_for_manifest()
-        if self._node.history.newest is manifest:
-            issue(self._node, draft, self._identity)
-            await self._keeper.presence.point_to_manifest()
+        if self._node.history.newest is not manifest:
+            return False
+        issue(self._node, draft, self._identity)
+        await self._keeper.presence.point_to_manifest()
+        return True
 
 
 def issue(node: Node, draft: ManifestDraft, identity: Identity) -> Manifest:

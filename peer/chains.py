@@ -114,13 +114,15 @@ class Chains:
         first_version = self._node.history.origin(module).version + 1
         held_version = ours[-1].version if ours else 0
         for other, checked in list(self._kept):
+            if other != module:
+                continue
             newest, parent = checked.newest, checked.parent
             is_linked = parent is None or (
                 parent.version <= held_version
                 and ours[parent.version - first_version].digest == parent.digest
             )
             is_later = newest is not None and newest.version > held_version
-            if other == module and not (is_linked and is_later):
+            if not (is_linked and is_later):
                 self.forget(module, checked)
         return [checked for other, checked in reversed(self._kept) if other == module]
 

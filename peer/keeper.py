@@ -198,18 +198,23 @@ class Keeper:
         node = self.node
         while True:
             slot = node.slot
-            num_rounds = node.history.at(slot).run_config.rounds.num_rounds
-            for module, held in list(node.log.held.items()):
-                if slot >= 0 and self._attended.get(module) != slot and held.version < num_rounds:
-                    self._attended[module] = slot
-                    self.background.start(self.rounds.attend(module, slot), f"round of {module}")
-            self.member.contributions.forget_before(slot, kept=self.member.bound_blobs())
+            await guarded(self._attend_slot(slot), "rounds", node.events)
             pause = node.history.first.slot_start(slot + 1) - node.now()
             attended = set(node.log.held)
             await self._held_changed.until(
                 lambda attended=attended: set(node.log.held) != attended,  # type: ignore[misc]
                 max(0.01, pause),
             )
+
+    async def _attend_slot(self, slot: int) -> None:
+        """Begin the slot's round of every module that has none, and forget those long past."""
+        node = self.node
+        num_rounds = node.history.at(slot).run_config.rounds.num_rounds
+        for module, held in list(node.log.held.items()):
+            if slot >= 0 and self._attended.get(module) != slot and held.version < num_rounds:
+                self._attended[module] = slot
+                self.background.start(self.rounds.attend(module, slot), f"round of {module}")
+        self.member.contributions.forget_before(slot, kept=self.member.bound_blobs())
 
     async def _do_duties(self) -> None:
         """Every slot: see who is there, keep what falls to us, catch up where we fell behind."""
@@ -240,7 +245,8 @@ class Keeper:
             # Looked up anew each time: a path may be taken while this waits.
             if module in duties or module in self._own:
                 self._stay(module)
-                await self.catch_up.refresh(module)
+                refreshing = self.catch_up.refresh(module)
+                await guarded(refreshing, f"catch-up of {module}", node.events)
             else:
                 await self._retire(module)
         # The next versions' data too, so that it is there when they come into force.

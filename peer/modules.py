@@ -260,8 +260,12 @@ class ModuleLog:
                 certificate = Certificate.from_bytes(file.read_bytes(), sender="disk")
             except BadMessage:
                 break  # damaged: the version before it is the current one
-            if certificate.version != origin.version + len(chain) + 1:
-                break
+            parent = chain[-1].digest if chain else origin.state.digest
+            if (certificate.version, certificate.proposal.parent) != (
+                origin.version + len(chain) + 1,
+                parent,
+            ):
+                break  # of another history, which this one was about to replace
             chain.append(certificate)
             if len(chain) > WHOLE_KEPT:  # one after another: all of them would take much memory
                 chain[-WHOLE_KEPT - 1 :] = self._archived(module, chain[-WHOLE_KEPT - 1 :])

@@ -80,6 +80,26 @@ def test_a_damaged_version_gives_way_to_the_one_before(place: Place, damage: str
     assert torch.equal(log.load_state(MODULE).parameters, torch.ones(log.num_parameters(MODULE)))
 
 
+def test_a_history_that_was_replaced_in_part_ends_where_the_two_part(place: Place) -> None:
+    """Killed while the winner of a fork was adopted, whose certificates are written one by one."""
+    place.advance()
+    parted = place.log.held[MODULE]
+    lost = [place.advance() for _ in range(3)]
+    contribution = commitment(
+        PEERS[1], base_version=parted.version, base_state=parted.state, tokens=7
+    )
+    what = proposal(PEERS[1:2], version=2, parent=parted.parent, contributions=(contribution,))
+    won = certificate(what, PEERS[1:2]).model_copy(update={"result": lost[0].result})
+    directory = place.directory / "modules" / str(MODULE)
+    (directory / "00000002.json").write_bytes(won.to_bytes())
+    size = place.log.num_parameters(MODULE)
+    for value in (2.0, 3.0, 4.0):
+        place.store.add(encode_state(ModuleState.initial(torch.full((size,), value))))
+    held = place.reopened().open(MODULE)
+    assert held is not None
+    assert [link.digest for link in held.chain[1:]] == [won.digest]
+
+
 def test_old_states_are_deleted_and_the_start_is_kept(place: Place) -> None:
     versions = [place.advance() for _ in range(5)]
     kept = [certificate.result in place.store for certificate in versions]

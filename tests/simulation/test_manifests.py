@@ -4,13 +4,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bootstrap.growth import request_growth
+from bootstrap.growth import request_growth, requested_growth
 from dipaco.checkpoint import decode_state, state_digest
 from dipaco.compression import decode
-from dipaco.config import RoutingConfig, TopologyConfig
+from dipaco.config import RoutingConfig, RunConfig, TopologyConfig
 from dipaco.outer import apply_contributions, contribution_weights
 from dipaco.topology import ModuleID, PathID
+from peer.manifest import Manifest
 from peer.messages import Certificate
+from peer.succession import ManifestDraft
 from tests.lab import Lab, LabPeer, certified_states, lab
 from tests.little_run import little_config
 from tests.virtual_clock import run_virtual
@@ -220,6 +222,32 @@ def test_one_path_grows_into_four(tmp_path: Path) -> None:
                 assert held.chain[0].proposal.slot >= manifest.first_slot
                 # What existed goes on without a gap.
                 assert [c.version for c in source.chain] == list(range(1, source.version + 1))
+
+    run_virtual(scenario())
+
+
+def test_growth_that_is_asked_for_meanwhile_is_what_the_run_gets(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        config = little_config(num_rounds=MANY, round_seconds=6.0, blocking=False)
+        config = replace(config, topology=TopologyConfig(levels=(1, 1)))
+        async with lab(tmp_path, config) as place:
+            bootstrap = (await place.bootstrap()).keeper.node
+            request_growth(place.directory, (1, 2))
+            corpus = place.operate()
+            grow, asked = corpus.grow, []
+
+            def slow_grow(manifest: Manifest, config: RunConfig) -> ManifestDraft:
+                asked.append(config.topology.levels)
+                request_growth(place.directory, (2, 2))
+                return grow(manifest, config)
+
+            corpus.grow = slow_grow  # type: ignore[method-assign]
+            await place.until(
+                lambda: len(bootstrap.history.versions) == 2, within=60.0, what="a new manifest"
+            )
+            assert asked == [(1, 2), (2, 2)]
+            assert bootstrap.history.newest.topology.shape == (2, 2)
+            assert requested_growth(place.directory) is None
 
     run_virtual(scenario())
 

@@ -140,3 +140,35 @@ def test_a_leader_that_computes_slowly_computes_once_and_holds_up_nobody(tmp_pat
                 assert all(applied(peer)[made] < applied(slow)[made] for made in led())
 
     run_virtual(scenario())
+
+
+def test_a_disk_that_fails_once_costs_a_peer_no_more_than_a_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        async with lab(tmp_path, little_config(num_rounds=100, blocking=False)) as place:
+            bootstrap = await place.bootstrap()
+            peer = await place.join("peer", step_seconds=2.0)
+            await place.until_versions(1, [peer], within=6 * ROUND)
+            contributions = peer.keeper.member.contributions
+            forget_before = contributions.forget_before
+
+            def failing(slot: int, *, kept: set[str]) -> None:
+                monkeypatch.setattr(contributions, "forget_before", forget_before)
+                raise OSError(5, "Input/output error")
+
+            monkeypatch.setattr(contributions, "forget_before", failing)
+            await place.until(
+                lambda: any(e["where"] == "rounds" for e in peer.seen("error")),
+                within=2 * ROUND,
+                what="a disk that fails",
+            )
+            before, slot = max(peer.versions().values()), peer.keeper.node.slot
+            await place.kill("bootstrap")
+            await place.until(
+                lambda: max(peer.versions().values()) >= before + 3, within=8 * ROUND, what="rounds"
+            )
+            assert slot < max(e["slot"] for e in peer.seen("proposing"))
+            assert bootstrap.seen("version")
+
+    run_virtual(scenario())
