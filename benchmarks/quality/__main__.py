@@ -70,7 +70,13 @@ def main(  # noqa: PLR0913 - one parameter per option
     only: tuple[str, ...],
 ) -> None:
     """Compare trainings at equal steps."""
-    plan = [e for e in experiments(size, text) if not only or e.name in only]
+    plan = experiments(size, text)
+    names = [e.name for e in plan]
+    if unknown := [name for name in only if name not in names]:
+        raise click.BadParameter(
+            f"{', '.join(unknown)}; accepted: {', '.join(names)}", param_hint="--only"
+        )
+    plan = [e for e in plan if not only or e.name in only]
     work = work / size
     device = "cuda" if size == "gpu" else "cpu"
     workers = 1 if size == "gpu" else workers

@@ -37,7 +37,7 @@ def write_markdown(figures: dict[str, Figures], file: Path) -> None:
 def _grids(figures: dict[str, Figures]) -> Iterator[Grid]:
     rows = []
     for name, found in figures.items():
-        dense = figures.get(_baseline(name), found)
+        dense = figures.get(_baseline(name))
         rows.append(
             [
                 name,
@@ -47,7 +47,7 @@ def _grids(figures: dict[str, Figures]) -> Iterator[Grid]:
                 f"{found['epochs']:.1f}",
                 f"{found['ppl']:.2f}",
                 f"{math.log(found['ppl']):.4f}",
-                f"{found['ppl'] / dense['ppl']:.3f}",
+                f"{found['ppl'] / dense['ppl']:.3f}" if dense is not None else "",
                 *(_cell(found, f"ppl_rerouted_{every}") for every in (64, 32, 16)),
                 _cell(found, "ppl_early_stopped"),
                 f"{found['train_seconds']:.0f}",
