@@ -29,7 +29,6 @@ _NUM_EVALUATIONS = 20  # at most; after each the parameters are kept if they are
 _HELD_OUT_RUN = 10  # of so many runs of neighbouring rows, the last one is held out
 _MAX_RUNS = 100
 _BATCH_TOKENS = 2**14  # scored at a time
-_LABEL_SCORES = 2**22  # read at a time
 
 Labels = NDArray[np.int32]
 """The best path [N, T] for the tokens after each one; IGNORED where none of them counts."""
@@ -122,24 +121,22 @@ class TokenRouter(nn.Module):
 def train_token_router(
     net: PathNet,
     rows: Rows,
-    scores_NTP: NDArray[np.float32] | Tensor,
+    labels_NT: Labels,
     *,
     config: RunConfig,
     num_steps: int,
     on_progress: Callable[[int, int], None],
 ) -> TokenRouter:
-    """Fine-tune a copy of `net`, on its device, to follow the scores; `on_progress(done, total)`.
+    """Fine-tune a copy of `net`, on its device, to say the labels; `on_progress(done, total)`.
 
-    `scores_NTP` has the log-likelihood of each token under each path, given the tokens before; 0
-    where it does not count. A tenth of the rows is held out, and the parameters that do best on it
-    are kept. ConfigError if there are fewer than ten rows.
+    A tenth of the rows is held out, and the parameters that do best on it are kept. ConfigError if
+    there are fewer than ten rows.
     """
     if len(rows) < _HELD_OUT_RUN:
         raise ConfigError(
             f"router data of {len(rows)} sequences is too little",
             hint="raise routing.router_fraction or corpus.max_documents",
         )
-    labels_NT = best_paths(scores_NTP)
     is_held_out_N = held_out(len(rows))
     held_rows, held_labels = rows[is_held_out_N], labels_NT[is_held_out_N]
     device = net.model.embed_tokens.weight.device
@@ -170,21 +167,33 @@ def train_token_router(
     return TokenRouter.from_bytes(best, config).to(device)
 
 
-def best_paths(scores_NTP: NDArray[np.float32] | Tensor) -> Labels:
+class BestPaths:
     """What the router shall say after each token: the path with the best sum over all later ones.
 
-    Reads a part at a time, so that the scores need not fit in memory.
+    The scores of one path come after those of another, and are not kept: with any number of paths
+    this takes 13 bytes for each token.
     """
-    num_rows, num_tokens, num_paths = scores_NTP.shape
-    labels_NT = np.full((num_rows, num_tokens), IGNORED, dtype=np.int32)
-    part_rows = max(1, _LABEL_SCORES // (num_tokens * num_paths))
-    for start in range(0, num_rows, part_rows):
-        part = slice(start, start + part_rows)
-        scores_BTP = np.asarray(scores_NTP[part], dtype=np.float64)
-        later_BTP = scores_BTP[:, :0:-1].cumsum(axis=1)[:, ::-1]
-        counts_BT = later_BTP.any(axis=2)
-        labels_NT[part, :-1] = np.where(counts_BT, later_BTP.argmax(axis=2), IGNORED)
-    return labels_NT
+
+    def __init__(self, num_rows: int, num_tokens: int) -> None:
+        shape = (num_rows, num_tokens - 1)  # nothing comes after the last token
+        self._best_NT = np.full(shape, -np.inf)
+        self._paths_NT = np.zeros(shape, dtype=np.int32)
+        self._counts_NT = np.zeros(shape, dtype=np.bool_)
+
+    def add(self, number: int, rows: slice, scores_BT: NDArray[np.float32]) -> None:
+        """The log-likelihood of each token of some rows under a path, given the tokens before; 0
+        where it does not count. Of equally good paths the first one that is added counts.
+        """
+        later_BT = scores_BT[:, :0:-1].cumsum(axis=1, dtype=np.float64)[:, ::-1]
+        is_better_BT = later_BT > self._best_NT[rows]
+        self._best_NT[rows][is_better_BT] = later_BT[is_better_BT]
+        self._paths_NT[rows][is_better_BT] = number
+        self._counts_NT[rows] |= later_BT != 0
+
+    def labels(self) -> Labels:
+        """The best of the paths that were added."""
+        counted_NT = np.where(self._counts_NT, self._paths_NT, IGNORED).astype(np.int32)
+        return np.pad(counted_NT, ((0, 0), (0, 1)), constant_values=IGNORED)
 
 
 def num_counted(labels_NT: Labels) -> int:

@@ -4,7 +4,7 @@ A directory holds a preparation and, next to it, one training per configuration.
 the dense start, which has one path's size; everything else is loaded path by path.
 """
 
-# ruff: noqa: N806 - arrays carry their shape in their name: N sequences, T tokens, P paths
+# ruff: noqa: N806 - tensors carry their shape in their name: B sequences, T tokens
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from dipaco.checkpoint import write_atomically
@@ -32,7 +31,7 @@ from dipaco.routing import FeatureExtractor, Router, ranking
 from dipaco.sharding import Sharding
 from dipaco.shards import Rows, evenly_spread
 from dipaco.start import Start
-from dipaco.token_router import TokenRouter, train_token_router
+from dipaco.token_router import BestPaths, Labels, TokenRouter, train_token_router
 from dipaco.topology import PathID
 
 TOKEN_ROUTER_FILE = "token-router.safetensors"
@@ -243,29 +242,24 @@ def train_token_router_of(
     ConfigError if there is none.
     """
     rows = model.start.router_data()
-    scores_file = model.token_router_file.with_suffix(".scores")
-    try:
-        router = train_token_router(
-            model.start.net().to(model.device),
-            rows,
-            _scores(model, rows, early_stopped, scores_file, progress),
-            config=model.config,
-            num_steps=num_steps,
-            on_progress=lambda done, total: progress("token-level router", done, total),
-        )
-    finally:
-        scores_file.unlink(missing_ok=True)
+    router = train_token_router(
+        model.start.net().to(model.device),
+        rows,
+        _labels(model, rows, early_stopped, progress),
+        config=model.config,
+        num_steps=num_steps,
+        on_progress=lambda done, total: progress("token-level router", done, total),
+    )
     write_atomically(model.token_router_file, router.to_bytes())
     return router
 
 
-def _scores(
-    model: TrainedModel, rows: Rows, early_stopped: bool | None, file: Path, progress: Progress
-) -> NDArray[np.float32]:
-    """Log-likelihoods [N, T, P] of the tokens under each path, in `file`: they may be many."""
+def _labels(
+    model: TrainedModel, rows: Rows, early_stopped: bool | None, progress: Progress
+) -> Labels:
+    """The best path after each token, by how each of them predicts what follows."""
     num_paths = model.config.topology.num_paths
-    shape = (*rows.shape, num_paths)
-    scores_NTP = np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=shape)
+    best = BestPaths(*rows.shape)
     for number in range(num_paths):
         net = model.net(number, early_stopped=early_stopped)
         for start in range(0, len(rows), _SCORED_ROWS):
@@ -276,6 +270,6 @@ def _scores(
                 prefix_tokens=model.config.routing.prefix_tokens,
                 model=model.config.model,
             )
-            scores_NTP[part, :, number] = -nll_BT.numpy()
+            best.add(number, part, -nll_BT.numpy())
         progress("router data", number + 1, num_paths)
-    return scores_NTP
+    return best.labels()
