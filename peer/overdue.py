@@ -2,9 +2,24 @@
 
 from collections.abc import Iterable
 
+from peer.archive import WHOLE_KEPT, shares
 from peer.modules import Held
 
 NOTICE_SLOTS = 3  # without anything counted, before that is said; and again after as many
+
+
+def last_counted_slot(modules: Iterable[Held], peer: str) -> int:
+    """The last slot of which late versions of these count what `peer` trained; -1 if none does."""
+    return max(
+        (
+            share.slot
+            for held in modules
+            for link in held.chain[-WHOLE_KEPT:]
+            for share in shares(link)
+            if peer in share.peers
+        ),
+        default=-1,
+    )
 
 
 def is_worth_a_notice(slots: int) -> bool:

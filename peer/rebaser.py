@@ -20,7 +20,6 @@ class Rebaser:
     """Keeps the newest versions that are held under one path."""
 
     def __init__(self, node: Node, source: PathSource, work: PathWork, tally: Tally) -> None:
-        self.counted_slot = max(-1, node.slot)  # the last in which something of ours was counted
         self._node = node
         self._source = source
         self._work = work
@@ -44,8 +43,6 @@ class Rebaser:
                     continue
                 with self._tally.instead("new versions"):
                     await node.offload(partial(work.rebase, step))
-                if step.counted is not None:
-                    self.counted_slot = node.slot
 
     def cancel(self) -> None:
         """Drop what is being prepared."""

@@ -11,7 +11,8 @@ INNER_STEPS = "inner steps"
 class Tally:
     """Inner steps, tokens and wall time since the first inner step."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, slot: int) -> None:
+        self.counted_slot = slot  # the last of which anything was counted; at first, when it began
         self.steps = 0
         self.tokens = 0
         self.seconds: defaultdict[str, float] = defaultdict(float)  # by what was done in them

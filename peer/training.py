@@ -19,7 +19,7 @@ from peer.draft import Draft
 from peer.keeper import Keeper
 from peer.modules import Held, counted_tokens
 from peer.node import Offload
-from peer.overdue import is_worth_a_notice, why_not_counted
+from peer.overdue import is_worth_a_notice, last_counted_slot, why_not_counted
 from peer.path_source import Footing, PathSource
 from peer.path_work import PathWork
 from peer.rebaser import Rebaser
@@ -67,7 +67,8 @@ class Training:
         self._beside = Beside()
         self._rebaser = Rebaser(self._node, means.source, work, means.tally)
         self._step_seconds = 0.0  # how long an inner step takes, by the latest ones
-        self._evaluated_round = work.round
+        # Who takes turns may have moved on before the next version of a path.
+        self._evaluated_round = max(0, work.round - 1)
         self._is_saved = True
         self._is_diverged = False  # in the last burst
 
@@ -250,7 +251,10 @@ class Training:
             sent_bytes=node.transport.traffic.wire_sent_bytes,
             received_bytes=node.transport.traffic.wire_received_bytes,
         )
-        slots = slot - self._rebaser.counted_slot
+        # Of modules of former paths, too: who takes turns has moved on when they are counted.
+        counted_slot = last_counted_slot(node.log.held.values(), node.peer_id)
+        tally.counted_slot = max(tally.counted_slot, counted_slot)
+        slots = slot - 1 - tally.counted_slot
         if is_worth_a_notice(slots):
             held = [node.log.held[module] for module in self.modules]
             node.events.write("not counted", slots=slots, why=why_not_counted(held, slot))

@@ -50,7 +50,7 @@ class Volunteer:
             train_in=train_in or keeper.node.offload,
             pace=pace or Pace(),
             scoring=Scoring(keeper.node, keeper.presence),
-            tally=Tally(),
+            tally=Tally(slot=max(-1, keeper.node.slot)),
             stop=self.stop,
         )
         self._snapshot = keeper.snapshot  # by which paths were chosen last
