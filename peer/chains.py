@@ -113,9 +113,7 @@ class Chains:
         """What is kept of the module and later than `ours`, what grew last first."""
         first_version = self._node.history.origin(module).version + 1
         held_version = ours[-1].version if ours else 0
-        for other, checked in list(self._kept):
-            if other != module:
-                continue
+        for checked in [checked for other, checked in self._kept if other == module]:
             newest, parent = checked.newest, checked.parent
             is_linked = parent is None or (
                 parent.version <= held_version

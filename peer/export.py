@@ -7,21 +7,19 @@ operator's node has all.
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from dht.errors import LocalFault
 from dipaco.checkpoint import decode_state
 from dipaco.config import ModelConfig
 from dipaco.early_stopping import Best, read_best
 from dipaco.errors import BadState
 from dipaco.model import PathNet, write_module
-from dipaco.shards import Rows, Shard
 from dipaco.topology import ModuleID, PathID
 from peer.history import History
 from peer.manifest import parse_manifest
 from peer.modules import STATES_KEPT, ModuleLog
 from peer.path_files import BEST_SUFFIX, path_trained_last
 from peer.store import BlobStore
+from peer.stored_shard import stored_shard
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,19 +118,12 @@ class RunOnDisk:
     def _best(self, path: PathID, modules: tuple[ModuleID, ...]) -> Best | None:
         sizes = {module: self._log.num_parameters(module) for module in modules}
         best = read_best(self._paths / f"{path}{BEST_SUFFIX}", sizes)
-        return best if best is not None and best.is_on(self._valid_rows(path)) else None
-
-    def _valid_rows(self, path: PathID) -> Rows:
-        """The rows that the path is scored on by now; none if its shard is not here."""
         manifest = self._history.newest
-        model = manifest.run_config.model
-        file = self._store.intact_file(manifest.shard(path).blob.digest)
-        if file is None:
-            return np.empty((0, model.sequence_tokens), np.uint16)
-        shard = Shard.load(
-            file, path=path, sequence_tokens=model.sequence_tokens, vocab_size=model.vocab_size
-        )
-        return shard.valid[: manifest.run_config.rounds.eval_sequences]
+        shard = stored_shard(self._store, manifest.shard(path).blob, manifest, path)
+        if best is None or shard is None:
+            return None
+        rows = shard.valid[: manifest.run_config.rounds.eval_sequences]
+        return best if best.is_on(rows) else None
 
     def _net(self, best: Best, model: ModelConfig) -> tuple[PathNet, int]:
         net = PathNet(model)

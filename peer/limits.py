@@ -43,7 +43,7 @@ class Limits:
 
     blob_bytes: int | None  # on disk, for everything in the blob store
     duty_bytes: int | None  # of these, for what is kept for others
-    paths_kept: int  # on disk, what was trained lately of them, that of the present one included
+    paths_kept: int  # of so many, the present one included, the optimizer's state stays on disk
     training_bytes: int | None  # in memory, for training on the CPU
     recent_bytes: int  # in memory, for states that are needed again soon
 

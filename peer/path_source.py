@@ -12,8 +12,9 @@ from dipaco.shards import Shard
 from dipaco.topology import ModuleID, PathID
 from peer.handover import Handover, predecessors
 from peer.keeper import Keeper
-from peer.manifest import Manifest
+from peer.manifest import BlobRef, Manifest
 from peer.path_work import PathWork
+from peer.stored_shard import stored_shard
 
 TrainerFactory = Callable[[Manifest, PathID, Shard], PathTrainer]
 """Makes the trainer of (manifest, path, shard) on this machine's device."""
@@ -59,7 +60,7 @@ class PathSource:
         keeper.own([*besides, *modules], path)
         if not await keeper.hold(modules):
             raise Unreachable(f"a module of path {path} has no holder that answers")
-        shard = await node.offload(lambda: self._read_shard(path, ref.digest))
+        shard = await node.offload(lambda: self._read_shard(path, ref, manifest))
         return Footing(manifest=manifest, shard=shard, shard_digest=ref.digest)
 
     async def begin(self, path: PathID, footing: Footing) -> PathWork:
@@ -110,7 +111,7 @@ class PathSource:
         shard, shard_digest = footing.shard, footing.shard_digest
         if ref.digest != shard_digest:
             try:
-                shard = await node.offload(lambda: self._read_shard(path, ref.digest))
+                shard = await node.offload(lambda: self._read_shard(path, ref, manifest))
                 shard_digest = ref.digest
             except Unreachable:
                 self._keeper.background.start(
@@ -133,14 +134,8 @@ class PathSource:
         except DipacoError as error:
             raise Unreachable(str(error)) from error
 
-    def _read_shard(self, path: PathID, digest: str) -> Shard:
-        file = self._node.store.intact_file(digest)
-        if file is None:
+    def _read_shard(self, path: PathID, ref: BlobRef, manifest: Manifest) -> Shard:
+        shard = stored_shard(self._node.store, ref, manifest, path)
+        if shard is None:
             raise Unreachable(f"the shard of path {path} is not on disk, or damaged")
-        model = self._node.manifest.run_config.model
-        try:
-            return Shard.load(
-                file, path=path, sequence_tokens=model.sequence_tokens, vocab_size=model.vocab_size
-            )
-        except DipacoError as error:
-            raise Unreachable(str(error)) from error
+        return shard

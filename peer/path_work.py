@@ -137,8 +137,7 @@ class PathWork:
             self.trainer.write_module(module, vector)
 
     def let_go(self) -> None:
-        """Keep what the next start needs, and free the device; nothing can be trained any more."""
-        self.save()
+        """Free the device; nothing can be trained any more."""
         del self.trainer
 
     def train(self, *, seconds: float, max_steps: int, first_step: int) -> int:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from dipaco.discriminative import encode_scores
-from dipaco.errors import DipacoError
-from dipaco.shards import Rows, Shard
+from dipaco.shards import Rows
 from dipaco.topology import PathID
 from peer.manifest import Manifest
 from peer.node import Node
 from peer.path_work import PathWork
 from peer.presence import Presence
+from peer.stored_shard import stored_shard
 
 
 class Scoring:
@@ -63,13 +63,7 @@ class Scoring:
 
     def _read_rows(self, manifest: Manifest, path: PathID) -> Rows | None:
         """The router data; None while it is not here."""
-        ref, model = manifest.router_data, manifest.run_config.model
-        file = self._node.store.intact_file(ref.digest) if ref is not None else None
-        if file is None:
+        if manifest.router_data is None:
             return None
-        try:
-            return Shard.load(
-                file, path=path, sequence_tokens=model.sequence_tokens, vocab_size=model.vocab_size
-            ).train
-        except DipacoError:
-            return None
+        rows = stored_shard(self._node.store, manifest.router_data, manifest, path)
+        return None if rows is None else rows.train

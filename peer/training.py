@@ -144,9 +144,8 @@ class Training:
 
     async def end(self) -> None:
         """Like `pause`, and for good: the device is free for another path."""
-        self._rebaser.cancel()
-        await self._beside.finish()
-        await self._node.offload(self.work.let_go)
+        await self.pause()
+        self.work.let_go()
 
     def cancel(self) -> None:
         """Stop everything beside at its next wait."""
