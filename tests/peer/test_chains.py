@@ -11,6 +11,7 @@ from dht.errors import BadMessage, Unreachable
 from dipaco.topology import ModuleID
 from peer.chain_server import CHAIN_PROTOCOL
 from peer.chains import STALL_SECONDS, Chains
+from peer.manifest import Origin
 from peer.messages import Certificate, ChainReply, ChainRequest
 from tests.lab import Lab, lab
 from tests.little_run import identity, little_config
@@ -172,6 +173,29 @@ def test_who_holds_some_versions_pulls_from_where_two_histories_part(tmp_path: P
             assert [c.digest for c in checked.certificates()] == [history[-1].digest]
             chains.forget(MODULE)
             assert await chains.pull(MODULE, holder.peer, history) is None
+
+    run_virtual(scenario())
+
+
+def test_what_is_kept_of_one_module_is_in_no_others_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one that was born late, and is held at a few versions that the other one has behind it."""
+
+    async def scenario() -> None:
+        async with newcomer(tmp_path) as (place, chains):
+            history = history_of(place)
+            cut = await Holder(place, 70, history, num_replies=2).serve()
+            with pytest.raises(Unreachable):
+                await chains.pull(MODULE, cut.peer, history[:20])
+            manifest, late = place.run.manifest, ModuleID(2, 0)
+            versions = made_history(
+                manifest, late, identity(50), num_versions=NUM_VERSIONS, state="e" * 64
+            )
+            born = Origin(version=36, state=manifest.starts[late.level])
+            monkeypatch.setattr(chains._node.history, "origin", lambda module: born)
+            holder = await Holder(place, 71, versions).serve()
+            assert await chains.pull(late, holder.peer, versions[36:]) is None
 
     run_virtual(scenario())
 
