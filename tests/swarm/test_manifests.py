@@ -15,9 +15,9 @@ from bootstrap.corpus import PreparedCorpus
 from bootstrap.growth import request_growth
 from bootstrap.node import load_blobs
 from bootstrap.operator import Operator
-from bootstrap.prepare import load_or_sign_manifest, prepare_run
+from bootstrap.prepare import load_or_sign_manifest
 from dht.identity import Identity
-from dipaco.config import RunConfig, TopologyConfig
+from dipaco.config import TopologyConfig
 from dipaco.start import Start
 from peer.config import PeerConfig
 from peer.devices import choose_device, trainer_factory
@@ -26,7 +26,8 @@ from peer.providers import Providers
 from peer.session import enter_run, find_run, make_node
 from peer.volunteer import Volunteer
 from tests.swarm.local import LocalPeer, local_swarm
-from tests.swarm.test_oracle import TINY, network_of
+from tests.swarm.place import prepare
+from tests.swarm.test_oracle import network_of
 
 ROUND_SECONDS = 2.5
 START_IN_SECONDS = 4.0
@@ -34,15 +35,15 @@ WITHIN_SECONDS = 60.0
 
 
 @pytest.mark.swarm
-def test_a_run_grows_and_newcomers_find_out(tmp_path: Path) -> None:
-    config = RunConfig.from_toml(TINY.read_text())
+def test_a_run_grows_and_newcomers_find_out(tmp_path: Path, prepared: Start) -> None:
+    config = prepared.config
     config = replace(
         config,
         topology=TopologyConfig(levels=(1, 1)),
         outer=replace(config.outer, wire_format="float32"),
         rounds=replace(config.rounds, num_rounds=1000, round_seconds=ROUND_SECONDS),
     )
-    start = prepare_run(config, tmp_path, lambda stage, done, total: None)
+    start = prepare(prepared, config, tmp_path)
     asyncio.run(grow_a_swarm(tmp_path, start))
 
 

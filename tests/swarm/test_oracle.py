@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from bootstrap.node import load_blobs
-from bootstrap.prepare import load_or_sign_manifest, prepare_run
-from dipaco.config import RunConfig
+from bootstrap.prepare import load_or_sign_manifest
 from dipaco.reference import train
+from dipaco.start import Start
 from peer.config import PeerConfig
 from peer.devices import choose_device, trainer_factory
 from peer.keeper import Keeper
@@ -24,16 +24,16 @@ from peer.session import Network, make_node
 from peer.volunteer import Volunteer
 from peer.watchdog import Watchdog
 from tests.swarm.local import LocalPeer, local_swarm
+from tests.swarm.place import prepare
 
-TINY = Path(__file__).parents[2] / "examples" / "tiny.toml"
 NUM_ROUNDS = 3
 START_IN_SECONDS = 10.0
 
 
 @pytest.mark.swarm
-def test_the_swarm_reproduces_the_oracle(tmp_path: Path) -> None:
+def test_the_swarm_reproduces_the_oracle(tmp_path: Path, prepared: Start) -> None:
     """In float32; in the default format it does in tests/simulation."""
-    config = RunConfig.from_toml(TINY.read_text())
+    config = prepared.config
     config = replace(
         config,
         outer=replace(config.outer, wire_format="float32"),
@@ -41,7 +41,7 @@ def test_the_swarm_reproduces_the_oracle(tmp_path: Path) -> None:
             config.rounds, num_rounds=NUM_ROUNDS, round_seconds=6.0, inner_steps=4, blocking=True
         ),
     )
-    start = prepare_run(config, tmp_path / "run", lambda stage, done, total: None)
+    start = prepare(prepared, config, tmp_path / "run")
     states = asyncio.run(run_swarm(tmp_path))
     assert {version for _, version in states} == set(range(1, NUM_ROUNDS + 1))
     assert all(len(digests) == 1 for digests in states.values())
@@ -52,8 +52,6 @@ def test_the_swarm_reproduces_the_oracle(tmp_path: Path) -> None:
 
 async def run_swarm(directory: Path) -> dict[tuple[str, int], set[str]]:
     """Five peers, one of which trains nothing; all states they applied, by module and version."""
-    from dipaco.start import Start
-
     start = Start.load(directory / "run" / "start")
     states: dict[tuple[str, int], set[str]] = {}
 

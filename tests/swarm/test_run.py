@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +10,11 @@ from typing import Any
 import psutil
 import pytest
 
-from dipaco.config import RunConfig
-from tests.swarm.place import START_IN_SECONDS, Place, Process
+from dipaco.start import Start
+from tests.swarm.place import START_IN_SECONDS, Place, Process, leave
 
 pytestmark = [pytest.mark.swarm, pytest.mark.timeout(600)]
 
-TINY = Path(__file__).parents[2] / "examples" / "tiny.toml"
 # For what no promise limits: a process starts, and trains at low priority, on a busy machine.
 PATIENCE_SECONDS = 180
 ROUND_SECONDS = 6.0
@@ -33,11 +30,18 @@ def applied(processes: list[Process]) -> dict[tuple[str, int], set[str]]:
 
 
 @pytest.fixture
-def place_of(tmp_path: Path) -> Iterator[Callable[[RunConfig], Place]]:
+def place_with(tmp_path: Path, prepared: Start) -> Iterator[Callable[..., Place]]:
+    """Makes a place whose rounds are as told."""
     places: list[Place] = []
 
-    def make(config: RunConfig) -> Place:
-        places.append(Place(tmp_path, config))
+    def make(**rounds: Any) -> Place:
+        config = prepared.config
+        config = replace(
+            config,
+            outer=replace(config.outer, wire_format="int8"),
+            rounds=replace(config.rounds, num_rounds=1000, inner_steps=20, **rounds),
+        )
+        places.append(Place(tmp_path, prepared, config))
         return places[-1]
 
     yield make
@@ -45,20 +49,8 @@ def place_of(tmp_path: Path) -> Iterator[Callable[[RunConfig], Place]]:
         place.close()
 
 
-def tiny(*, wire_format: str, **rounds: Any) -> RunConfig:
-    config = RunConfig.from_toml(TINY.read_text())
-    return replace(
-        config,
-        outer=replace(config.outer, wire_format=wire_format),
-        rounds=replace(config.rounds, **rounds),
-    )
-
-
-def test_a_swarm_survives_kills_and_its_bootstrap_node(
-    place_of: Callable[[RunConfig], Place],
-) -> None:
-    config = tiny(wire_format="int8", num_rounds=1000, round_seconds=ROUND_SECONDS, inner_steps=20)
-    place = place_of(config)
+def test_a_swarm_survives_kills_and_its_bootstrap_node(place_with: Callable[..., Place]) -> None:
+    place = place_with(round_seconds=ROUND_SECONDS)
     bootstrap = place.serve()
     peers = [place.join(f"peer{n}", bootstrap.address) for n in range(3)]
     place.until(
@@ -67,7 +59,7 @@ def test_a_swarm_survives_kills_and_its_bootstrap_node(
     )
 
     victim = peers[0]
-    p2pds = psutil.Process(victim.popen.pid).children()
+    p2pds = victim.children
     assert p2pds, "a peer has a p2pd"
     victim.popen.kill()
     victim.popen.wait()
@@ -93,22 +85,21 @@ def test_a_swarm_survives_kills_and_its_bootstrap_node(
     again = place.join("peer0", bootstrap.address)
     place.until(lambda: len(again.seen("contributed")) > before, within=PATIENCE_SECONDS)
 
-    assert bootstrap.leave() == 0
+    leave([bootstrap])
     limits = ("--max-mbps", "20", "--disk-limit", "1GB", "--memory-limit", "4 GB")
     newcomer = place.join("late", peers[1].address, *limits)
     place.until(lambda: newcomer.seen("contributed"), within=PATIENCE_SECONDS)
     place.until(lambda: len(newcomer.seen("version")) > 3, within=PATIENCE_SECONDS)
 
     everyone = [peers[1], peers[2], again, newcomer]
-    assert [process.leave() for process in everyone] == [0, 0, 0, 0]
+    leave(everyone)
     assert all(len(digests) == 1 for digests in applied([bootstrap, *everyone]).values())
     assert not any(process.seen("diverged") for process in everyone)
 
 
-def test_a_swarm_finds_together_again_by_itself(place_of: Callable[[RunConfig], Place]) -> None:
+def test_a_swarm_finds_together_again_by_itself(place_with: Callable[..., Place]) -> None:
     """A bootstrap node that was away for a while, and then everyone: by the same commands."""
-    config = tiny(wire_format="int8", num_rounds=1000, round_seconds=4.0, inner_steps=20)
-    place = place_of(config)
+    place = place_with(round_seconds=4.0)
     bootstrap = place.serve()
     first_address = bootstrap.address
     peers = [place.join(f"peer{n}", first_address) for n in range(2)]
@@ -116,7 +107,7 @@ def test_a_swarm_finds_together_again_by_itself(place_of: Callable[[RunConfig], 
         lambda: all(p.seen("version") for p in [bootstrap, *peers]),
         within=START_IN_SECONDS + PATIENCE_SECONDS,
     )
-    assert bootstrap.leave() == 0
+    leave([bootstrap])
     left_with = newest([bootstrap])
     place.until(
         lambda: any(newest(peers).get(m, 0) > version + 1 for m, version in left_with.items()),
@@ -129,7 +120,9 @@ def test_a_swarm_finds_together_again_by_itself(place_of: Callable[[RunConfig], 
         within=PATIENCE_SECONDS,
     )
 
-    assert [process.leave() for process in [bootstrap, *peers]] == [0, 0, 0]
+    assert place.sockets
+    leave([bootstrap, *peers])
+    assert not place.sockets
     last_slot = peers[0].seen("contributed")[-1]["slot"]
     alone = place.join("peer0", first_address)
     place.until(lambda: alone.seen("contributed")[-1]["slot"] > last_slot, within=PATIENCE_SECONDS)
@@ -142,7 +135,7 @@ def test_a_swarm_finds_together_again_by_itself(place_of: Callable[[RunConfig], 
         return any(peer_ids <= set(e["contributors"]) for e in versions)
 
     place.until(together, within=PATIENCE_SECONDS)
-    assert [process.leave() for process in both] == [0, 0]
+    leave(both)
     assert all(len(digests) == 1 for digests in applied([bootstrap, *peers]).values())
 
 
@@ -157,33 +150,3 @@ def last_committed(process: Process) -> set[str]:
     """The modules that a process committed to in its last slot."""
     events = process.seen("committed")
     return {event["module"] for event in events if event["slot"] == events[-1]["slot"]}
-
-
-def test_ctrl_c_leaves_nothing_behind(
-    place_of: Callable[[RunConfig], Place], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # A temporary directory of their own: other peers of this machine do not count. Its path is
-    # short, because those of sockets must be.
-    with tempfile.TemporaryDirectory(prefix="leave-") as temporary_dir:
-        monkeypatch.setenv("TMPDIR", temporary_dir)
-        place = place_of(tiny(wire_format="float32", num_rounds=1000, round_seconds=30.0))
-        bootstrap = place.serve()
-        peer = place.join("peer", bootstrap.address)
-        place.until(lambda: peer.seen("path"), within=PATIENCE_SECONDS)
-        assert sockets(temporary_dir)
-        children = psutil.Process(peer.popen.pid).children(recursive=True)
-        # What a terminal does: Ctrl-C goes to the whole foreground process group.
-        assert all(os.getpgid(child.pid) != os.getpgid(peer.popen.pid) for child in children)
-        assert peer.leave() == 0
-        assert "left the swarm" in peer.log
-        assert bootstrap.leave() == 0
-        gone, alive = psutil.wait_procs(children, timeout=5)
-        assert gone
-        assert not alive
-        assert not sockets(temporary_dir)
-
-
-def sockets(temporary_dir: str) -> set[str]:
-    """What peers put into their temporary directory."""
-    names = (file.name for file in Path(temporary_dir).iterdir())
-    return {name for name in names if name.startswith(("hivemind-", "dipaco-"))}
