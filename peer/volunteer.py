@@ -21,6 +21,7 @@ PLAN_SHARE = 0.75  # of a slot: when paths are chosen for the next one
 LAST_LOOK_SHARE = 0.05  # of a slot: between two looks at whether other paths are finished, too
 WAIT_SECONDS = 30.0  # and a slot at most, before what could not be had yet is tried again
 MAX_PATHS_TRIED = 4  # whose modules cannot be had yet, before that: they have some in common
+MOMENT_SECONDS = 0.01  # at least, between two looks at whether a slot is over
 SETTLE_SECONDS = 1.0  # between two looks at who else is there, before a path is trained
 
 
@@ -80,6 +81,7 @@ class Volunteer:
                 self.training.find_place(self._peers_on(self.training.path))
                 self.keeper.background.start(self._make_plan(slot), "path choice")
                 await self.training.train_slot(slot)
+                await self._await_manifest(slot)
                 await self._maybe_move()
                 if not self.stop.is_set() and not self.training.is_finished:
                     await self.training.follow_manifest()
@@ -213,6 +215,19 @@ class Volunteer:
         snapshot, peer_id = self._snapshot, self._node.peer_id
         others = [peer for peer, theirs in snapshot.training.items() if theirs == path]
         return round(sum(snapshot.speed(peer) for peer in others if peer != peer_id))
+
+    async def _await_manifest(self, slot: int) -> None:
+        """Wait for the end of `slot`, if another manifest is in force in the next one.
+
+        Inner steps end before a slot does, by the length of one; and what the next manifest has is
+        not to be trained before its time.
+        """
+        node = self._node
+        while node.slot == slot and node.history.at(slot + 1) is not node.manifest:
+            left = node.history.first.slot_start(slot + 1) - node.now()
+            await sleep_unless(self.stop, max(MOMENT_SECONDS, left))
+            if self.stop.is_set():
+                break
 
     async def _make_plan(self, slot: int) -> None:
         """Late in a slot, when versions and announcements have come to rest, look who trains what.

@@ -4,6 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from bootstrap.growth import request_growth, requested_growth
 from dipaco.checkpoint import decode_state, state_digest
 from dipaco.compression import decode
@@ -22,8 +24,10 @@ PATHS = {"0.0", "0.1", "1.0", "1.1"}
 MANY = 1000  # rounds: none of these runs comes to its end
 
 
-async def swarm(place: Lab, num_peers: int) -> list[LabPeer]:
-    return [await place.bootstrap(), *[await place.join(f"peer{n}") for n in range(num_peers)]]
+async def swarm(place: Lab, num_peers: int, *, step_seconds: float = 0.0) -> list[LabPeer]:
+    bootstrap = await place.bootstrap()
+    names = [f"peer{n}" for n in range(num_peers)]
+    return [bootstrap, *[await place.join(name, step_seconds=step_seconds) for name in names]]
 
 
 async def until_slot(place: Lab, slot: int) -> None:
@@ -81,13 +85,16 @@ def recompute_versions(peer: LabPeer) -> list[tuple[int, bool]]:
     return outcomes
 
 
-def test_new_shards_come_into_force_everywhere_in_one_slot(tmp_path: Path) -> None:
+@pytest.mark.parametrize("blocking", [True, False])
+def test_new_shards_come_into_force_everywhere_in_one_slot(tmp_path: Path, blocking: bool) -> None:
+    """Also where inner steps end a good while before their slot."""
+
     async def scenario() -> None:
-        config = little_config(num_rounds=MANY, round_seconds=ROUND)
+        config = little_config(num_rounds=MANY, round_seconds=ROUND, blocking=blocking)
         async with lab(tmp_path, config) as place:
-            bootstrap = await place.bootstrap()
+            everyone = await swarm(place, 4, step_seconds=0.0 if blocking else 3.0)
+            bootstrap = everyone[0]
             outcomes = recompute_versions(bootstrap)
-            everyone = [bootstrap, *[await place.join(f"peer{n}") for n in range(4)]]
             await until_slot(place, 1)
             other = replace(config, outer=replace(config.outer, wire_format="float16"))
             manifest = await place.issue(other)
@@ -180,11 +187,13 @@ def test_who_cannot_read_the_pointers_hears_of_a_manifest_from_commitments(tmp_p
 
 
 def test_one_path_grows_into_four(tmp_path: Path) -> None:
+    """Though every inner step takes half a slot, so that some end long before it does."""
+
     async def scenario() -> None:
         config = little_config(num_rounds=MANY, round_seconds=6.0, blocking=False)
         config = replace(config, topology=TopologyConfig(levels=(1, 1)))
         async with lab(tmp_path, config) as place:
-            everyone = await swarm(place, 4)
+            everyone = await swarm(place, 4, step_seconds=3.0)
             await place.until_versions(1, [everyone[0]], within=3 * ROUND)
             assert {peer.seen("path")[-1]["path"] for peer in everyone[1:]} == {"0.0"}
             request_growth(place.directory, (2, 2))
