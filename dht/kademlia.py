@@ -153,9 +153,9 @@ class KademliaSwarm:
         return float(get_dht_time())
 
     @property
-    def num_neighbors(self) -> int:
-        """How many DHT nodes this one knows."""
-        return len(self._node.protocol.routing_table.uid_to_peer_id)
+    def neighbors(self) -> set[str]:
+        """The peer IDs of the DHT nodes that this one knows. One failed call, and it forgets."""
+        return {str(peer) for peer in self._node.protocol.routing_table.peer_id_to_uid}
 
     async def maddrs(self) -> list[str]:
         """The addresses by which others may reach this peer now, each with its peer ID."""
@@ -201,6 +201,21 @@ class KademliaSwarm:
             log.debug("cannot enter through one of the addresses: %s", error)
         if len(errors) == len(greetings):  # else one wrong peer would keep us from all others
             raise next((e for e in errors if not isinstance(e, Unreachable)), errors[0])
+        await self._look_around()
+
+    async def meet(self, maddrs: Sequence[str]) -> None:
+        """Get to know the DHT nodes at these addresses, too, and whom they know near this one.
+
+        Waits for the slowest; who does not answer is left out.
+        """
+        errors = await asyncio.gather(*map(self._greet, maddrs), return_exceptions=True)
+        for error in filter(None, errors):
+            log.debug("cannot get to know one of the peers: %s", error)
+        if None in errors:
+            await self._look_around()
+
+    async def _look_around(self) -> None:
+        """Find the nodes that are nearest to this one; all who are asked on the way learn of it."""
         async with self._operation():
             await self._node.find_nearest_nodes([self._node.node_id])
 

@@ -4,21 +4,27 @@ p2pd is a process of its own, and everything that crosses the network goes throu
 gone, calls fail as `Unreachable` while training goes on, and within `CHECK_SECONDS +
 ANSWER_SECONDS` and the time of a start the DHT node and all handlers are there again, the peers
 that were connected are dialled, and this peer's records are published again.
+
+It also keeps the DHT whole. A DHT node forgets another at the first call that fails, so a line that
+was cut for seconds leaves two parts that know only their own, even where p2pd is still connected to
+both: whoever is missing is looked for now and then.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
+from dht.addresses import is_circuit
 from dht.errors import LocalFault, SwarmError, Unreachable
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Collection, Sequence
 
     from dht.daemon import Daemon, DaemonConfig
     from dht.kademlia import KademliaSwarm
@@ -29,11 +35,12 @@ log = logging.getLogger(__name__)
 CHECK_SECONDS = 1.0  # between two questions to p2pd
 ANSWER_SECONDS = 3.0  # for it to answer one; an idle one takes a millisecond
 TURN_SECONDS = 0.5  # in which these are counted, so that our own sleep does not count as its
-REJOIN_SECONDS = 30.0  # between two attempts to find the swarm again, while we know nobody
+REJOIN_SECONDS = 30.0  # between two attempts to find the swarm again, or a part that is missing
+MAX_GREETED = 16  # at a time, of those who are missing: all have their turn within minutes
 MAX_RESTARTS = 5  # one soon after another, in RESTARTS_SECONDS; then the next one waits
 RESTARTS_SECONDS = 600.0
 WELL_SECONDS = 20.0  # that a new p2pd answers for, before those that came before it are forgotten
-MAX_KNOWN_PEERS = 32  # that are dialled after a restart, beside the initial ones
+MAX_KNOWN_PEERS = 32  # connected last, to be found again, beside the initial ones
 
 
 Report = Callable[..., None]
@@ -67,17 +74,22 @@ class Watchdog:
         self._busy = asyncio.Lock()  # p2pd is being asked or restarted
         self._answered_time = 0.0  # of the loop: when p2pd was last there
         self._rejoin_time = 0.0
+        self._random = random.Random(swarm.peer_id)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Watch p2pd inside this context."""
-        task = asyncio.create_task(self._watch())
+        """Watch p2pd and the DHT inside this context."""
+        self._answered_time = self._rejoin_time = asyncio.get_running_loop().time()
+        tasks = [
+            asyncio.create_task(self._repeat(self._watch, "watch over p2pd")),
+            asyncio.create_task(self._repeat(self._reunite, "search for missing peers")),
+        ]
         try:
             yield
         finally:
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     @property
     def config(self) -> DaemonConfig:
@@ -92,18 +104,30 @@ class Watchdog:
         async with self._busy:
             await self._restart(config)
 
-    async def _watch(self) -> None:
-        self._answered_time = self._rejoin_time = asyncio.get_running_loop().time()
+    async def _repeat(self, step: Callable[[], Awaitable[None]], name: str) -> None:
         while True:
             try:
-                await self._look()
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(CHECK_SECONDS):
-                        await self._daemon.wait()
+                await step()
             except Exception as error:  # unexpected, but without this watch the peer would be lost
-                log.exception("unexpected error in the watch over p2pd")
-                self.report("error", where="watch over p2pd", why=repr(error))
+                log.exception("unexpected error in the %s", name)
+                self.report("error", where=name, why=repr(error))
                 await asyncio.sleep(CHECK_SECONDS)
+
+    async def _watch(self) -> None:
+        await self._look()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CHECK_SECONDS):
+                await self._daemon.wait()
+
+    async def _reunite(self) -> None:
+        """Greet some of those whom the DHT node does not know; nobody waits for it."""
+        await asyncio.sleep(REJOIN_SECONDS)
+        neighbors = self._swarm.neighbors
+        if not neighbors:
+            return  # then there is more to do: see `_look`
+        missing = strangers(self._maddrs(), neighbors)
+        with suppress(SwarmError):  # there is a next time
+            await self._swarm.meet(self._random.sample(missing, min(len(missing), MAX_GREETED)))
 
     async def _look(self) -> None:
         loop = asyncio.get_running_loop()
@@ -114,7 +138,7 @@ class Watchdog:
         self._answered_time = now = loop.time()
         if is_well and self._restarts and now > self._restarts[-1] + WELL_SECONDS:
             self._restarts.clear()
-        if self._swarm.num_neighbors == 0 and now > self._rejoin_time + REJOIN_SECONDS:
+        if not self._swarm.neighbors and now > self._rejoin_time + REJOIN_SECONDS:
             self._rejoin_time = now
             await self._rejoin()
 
@@ -176,11 +200,24 @@ class Watchdog:
     async def _rejoin(self) -> None:
         """Dial everyone we know of, and publish our records; later, if nobody answers."""
         try:
-            maddrs = (*self._initial_peers, *self._known.values(), *self._known_maddrs())
-            await self._swarm.join(list(dict.fromkeys(maddrs)))
+            await self._swarm.join(self._maddrs())
             await self._swarm.publish_again()
         except SwarmError as error:
             self.report("swarm not found again", why=str(error))
+
+    def _maddrs(self) -> list[str]:
+        """Where to find others."""
+        maddrs = (*self._initial_peers, *self._known.values(), *self._known_maddrs())
+        return list(dict.fromkeys(maddrs))
+
+
+def strangers(maddrs: Sequence[str], neighbors: Collection[str]) -> list[str]:
+    """The addresses of others than these. Not through relays: who needs one is no DHT node."""
+    return [
+        maddr
+        for maddr in maddrs
+        if not is_circuit(maddr) and maddr.rpartition("/p2p/")[-1] not in neighbors
+    ]
 
 
 def _log_event(event: str, **fields: object) -> None:

@@ -4,7 +4,16 @@ import asyncio
 import time
 from typing import TYPE_CHECKING
 
-from peer.watchdog import CHECK_SECONDS, MAX_RESTARTS, RESTARTS_SECONDS, WELL_SECONDS, Watchdog
+from peer.watchdog import (
+    CHECK_SECONDS,
+    MAX_GREETED,
+    MAX_RESTARTS,
+    REJOIN_SECONDS,
+    RESTARTS_SECONDS,
+    WELL_SECONDS,
+    Watchdog,
+    strangers,
+)
 from tests.virtual_clock import run_virtual
 
 if TYPE_CHECKING:
@@ -15,6 +24,8 @@ if TYPE_CHECKING:
 
 class SleepySwarm:
     """Whose p2pd answers soon after this machine was asleep, or never."""
+
+    peer_id = "us"
 
     def __init__(self, *, answers: bool) -> None:
         self._answers = answers
@@ -43,7 +54,8 @@ class MortalPeer:
 
     config = None
     p2p = None
-    num_neighbors = 1
+    peer_id = "us"
+    neighbors = frozenset({"neighbor"})
 
     def __init__(self, life_seconds: float) -> None:
         self._life_seconds = life_seconds
@@ -65,9 +77,9 @@ class MortalPeer:
         return {}
 
     async def nothing(self, *_: object) -> None:
-        """Losing, opening, binding and joining."""
+        """Losing, opening, binding, joining and meeting."""
 
-    lose = reopen = rebind = join = publish_again = nothing
+    lose = reopen = rebind = join = publish_again = meet = nothing
 
 
 def restart_times(life_seconds: float, *, within: float) -> Sequence[float]:
@@ -109,3 +121,36 @@ def test_an_unexpected_error_does_not_end_the_watch(caplog: pytest.LogCaptureFix
     assert run_virtual(watch()) > 2 * MAX_RESTARTS
     assert seen[0] == ("error", {"where": "watch over p2pd", "why": "ArithmeticError('a bug')"})
     assert "a bug" in caplog.text
+
+
+def test_only_other_dht_nodes_are_missing() -> None:
+    maddrs = ["/ip4/1.1.1.1/tcp/1/p2p/A", "/ip4/1.1.1.1/tcp/1/p2p/R/p2p-circuit/p2p/B"]
+    assert strangers([*maddrs, "/dns/x/tcp/1/p2p/C"], {"C"}) == maddrs[:1]
+
+
+class DividedPeer(MortalPeer):
+    """It knows one of many DHT nodes, and the others take their time."""
+
+    def __init__(self) -> None:
+        super().__init__(WELL_SECONDS)
+        self.greeted: list[list[str]] = []
+
+    async def meet(self, maddrs: list[str]) -> None:
+        self.greeted.append(maddrs)
+        await asyncio.sleep(REJOIN_SECONDS)
+
+
+def test_all_who_are_missing_have_their_turn_while_p2pd_is_watched() -> None:
+    maddrs = [f"/ip4/9.9.9.9/tcp/1/p2p/{n}" for n in ("neighbor", *range(3 * MAX_GREETED))]
+
+    async def watch() -> DividedPeer:
+        peer = DividedPeer()
+        watchdog = Watchdog(peer, peer, peer, known_maddrs=lambda: maddrs)  # type: ignore[arg-type]
+        async with watchdog.running():
+            await asyncio.sleep(30 * REJOIN_SECONDS)
+        return peer
+
+    peer = run_virtual(watch())
+    assert {maddr for greeted in peer.greeted for maddr in greeted} == set(maddrs[1:])
+    assert all(len(greeted) == MAX_GREETED for greeted in peer.greeted)
+    assert len(peer.restart_times) > MAX_RESTARTS
