@@ -18,7 +18,9 @@ import torch._dynamo  # before there are threads: if two are the first to need i
 from dht.errors import Unreachable
 from dht.keys import announcement_key
 from dht.records import MAX_MADDRS
+from dipaco.checkpoint import write_atomically
 from dipaco.imports import INTERRUPTED
+from peer.boundary import guarded
 from peer.config import PeerConfig
 from peer.devices import choose_device, trainer_factory
 from peer.display import Display
@@ -82,7 +84,7 @@ async def join(config: PeerConfig, display: Display) -> None:
         stop_on_signals(volunteer.stop.set, display)
         async with keeper.running():
             keeper.background.start(
-                _stay_reachable(network, keeper, config.state_dir), "reachability"
+                stay_reachable(network, keeper, config.state_dir), "reachability"
             )
             await _train_until_stopped(volunteer)
             if not volunteer.stop.is_set():
@@ -91,8 +93,14 @@ async def join(config: PeerConfig, display: Display) -> None:
         display.say("network", "left the swarm")
 
 
-async def _stay_reachable(network: Network, keeper: Keeper, state_dir: Path) -> None:
+async def stay_reachable(network: Network, keeper: Keeper, state_dir: Path) -> None:
     """Follow the relays as they come and go, and this machine from network to network."""
+    while True:  # a full disk, or a p2pd that is being restarted, must not end it
+        following = _follow_changes(network, keeper, state_dir)
+        await guarded(following, "reachability", keeper.node.events)
+
+
+async def _follow_changes(network: Network, keeper: Keeper, state_dir: Path) -> None:
     node, providers = keeper.node, keeper.providers
     async with aclosing(network.reachability.changes(partial(others, node, providers))) as changes:
         async for standing in changes:
@@ -160,7 +168,8 @@ async def reachable_addresses(network: Network) -> list[str]:
 
 def write_address_file(state_dir: Path, addresses: list[str]) -> None:
     """Leave this peer's addresses where scripts find them, one a line."""
-    (state_dir / ADDRESS_FILE).write_text("".join(f"{address}\n" for address in addresses))
+    text = "".join(f"{address}\n" for address in addresses)
+    write_atomically(state_dir / ADDRESS_FILE, text.encode())
 
 
 def stop_on_signals(stop: Callable[[], None], display: Display) -> None:

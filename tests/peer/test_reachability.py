@@ -1,14 +1,19 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from contextlib import aclosing
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
 
 from dht.addresses import is_global
 from dht.daemon import DaemonConfig
+from dipaco.checkpoint import write_atomically
 from peer.dial_back import DIAL_BACK_PROTOCOL, DialBack, DialBackReply, DialBackRequest
+from peer.events import EventLog
+from peer.join import stay_reachable
 from peer.memory import MemoryNetwork
 from peer.reachability import Reachability, Standing, relays_of, verdict
 from tests.little_run import identity
@@ -17,6 +22,7 @@ from tests.virtual_clock import run_virtual
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from pathlib import Path
 
 US, ASKER, OTHER = (identity(number).peer_id for number in (1, 2, 3))
 OUTSIDE = "/ip4/8.8.8.8"
@@ -212,3 +218,44 @@ def test_a_lost_relay_is_replaced() -> None:
             assert (await anext(changes)).relays == (OTHER,)
 
     run_virtual(main())
+
+
+def test_a_full_disk_ends_nothing_but_one_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Moving:
+        """Reached at another address each time, without end."""
+
+        num_looks = 0
+
+        async def changes(self, _peers: object) -> AsyncIterator[Standing]:
+            while True:
+                await asyncio.sleep(60)
+                self.num_looks += 1
+                where = f"/ip4/8.8.8.{self.num_looks}/tcp/1"
+                yield Standing(is_dialled=True, maddrs=(where,), port=1)
+
+    moving, full = Moving(), [OSError(errno.ENOSPC, "No space left on device")]
+    seen: list[str] = []
+
+    def write(file: Path, data: bytes) -> None:
+        if full:
+            raise full.pop()
+        write_atomically(file, data)
+
+    async def main() -> None:
+        events = EventLog(tmp_path / "events.jsonl", lambda: 0.0)
+        events.listen(lambda entry: seen.append(entry["event"]))
+        keeper = SimpleNamespace(
+            node=SimpleNamespace(events=events), providers=None, presence=SimpleNamespace()
+        )
+        network = SimpleNamespace(reachability=moving)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(150):
+                await stay_reachable(network, keeper, tmp_path)  # type: ignore[arg-type]
+        events.close()
+
+    monkeypatch.setattr("peer.join.write_atomically", write)
+    run_virtual(main())
+    assert seen == ["reachability", "error", "reachability"]
+    assert (tmp_path / "address").read_text() == "/ip4/8.8.8.2/tcp/1\n"
