@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from functools import partial
 from pathlib import Path
+from random import SystemRandom
 from typing import TypeVar
 
 import torch
@@ -121,13 +122,17 @@ def note_standing(node: Node, standing: Standing) -> None:
 
 
 async def others(node: Node, providers: Providers) -> list[str]:
-    """Who can be asked about this peer: those whose address was given, then those who train."""
-    peers = dict.fromkeys(providers.hints)
+    """Who can be asked about this peer: those whose address was given, then those who train.
+
+    The latter by lot: anyone may say that it trains, under a peer ID that comes early.
+    """
+    training: set[str] = set()
     with suppress(Unreachable):
         for path in node.manifest.topology.paths[:MAX_PATHS_READ]:
             records = await node.swarm.read(announcement_key(node.run, str(path)))
-            peers |= dict.fromkeys(record.peer for record in records)
-    return [peer for peer in peers if peer != node.peer_id]
+            training.update(record.peer for record in records)
+    drawn = SystemRandom().sample(sorted(training), len(training))
+    return [peer for peer in dict.fromkeys([*providers.hints, *drawn]) if peer != node.peer_id]
 
 
 async def _train_until_stopped(volunteer: Volunteer) -> None:

@@ -11,6 +11,7 @@ any peer that can be dialled and is willing (`PeerConfig.relay_service`).
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import (
     AsyncGenerator,
     Awaitable,
@@ -218,7 +219,11 @@ def witnesses(replies: Sequence[DialBackReply]) -> list[DialBackReply]:
 
 
 def verdict(replies: Sequence[DialBackReply]) -> bool | None:
-    """Whether more than half of the witnesses could dial us; None if there are none."""
+    """Whether more than half of the witnesses could dial us; None if there are none.
+
+    Any of them may lie, either way. In doubt we cannot be dialled: who wrongly looks for a relay
+    still dials everyone, who wrongly looks for none is out of reach of those in the same situation.
+    """
     counted = witnesses(replies)
     if not counted:
         return None
@@ -226,11 +231,15 @@ def verdict(replies: Sequence[DialBackReply]) -> bool | None:
 
 
 def reached(replies: Sequence[DialBackReply]) -> list[str]:
-    """The addresses at which we were reached, without our peer ID."""
-    places = [
-        f"{reply.seen}/tcp/{port}" for reply in replies if reply.seen for port in reply.reached
-    ]
-    return list(dict.fromkeys(places))
+    """The places at which more than half of the witnesses reached us, without our peer ID.
+
+    A single one could name any machine, and have everyone dial it.
+    """
+    counted = witnesses(replies)
+    named = Counter(
+        f"{reply.seen}/tcp/{port}" for reply in counted for port in dict.fromkeys(reply.reached)
+    )
+    return [place for place, num_witnesses in named.items() if 2 * num_witnesses > len(counted)]
 
 
 def _family_of(place: str) -> str:

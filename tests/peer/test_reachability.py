@@ -13,9 +13,9 @@ from dht.daemon import DaemonConfig
 from dipaco.checkpoint import write_atomically
 from peer.dial_back import DIAL_BACK_PROTOCOL, DialBack, DialBackReply, DialBackRequest
 from peer.events import EventLog
-from peer.join import stay_reachable
+from peer.join import others, stay_reachable
 from peer.memory import MemoryNetwork
-from peer.reachability import Reachability, Standing, relays_of, verdict
+from peer.reachability import Reachability, Standing, reached, relays_of, verdict
 from tests.little_run import identity
 from tests.peer.dialling import Dials, FakeSwarm
 from tests.virtual_clock import run_virtual
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-US, ASKER, OTHER = (identity(number).peer_id for number in (1, 2, 3))
+US, ASKER, OTHER, LIAR = (identity(number).peer_id for number in (1, 2, 3, 4))
 OUTSIDE = "/ip4/8.8.8.8"
 PUBLIC = f"/ip4/203.0.113.9/tcp/31337/p2p/{OTHER}"
 
@@ -50,6 +50,33 @@ def test_who_dials_from_the_same_network_proves_nothing_about_those_outside() ->
         assert verdict([no, no, outside_yes]) is True
         assert verdict([yes, reply(seen=None)]) is True, "there is nobody else"
         assert verdict([yes, no]) is False
+
+
+def test_no_address_is_announced_that_only_one_of_several_names() -> None:
+    honest, liar = reply(seen=OUTSIDE, reached=(4000,)), reply(seen="/ip4/9.9.9.9", reached=(1, 1))
+    assert reached([honest, honest, liar]) == [f"{OUTSIDE}/tcp/4000"]
+    assert reached([honest, liar]) == []
+    assert reached([honest, liar, reply(seen=OUTSIDE)]) == []
+    assert reached([reply(seen=OUTSIDE, reached=(4000, 5)), honest]) == [f"{OUTSIDE}/tcp/4000"]
+    assert reached([honest, reply(seen=None)]) == [f"{OUTSIDE}/tcp/4000"], "it could not try"
+
+
+def test_those_who_only_say_that_they_train_are_asked_by_lot() -> None:
+    class Announced:
+        async def read(self, _key: str) -> list[SimpleNamespace]:
+            return [SimpleNamespace(peer=f"trainer {number}") for number in range(20)]
+
+    manifest = SimpleNamespace(topology=SimpleNamespace(paths=["0.0", "0.1"]))
+    node = SimpleNamespace(swarm=Announced(), manifest=manifest, run="run", peer_id="trainer 7")
+    providers = SimpleNamespace(hints=["trainer 7", "given"])
+
+    async def main() -> list[list[str]]:
+        return [await others(node, providers) for _ in range(20)]  # type: ignore[arg-type]
+
+    asked = asyncio.run(main())
+    assert all(peers[0] == "given" and len(peers) == 20 == len(set(peers)) for peers in asked)
+    assert all(node.peer_id not in peers for peers in asked)
+    assert len({peers[1] for peers in asked}) > 1
 
 
 def test_a_relay_can_only_propose_itself_where_it_is_dialled() -> None:
@@ -108,6 +135,32 @@ class Home:
 
 async def asked() -> list[str]:
     return [OTHER]
+
+
+def test_one_liar_among_the_witnesses_moves_nothing() -> None:
+    async def main() -> None:
+        home = Home("/ip4/192.168.1.2/tcp/4000")
+        home.reply = reply(seen=OUTSIDE, reached=(4000,))
+        reachability = await home.reachability()
+        third_parties = iter(range(1, 10))
+
+        async def agree(_asker: str, _payload: bytes) -> AsyncIterator[bytes]:
+            yield home.reply.to_bytes()
+
+        async def lie(_asker: str, _payload: bytes) -> AsyncIterator[bytes]:
+            seen = f"/ip4/9.9.9.{next(third_parties)}"
+            yield reply(seen=seen, reached=(4000,)).to_bytes()
+
+        for peer, answer in ((ASKER, agree), (LIAR, lie)):
+            transport = home.network.transport(peer)
+            await transport.serve(DIAL_BACK_PROTOCOL, answer, max_request_bytes=4096)
+        for _ in range(3):
+            await reachability.settle([LIAR, OTHER, ASKER])
+        assert home.config.announce_maddrs == (f"{OUTSIDE}/tcp/4000", *home.own)
+        assert len(home.restarts) == 1
+        assert next(third_parties) == 4, "it was asked each time"
+
+    run_virtual(main())
 
 
 def test_reachability_is_judged_again_and_overturned_only_by_two_answers() -> None:
