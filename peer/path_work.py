@@ -148,6 +148,8 @@ class PathWork:
 
         When the loss is not finite any more, the path starts over from the versions under it: what
         it was trained since nobody could count. An exact run has no second try, and ends.
+
+        A module that is finished is put back: the others are trained for what it is in the end.
         """
         inner_steps = self.trainer.config.rounds.inner_steps
         start = time.monotonic()
@@ -162,12 +164,20 @@ class PathWork:
             steps += 1
         if loss is not None:
             self.last_loss = float(loss)  # waits for the device, so that the time below is honest
-        for base in self._bases.values():
-            base.tokens += steps * self.trainer.tokens_per_step
+        for module, base in self._bases.items():
+            if self._is_finished(base.version):
+                base.tokens = 0
+                self.trainer.write_module(module, base.parameters)
+            else:
+                base.tokens += steps * self.trainer.tokens_per_step
         if not math.isfinite(self.last_loss or 0.0) and not self.trainer.config.rounds.blocking:
             self._start_over()
         self.train_seconds += time.monotonic() - start
         return steps
+
+    def _is_finished(self, version: int) -> bool:
+        """Whether a module has its last version: no other one counts what is trained on top."""
+        return version >= self.trainer.config.rounds.num_rounds
 
     def _start_over(self) -> None:
         self.num_divergences += 1
@@ -261,6 +271,8 @@ class PathWork:
                 self._residuals.pop(module, None)
             else:
                 self._residuals[module] = step.residual
+        if self._is_finished(step.version):
+            tokens = 0
         self._pending.pop(module, None)
         self._forgotten.pop(module, None)
         if tokens:

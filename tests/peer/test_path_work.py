@@ -308,3 +308,30 @@ def test_training_that_diverges_starts_over_from_the_versions_under_it(tmp_path:
     work.rebase(under_way)  # to a version that counts what was given up
     assert torch.allclose(work.trainer.read_module(modules[0]), trained + 1.0, atol=1e-5)
     assert all(draft.tokens == work.trainer.tokens_per_step for draft in work.drafts(config))
+
+
+@pytest.mark.parametrize("is_counted", [True, False])
+def test_a_finished_module_stays_as_it_was_certified(tmp_path: Path, is_counted: bool) -> None:
+    """The others of its path have versions to come, and are trained for what it is in the end."""
+    config = little_config(num_rounds=2)
+    work = begun(config, tmp_path)
+    [finished, *others] = work.trainer.modules
+    read = work.trainer.read_module
+    work.train(seconds=NO_LIMIT, max_steps=2, first_step=0)
+    [draft] = work.drafts(config, [finished])
+    draft.encode()
+    work.train(seconds=NO_LIMIT, max_steps=1, first_step=2)
+    last = ModuleState.initial(torch.full_like(read(finished), 0.5))
+    counted = draft.blob if is_counted else None
+    work.rebase(work.rebasing(finished, 2, "b" * 64, last, counted=counted))
+    assert torch.equal(read(finished), last.parameters)
+    before = [read(module) for module in others]
+    work.train(seconds=NO_LIMIT, max_steps=1, first_step=0)
+    assert torch.equal(read(finished), last.parameters)
+    assert not any(map(torch.equal, before, map(read, others)))
+    drafts = work.drafts(config)
+    assert [draft.encode().module for draft in drafts] == others
+    for module, draft in zip(others, drafts, strict=True):
+        state = ModuleState.initial(read(module))
+        work.rebase(work.rebasing(module, 1, "c" * 64, state, counted=draft.blob))
+    assert work.is_counted, "an exact run takes no further step before that"

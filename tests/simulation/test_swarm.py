@@ -195,6 +195,27 @@ def test_who_finished_a_path_goes_on_with_one_that_is_not(tmp_path: Path) -> Non
     run_virtual(scenario())
 
 
+def test_an_exact_run_ends_though_a_module_fell_behind(tmp_path: Path) -> None:
+    """Its trainer is away for slots: the module that all share is finished long before it."""
+
+    async def scenario() -> None:
+        config = replace(little_config(num_rounds=5), topology=TopologyConfig(levels=(1, 2)))
+        async with lab(tmp_path, config) as place:
+            everyone = [await place.bootstrap()]
+            everyone += [await place.join(f"peer{n}") for n in range(2)]
+            await place.until_versions(1, everyone[:1], within=3 * ROUND)
+            await place.kill(everyone.pop().name)
+            await asyncio.sleep(5 * ROUND)
+            ahead, behind = max(everyone[0].versions().values()), oldest(everyone[0])
+            assert ahead >= behind + 2, "the fault: all of them waited"
+            everyone.append(await place.join("peer1"))
+            await place.until(lambda: finished(everyone), within=15 * ROUND, what="the end")
+            assert set(everyone[0].versions().values()) == {5}
+            assert_agreement(everyone)
+
+    run_virtual(scenario())
+
+
 def test_everyone_leaves_and_comes_back(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with lab(tmp_path, little_config(num_rounds=6)) as place:
