@@ -272,18 +272,21 @@ class Training:
     async def _await_versions(self, slot: int) -> None:
         """Exact runs: wait until every module of the path has its next version, or time is up.
 
-        What was decided without us brings none: then our contribution is for the next slot.
+        What was decided without us brings none: then our contribution is for the next slot. A
+        module that is finished has none.
         """
-        node, modules = self._node, self.modules
-        before = {module: self.work.version(module) for module in modules}
+        node = self._node
+        num_rounds = node.history.at(slot).run_config.rounds.num_rounds
+        versions = {module: self.work.version(module) for module in self.modules}
+        before = {m: version for m, version in versions.items() if version < num_rounds}
         deadline = node.history.first.slot_start(slot + 2)
         await self._keeper.versions.until(
             lambda: (
                 self._stop.is_set()
                 or all(
-                    node.log.held[module].version > before[module]
+                    node.log.held[module].version > version
                     or _is_decided(node.log.held[module], slot)
-                    for module in modules
+                    for module, version in before.items()
                 )
             ),
             max(0.0, deadline - node.now()),

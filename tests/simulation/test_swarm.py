@@ -209,7 +209,7 @@ def test_an_exact_run_ends_though_a_module_fell_behind(tmp_path: Path) -> None:
             ahead, behind = max(everyone[0].versions().values()), oldest(everyone[0])
             assert ahead >= behind + 2, "the fault: all of them waited"
             everyone.append(await place.join("peer1"))
-            await place.until(lambda: finished(everyone), within=15 * ROUND, what="the end")
+            await place.until(lambda: finished(everyone), within=5 * ROUND, what="the end")
             assert set(everyone[0].versions().values()) == {5}
             assert_agreement(everyone)
 
