@@ -5,6 +5,8 @@ One module version is one decision of single-decree Paxos (Lamport, "Paxos Made 
 learned value. A restarted member reads this file and so never votes twice in one ballot.
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from dht.errors import BadMessage
@@ -28,16 +30,19 @@ MAX_PROMISE_BYTES = 512 * 1024
 
 
 class Acceptor:
-    """The promises of one peer, one file per module."""
+    """The promises of one peer, one file per module; read once, when it starts."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._promises: dict[str, Promise] = {}
         directory.mkdir(parents=True, exist_ok=True)
+        self._promises = {promise.module: promise for promise in _read(directory)}
 
     def state(self, module: str, version: int, parent: str) -> Promise:
-        """What binds us for this decision; an older decision's promise no longer does."""
-        promise = self._promises.get(module) or self._read(module)
+        """What binds us for this decision; an older decision's promise no longer does.
+
+        On any thread: it changes nothing.
+        """
+        promise = self._promises.get(module)
         if promise is not None and (promise.version, promise.parent) == (version, parent):
             return promise
         return Promise(module=module, version=version, parent=parent)
@@ -64,18 +69,12 @@ class Acceptor:
         )
         return True
 
-    def _file(self, module: str) -> Path:
-        return self._directory / f"{module}.json"
-
-    def _read(self, module: str) -> Promise | None:
-        try:
-            raw = self._file(module).read_bytes()
-            promise = Promise.from_bytes(raw, sender="disk", max_bytes=MAX_PROMISE_BYTES)
-        except (FileNotFoundError, BadMessage):
-            return None  # it is flushed before a vote is sent, so only a failing disk garbles it
-        self._promises[module] = promise
-        return promise
-
     def _write(self, promise: Promise) -> None:
-        write_atomically(self._file(promise.module), promise.to_bytes())
+        write_atomically(self._directory / f"{promise.module}.json", promise.to_bytes())
         self._promises[promise.module] = promise
+
+
+def _read(directory: Path) -> Iterator[Promise]:
+    for file in directory.glob("*.json"):
+        with contextlib.suppress(BadMessage):  # flushed before a vote: only a failing disk garbles
+            yield Promise.from_bytes(file.read_bytes(), sender="disk", max_bytes=MAX_PROMISE_BYTES)
