@@ -61,6 +61,7 @@ class CatchUp:
             if module not in node.log.held:
                 resumed = await node.offload(lambda: node.log.open(module))
                 if resumed is not None and resumed.certificate is not None:
+                    node.log.held[module] = resumed
                     node.events.write("resumed", **facts(resumed.certificate))
             claims = await self._claims(module)
             if await self._try(module, claims) or module in node.log.held:

@@ -53,7 +53,7 @@ class Housekeeping:
         kept = {manifest.digest for manifest in node.history.versions}
         for manifest in node.history.since(node.slot):
             kept.update(ref.digest for ref in (*manifest.data, *manifest.origins))
-        kept.update(scores.blob for scores in self._presence.scores.values())
+        kept.update(scores.blob for scores in list(self._presence.scores.values()))
         kept |= self._member.bound_blobs()
         for held in list(node.log.held.values()):
             kept.add(held.state)

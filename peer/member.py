@@ -100,10 +100,11 @@ class Member:
     def bound_blobs(self) -> set[str]:
         """The contributions to what this member has voted for, as long as nothing is certified.
 
-        Without them nobody might be able to make a certificate of it, or of anything else.
+        Without them nobody might be able to make a certificate of it, or of anything else. On any
+        thread.
         """
         blobs: set[str] = set()
-        for module, held in self._node.log.held.items():
+        for module, held in list(self._node.log.held.items()):
             state = self._acceptor.state(str(module), held.version + 1, held.parent)
             if state.accepted is not None:
                 blobs.update(commitment.blob for commitment in state.accepted.contributions)

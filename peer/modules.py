@@ -91,7 +91,7 @@ class ModuleLog:
         self._directory = directory
         self._history = history
         self._store = store
-        self.held: dict[ModuleID, Held] = {}
+        self.held: dict[ModuleID, Held] = {}  # in a thread, look through copies of it only
         self.max_recent_bytes = MAX_RECENT_BYTES
         self._recent: OrderedDict[str, ModuleState] = OrderedDict()
         self._recent_lock = threading.Lock()
@@ -102,7 +102,10 @@ class ModuleLog:
         return num_parameters(manifest.run_config.model, manifest.topology, module)
 
     def open(self, module: ModuleID) -> Held | None:
-        """Take up what the disk has of `module`; None if that is no certified version of it."""
+        """What the disk has of `module`, to be held; None if that is no certified version of it.
+
+        On any thread: what is held changes on the event loop only.
+        """
         origin = self._history.origin(module)
         chain = self._read_chain(module, origin)
         held = Held(module=module, origin=origin, chain=list(chain))
@@ -113,11 +116,10 @@ class ModuleLog:
         else:
             self._take_again(held, raw, chain[len(held.chain) :])
             held.chain = self._archived(module, held.chain)
-            if held.chain:  # of an origin the disk cannot tell whether it is still the newest
-                self.held[module] = held
         for certificate in chain[len(held.chain) :]:
             self._certificate_file(module, certificate.version).unlink()
-        return self.held.get(module)
+        # Of an origin the disk cannot tell whether it is still the newest.
+        return held if held.chain else None
 
     def _take_again(self, held: Held, raw: bytes, missing: Iterable[Link]) -> None:
         """Compute states that are not here from `raw`, that of `held`, as far as that can be done.

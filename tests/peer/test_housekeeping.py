@@ -1,11 +1,13 @@
 """What is deleted from a peer's disk, and what never is."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dht.keys import provider_key
 from dipaco.topology import PathID
+from peer.acceptor import Acceptor, Promise
 from peer.housekeeping import UNREFERENCED_SECONDS
 from tests.lab import lab
 from tests.little_run import little_config
@@ -36,6 +38,31 @@ def test_only_old_blobs_that_nothing_refers_to_are_swept(
             gone = before.difference(node.store.digests())
             manifest = node.manifest
             assert not gone & {ref.digest for ref in (*manifest.data, *manifest.origins)}
+
+    run_virtual(scenario())
+
+
+def test_a_sweep_goes_on_while_modules_come_and_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It runs in a thread, and the event loop does not wait for it."""
+
+    async def scenario() -> None:
+        async with lab(tmp_path, little_config()) as place:
+            keeper = (await place.bootstrap()).keeper
+            held, state, gone = keeper.node.log.held, Acceptor.state, []
+            await place.until(lambda: len(held) > 1, within=100, what="some modules")
+
+            def state_meanwhile(*args: Any) -> Promise:
+                gone.append(held.popitem())
+                return state(*args)
+
+            monkeypatch.setattr(Acceptor, "state", state_meanwhile)
+            num_held = len(held)
+            keeper._housekeeping.sweep()
+            monkeypatch.undo()
+            assert len(gone) == num_held
+            held.update(gone)
 
     run_virtual(scenario())
 

@@ -51,6 +51,7 @@ def test_everyone_is_killed_with_states_in_memory_and_no_version_is_lost(tmp_pat
                     again = log.open(module)
                     assert again is not None
                     assert (again.version, again.state) == (had.version, had.state)
+                    log.held[module] = again
                     assert log.load_state(module).num_parameters == log.num_parameters(module)
 
     run_virtual(scenario())
