@@ -210,7 +210,9 @@ class PathWork:
             # Where versions do not get here, the first is counted; where there are none, the last.
             pending = [*self._pending.get(module, []), draft]
             if len(pending) > DRAFTS_REMEMBERED:
-                self._forgotten.setdefault(module, set()).add(pending.pop(1).blob)
+                dropped = pending.pop(1)
+                dropped.is_dropped = True  # before its blob is looked at: it may get one just now
+                self._forgotten.setdefault(module, set()).add(dropped.blob)
             self._pending[module] = pending
             drafts.append(draft)
         return drafts

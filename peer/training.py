@@ -229,9 +229,13 @@ class Training:
         self._beside.do(self._commit(drafts, slot))
 
     async def _commit(self, drafts: Sequence[Draft], slot: int) -> None:
-        """Commit to outer gradients before anyone sees them."""
+        """Commit to outer gradients before anyone sees them.
+
+        Not to one that was dropped by then: what counts it could not be told by its blob.
+        """
         committer = self._keeper.committer
-        offers = [await self._node.offload(draft.encode) for draft in drafts]
+        encoded = [(draft, await self._node.offload(draft.encode)) for draft in drafts]
+        offers = [offer for draft, offer in encoded if not draft.is_dropped]
         commitments = await committer.prepare(offers, path=self.path, slot=slot)
         self._keeper.background.start(committer.commit(commitments), "commit")
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import pytest
 
 from dipaco.config import TopologyConfig
 from dipaco.topology import ModuleID
+from peer.draft import Draft
 from peer.path_work import PathWork
-from tests.lab import Lab, LabPeer, certified_states, lab
+from tests.lab import Device, Lab, LabPeer, certified_states, lab
 from tests.little_run import little_config
 from tests.virtual_clock import run_virtual
 
@@ -400,6 +402,35 @@ def test_what_an_exact_run_saves_after_a_slot_knows_all_that_was_sent_in_it(
             await place.until_versions(1, everyone[1:], within=4 * ROUND)
             assert are_encoded
             assert all(are_encoded)
+
+    run_virtual(scenario())
+
+
+def test_what_is_encoded_after_later_ones_took_its_place_is_not_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A version that counts it would leave all of it on top, to be counted once more."""
+    offload = Device.offload
+
+    async def late(device: Device, function: Callable[[], object]) -> object:
+        if getattr(function, "__func__", None) is Draft.encode:
+            await asyncio.sleep(1.25 * ROUND)  # one module after the other
+        return await offload(device, function)
+
+    monkeypatch.setattr(Device, "offload", late)
+
+    async def scenario() -> None:
+        config = replace(
+            little_config(num_rounds=100, blocking=False), topology=TopologyConfig(levels=(1,))
+        )
+        async with lab(tmp_path, config) as place:
+            await place.bootstrap()
+            peer = await place.join("peer", step_seconds=4.0)
+            await asyncio.sleep(6 * ROUND)
+            first, *later = [entry["slot"] for entry in peer.seen("contributed")]
+            assert len(later) >= 3, "the fault: none was dropped"
+            # The first since a version is remembered for as long as there is no other version.
+            assert {entry["slot"] for entry in peer.seen("committed")} == {first}
 
     run_virtual(scenario())
 
