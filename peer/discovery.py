@@ -5,20 +5,24 @@ each version continues the one before, back to one that is known here.
 """
 
 import asyncio
+import random
 import shutil
-from collections.abc import Sequence
-from weakref import WeakValueDictionary
+from collections.abc import Coroutine, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from dht.errors import BadMessage, PeerFault, RunMismatch, Unreachable
 from dht.keys import manifest_key
 from dht.records import ManifestPointer
 from peer.blobs import BlobClient
+from peer.chunk_plan import MAX_SOURCES
 from peer.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest
 from peer.node import Node
 from peer.store import BlobStore
 
-MANIFEST_TIMEOUT_SECONDS = 60.0
-MAX_CLAIMS = 4  # followed in one look; those that were refuted make room for others in the next
+MANIFEST_TIMEOUT_SECONDS = 60.0  # for one version
+RUMOUR_TIMEOUT_SECONDS = 10.0  # for one version to which only others than the operator point
+MAX_CLAIMS = 4  # followed in one look; those that led nowhere make room for others in the next
 MAX_SEARCHES = 8  # at once, for what messages name
 MAX_REFUTED = 1024  # digests, and peers; the oldest is forgotten first
 
@@ -29,24 +33,21 @@ class Discovery:
     def __init__(self, node: Node) -> None:
         self._node = node
         # Apart from what was found good: a stranger names the digest, and bad bytes are deleted.
-        directory = node.state_dir / "unchecked"
-        shutil.rmtree(directory, ignore_errors=True)
-        self._store = BlobStore(directory)
-        self._blobs = BlobClient(
-            self._store, node.transport, node.faults, sources=node.blobs.sources
-        )
+        self._directory = node.state_dir / "unchecked"
+        shutil.rmtree(self._directory, ignore_errors=True)
+        self._directory.mkdir(parents=True, exist_ok=True)
         self._refuted: dict[str, None] = {}  # digests that led to no manifest of this run
         self._liars: dict[str, None] = {}  # peers that named them
         self._searching: set[str] = set()  # peers whose messages name an unknown manifest
-        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by digest
-
-    async def close(self) -> None:
-        """Give up whatever is being fetched."""
-        await self._blobs.close()
+        self._random = random.Random(node.peer_id)  # others hear other peers first
 
     async def look(self) -> bool:
-        """Read who points to a manifest that is not known here; True if there is a later one."""
+        """Read who points to a manifest that is not known here; True if there is a later one.
+
+        All that is followed is followed at once: who has nothing to give delays nobody else.
+        """
         node = self._node
+        operator, now = node.history.first.peer, asyncio.get_running_loop().time()
         records = [
             record
             for record in await node.swarm.read(manifest_key(node.run))
@@ -54,13 +55,20 @@ class Discovery:
             and node.history.get(record.manifest) is None
             and record.manifest not in self._refuted
             and record.peer not in self._liars
+            and (record.peer == operator or not node.blobs.sources.is_doubtful(record.peer, now))
         ]
-        operator = node.history.first.peer
-        records.sort(key=lambda record: (record.peer != operator, -record.version))
-        sources: dict[str, list[str]] = {}
-        for record in records:
-            sources.setdefault(record.manifest, []).append(record.peer)
-        found = [await self.follow(d, peers) for d, peers in list(sources.items())[:MAX_CLAIMS]]
+        self._random.shuffle(records)
+
+        def follow(digest: str, peers: list[str]) -> Coroutine[None, None, bool]:
+            is_rumour = operator not in peers
+            seconds = RUMOUR_TIMEOUT_SECONDS if is_rumour else MANIFEST_TIMEOUT_SECONDS
+            return self.follow(digest, peers, timeout_seconds=seconds)
+
+        claims = choose_claims(records, operator)
+        found = await asyncio.gather(*(follow(*claim) for claim in claims), return_exceptions=True)
+        for result in found:
+            if isinstance(result, BaseException):
+                raise result
         return any(found)
 
     async def ask(self, digest: str, peer: str) -> bool:
@@ -75,22 +83,26 @@ class Discovery:
         finally:
             self._searching.discard(peer)
 
-    async def follow(self, digest: str, sources: Sequence[str]) -> bool:
+    async def follow(
+        self,
+        digest: str,
+        sources: Sequence[str],
+        *,
+        timeout_seconds: float = MANIFEST_TIMEOUT_SECONDS,
+    ) -> bool:
         """Take up the manifest of that digest, and those that come before it.
 
-        False if it cannot be had, or is none; `sources` claim that it is one.
+        False if it cannot be had within `timeout_seconds` for each, is none, or is known by now;
+        `sources` claim that it is one.
         """
-        lock = self._locks.setdefault(digest, asyncio.Lock())
-        async with lock:
-            return await self._follow(digest, sources)
-
-    async def _follow(self, digest: str, sources: Sequence[str]) -> bool:
         node = self._node
         try:
-            chain = await self._fetch_chain(digest, sources)
-            added = [node.history.add(manifest, sender=sources[0]) for manifest in chain]
+            chain = await self._fetch_chain(digest, sources, timeout_seconds)
+            added = [m for m in chain if node.history.add(m, sender=sources[0])]
         except Unreachable as error:
             node.faults.count(error, sources[0])
+            for peer in sources:
+                node.blobs.sources.failed(peer, asyncio.get_running_loop().time())
             return False
         except (PeerFault, RunMismatch) as error:
             culprit = error.peer_id if isinstance(error, PeerFault) else sources[0]
@@ -99,7 +111,7 @@ class Discovery:
             if culprit == sources[0]:
                 _remember(self._liars, culprit)
             return False
-        for manifest in chain:
+        for manifest in added:
             node.events.write(
                 "manifest",
                 version=manifest.version,
@@ -108,14 +120,16 @@ class Discovery:
                 levels=list(manifest.topology.shape),
                 num_phases=manifest.num_phases,
             )
-        return any(added)
+        return bool(added)
 
-    async def _fetch_chain(self, digest: str, sources: Sequence[str]) -> list[Manifest]:
+    async def _fetch_chain(
+        self, digest: str, sources: Sequence[str], timeout_seconds: float
+    ) -> list[Manifest]:
         """The manifest of that digest and those before it that are unknown here, oldest first."""
         history = self._node.history
         chain: list[Manifest] = []
         while history.get(digest) is None:
-            manifest = await self._fetch(digest, sources)
+            manifest = await self._fetch(digest, sources, timeout_seconds)
             if manifest.peer != history.first.peer:
                 raise BadMessage(sources[0], "names a manifest of another operator")
             if manifest.predecessor is None:
@@ -126,22 +140,40 @@ class Discovery:
             digest = manifest.predecessor
         return chain
 
-    async def _fetch(self, digest: str, sources: Sequence[str]) -> Manifest:
-        try:
-            await self._blobs.fetch(
-                digest,
-                sources,
-                max_bytes=MAX_MANIFEST_BYTES,
-                timeout_seconds=MANIFEST_TIMEOUT_SECONDS,
+    async def _fetch(self, digest: str, sources: Sequence[str], timeout_seconds: float) -> Manifest:
+        node = self._node
+        # Nothing is shared with who else wants the digest, whose sources may all keep silent.
+        with TemporaryDirectory(dir=self._directory, ignore_cleanup_errors=True) as directory:
+            store = BlobStore(Path(directory))
+            blobs = BlobClient(store, node.transport, node.faults, sources=node.blobs.sources)
+            await blobs.fetch(
+                digest, sources, max_bytes=MAX_MANIFEST_BYTES, timeout_seconds=timeout_seconds
             )
-            raw = self._store.read(digest)
-        finally:
-            self._store.remove(digest)  # also what came of one that never got here
+            raw = store.read(digest)
         if raw is None:
             raise Unreachable(f"manifest {digest[:12]} was damaged on disk")
-        return await self._node.offload(
-            lambda: parse_manifest(raw, digest=digest, sender=sources[0])
-        )
+        return await node.offload(lambda: parse_manifest(raw, digest=digest, sender=sources[0]))
+
+
+def choose_claims(
+    pointers: Sequence[ManifestPointer], operator: str
+) -> list[tuple[str, list[str]]]:
+    """What to follow in one look: digests, each with those who are asked for it.
+
+    The operator's first, then what most point to, then the highest version claimed.
+    """
+    claims: dict[str, list[ManifestPointer]] = {}
+    for pointer in sorted(pointers, key=lambda pointer: pointer.peer != operator):
+        claims.setdefault(pointer.manifest, []).append(pointer)
+
+    def rank(digest: str) -> tuple[bool, int, int]:
+        claim = claims[digest]
+        return claim[0].peer != operator, -len(claim), -max(pointer.version for pointer in claim)
+
+    return [
+        (digest, [pointer.peer for pointer in claims[digest][:MAX_SOURCES]])
+        for digest in sorted(claims, key=rank)[:MAX_CLAIMS]
+    ]
 
 
 def _remember(names: dict[str, None], name: str) -> None:

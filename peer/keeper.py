@@ -357,7 +357,6 @@ class Keeper:
         except (SwarmError, TimeoutError):
             pass  # the records expire by themselves
         await self.member.close()
-        await self.discovery.close()
         await self.node.blobs.close()
 
     def _has_room(self, ref: BlobRef) -> bool:

@@ -210,7 +210,6 @@ async def enter_run(network: Network, found: FoundRun, run_dir: Path) -> Node:
     for peer, digest in found.newest.items():
         await discovery.ask(digest, peer)
     await discovery.look()
-    await discovery.close()
     return node
 
 

@@ -20,6 +20,7 @@ FAULTS_TO_SKIP = 3  # one after another; then the source is skipped for a while
 SAME_FAULT_SECONDS = 1.0  # in which several count once: what cuts a line cuts every stream on it
 SKIP_SECONDS = 15.0  # at first; each further fault doubles it
 MAX_SKIP_SECONDS = 240.0
+DOUBT_SECONDS = 60.0  # after a fault, in which what a peer points to is not followed
 MAX_DOUBLINGS = 32  # of a pause; a float overflows at the 1024th
 
 FRAME_TIMEOUT_SECONDS = 30.0  # for one chunk: 35 kB/s is the slowest useful source
@@ -99,6 +100,11 @@ class Sources:
         """Whether `peer` has failed so often of late that others should be asked instead."""
         source = self._sources.get(peer)
         return source is not None and source.skipped_until > now
+
+    def is_doubtful(self, peer: str, now: float) -> bool:
+        """Whether `peer` has failed within `DOUBT_SECONDS`, and brought nothing since."""
+        source = self._sources.get(peer)
+        return bool(source and source.num_faults and now - source.fault_time < DOUBT_SECONDS)
 
     def frame_seconds(self, peer: str) -> float:
         """How long to wait for one chunk of `peer`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -17,7 +18,9 @@ from dipaco.config import RoutingConfig
 from dipaco.digest import blob_digest
 from dipaco.discriminative import encode_scores
 from dipaco.tensors import encode_tensors
-from peer.blob_server import BlobServer
+from peer.blob_server import BLOB_PROTOCOL, BlobServer
+from peer.chunk_plan import MAX_SOURCES
+from peer.discovery import MAX_CLAIMS, RUMOUR_TIMEOUT_SECONDS, choose_claims
 from peer.manifest import Manifest
 from peer.store import BlobStore
 from tests.lab import Lab, LabPeer, lab
@@ -47,6 +50,15 @@ class Liar:
             peer=self.peer_id, run=self.run, name="x", version=version, manifest=digest
         )
         await self.swarm.store(record, 60.0)
+
+    async def fall_silent(self) -> None:
+        """Take every request for a blob, and never answer."""
+
+        async def wait(_asker: str, _payload: bytes) -> AsyncIterator[bytes]:
+            await asyncio.Event().wait()
+            yield b""
+
+        await self.transport.serve(BLOB_PROTOCOL, wait, max_request_bytes=512)
 
     async def offer(self, raw: bytes, *, path: str = "0.0") -> None:
         blob = self.store.add(raw)
@@ -134,6 +146,91 @@ def test_false_pointers_hide_the_true_one_for_a_few_looks_only(tmp_path: Path) -
                 assert victim.keeper.node.history.newest == second
 
     run_virtual(scenario())
+
+
+def test_who_points_to_a_manifest_and_keeps_silent_costs_one_short_wait(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with lab(tmp_path, CONFIG) as place:
+            victim = await place.bootstrap()
+            node = victim.keeper.node
+            second = next_manifest(place.run.manifest)
+            durations = []
+
+            async def look() -> None:
+                start = asyncio.get_running_loop().time()
+                await victim.keeper.discovery.look()
+                durations.append(asyncio.get_running_loop().time() - start)
+
+            async with liars(place, MAX_CLAIMS + 1) as [honest, *others]:
+                for number, liar in enumerate(others):
+                    await liar.fall_silent()
+                    await liar.point_to(f"{number:064x}", version=2**50)
+                await look()
+                assert node.faults.total >= MAX_CLAIMS, "they were asked"
+                assert durations[0] < RUMOUR_TIMEOUT_SECONDS + 1, "at the same time"
+                await honest.point_to(honest.store.add(second.to_bytes()))
+                for number, liar in enumerate(others):
+                    await liar.point_to(f"{number + 100:064x}", version=2**51)
+                await look()
+                assert node.history.newest == second
+                assert durations[1] < 1, "who had nothing to give is not heard for a while"
+
+    run_virtual(scenario())
+
+
+def test_silent_peers_that_name_the_true_manifest_hide_it_for_a_few_looks_only(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        async with lab(tmp_path, CONFIG) as place:
+            victim = await place.bootstrap()
+            second = next_manifest(place.run.manifest)
+            async with liars(place, 3 * MAX_SOURCES + 1) as [honest, *others]:
+                digest = honest.store.add(second.to_bytes())
+                await honest.point_to(digest)
+                for liar in others:
+                    await liar.fall_silent()
+                    await liar.point_to(digest)
+                for _ in range(4):
+                    await victim.keeper.discovery.look()
+                assert victim.keeper.node.history.newest == second
+                assert victim.keeper.node.faults.total, "some of them were asked"
+
+    run_virtual(scenario())
+
+
+def test_two_claims_that_share_a_version_are_followed_at_once(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with lab(tmp_path, CONFIG) as place:
+            victim = await place.bootstrap()
+            second = next_manifest(place.run.manifest)
+            third = next_manifest(second)
+            async with liars(place, 2) as [one, two]:
+                for peer in (one, two):
+                    for manifest in (second, third):
+                        peer.store.add(manifest.to_bytes())
+                await one.point_to(second.digest)
+                await two.point_to(third.digest, version=3)
+                assert await victim.keeper.discovery.look()
+                assert victim.keeper.node.history.newest == third
+                assert [entry["version"] for entry in victim.seen("manifest")] == [2, 3]
+                assert not victim.keeper.node.faults.total
+
+    run_virtual(scenario())
+
+
+def test_the_operator_is_heard_first_and_then_what_most_point_to() -> None:
+    def pointer(number: int, digest: str, version: int) -> ManifestPointer:
+        peer = identity(number).peer_id
+        return ManifestPointer(peer=peer, run="r", name="x", version=version, manifest=digest * 64)
+
+    strangers = [pointer(90 + number, f"{number}", 2**50) for number in range(MAX_CLAIMS)]
+    honest = [pointer(number, "a", 3) for number in range(10, 10 + MAX_SOURCES + 1)]
+    operators = pointer(1, "b", 2)
+    claims = choose_claims([*strangers, *honest, operators], operators.peer)
+    assert len(claims) == MAX_CLAIMS
+    assert claims[0] == ("b" * 64, [operators.peer])
+    assert claims[1] == ("a" * 64, [record.peer for record in honest[:MAX_SOURCES]])
 
 
 def test_an_operator_that_signs_two_versions_is_reported_and_the_first_one_kept(
