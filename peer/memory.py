@@ -276,18 +276,21 @@ class MemoryTransport:
     ) -> None:
         """Serve one request; what the client takes always ends with an end, an error or a cut."""
         self.traffic.received_bytes += HEADER.size + len(payload)
+        if protocol not in self._handlers:
+            exchange.cut()
+            return
+        stream = self._incoming.enter(client_id, exchange.cut)
         try:
-            if protocol not in self._handlers:
-                exchange.cut()
-            elif not self._incoming.enter(client_id):
+            if stream is None:
                 await self._send(exchange, client_id, FrameKind.ERROR, REFUSAL)
             else:
-                try:
-                    await self._send_all(exchange, client_id, protocol, payload)
-                finally:
-                    self._incoming.leave(client_id)
+                stream.is_busy = True  # a request arrives whole here, and no answer is acknowledged
+                await self._send_all(exchange, client_id, protocol, payload)
         except StreamLostError:
             exchange.cut()
+        finally:
+            if stream is not None:
+                self._incoming.leave(stream)
 
     async def _send_all(
         self, exchange: _Exchange, client_id: str, protocol: str, payload: bytes

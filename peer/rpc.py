@@ -22,8 +22,11 @@ from peer.framing import ACK, HEADER, FrameKind, FramingError, frame_header, rea
 from peer.throttle import Meter
 from peer.transport import (
     IDLE_SECONDS,
+    MAX_REFUSALS,
     REFUSAL,
+    REFUSAL_SECONDS,
     IncomingLimit,
+    IncomingStream,
     OutgoingLimit,
     RemoteError,
     answers,
@@ -61,6 +64,7 @@ class Libp2pTransport:
         self._handlers: dict[str, Callable[..., Coroutine[object, object, None]]] = {}
         self._incoming = IncomingLimit()
         self._outgoing = OutgoingLimit()
+        self._refusals = asyncio.Semaphore(MAX_REFUSALS)
         self._answering: set[asyncio.Task[None]] = set()
         self._asking: set[asyncio.StreamWriter] = set()
         self._is_closed = False
@@ -216,25 +220,27 @@ class Libp2pTransport:
         assert task is not None
         self._answering.add(task)
         self._meter.opened()
-        is_admitted = not self._is_closed and self._incoming.enter(peer_id)
+        stream = None if self._is_closed else self._incoming.enter(peer_id, task.cancel)
         try:
-            if is_admitted:
-                await self._converse(peer_id, handler, max_request_bytes, reader, writer)
-            else:
-                await self._send(writer, FrameKind.ERROR, REFUSAL)
+            if stream is not None:
+                await self._converse(stream, handler, max_request_bytes, reader, writer)
+            elif not (self._is_closed or self._refusals.locked()):
+                async with self._refusals:
+                    await self._send(writer, FrameKind.ERROR, REFUSAL)
+                    await self._wait_for_ack(reader, REFUSAL_SECONDS)
         except _GoneError:
             pass  # its own deadline tells it
         except asyncio.CancelledError:
-            pass  # by `_cut_streams`; asyncio takes a cancelled server task for an error, and logs
+            pass  # it was cut; asyncio takes a cancelled server task for an error, and logs
         finally:
-            if is_admitted:
-                self._incoming.leave(peer_id)
+            if stream is not None:
+                self._incoming.leave(stream)
             self._answering.discard(task)
             writer.close()
 
     async def _converse(
         self,
-        peer_id: str,
+        stream: IncomingStream,
         handler: Handler,
         max_request_bytes: int,
         reader: asyncio.StreamReader,
@@ -242,7 +248,8 @@ class Libp2pTransport:
     ) -> None:
         try:
             payload = await self._read_request(reader, max_request_bytes)
-            async with aclosing(answers(handler, peer_id, payload)) as frames:
+            stream.is_busy = True
+            async with aclosing(answers(handler, stream.peer_id, payload)) as frames:
                 async for frame in frames:
                     await self._send(writer, FrameKind.DATA, frame)
             await self._send(writer, FrameKind.END)
@@ -250,13 +257,14 @@ class Libp2pTransport:
             raise
         except Exception as e:  # the task boundary: a handler's error is an answer
             await self._send(writer, FrameKind.ERROR, error_text(e))
-        await self._wait_for_ack(reader)
+        stream.is_busy = False
+        await self._wait_for_ack(reader, IDLE_SECONDS)
 
-    async def _wait_for_ack(self, reader: asyncio.StreamReader) -> None:
+    async def _wait_for_ack(self, reader: asyncio.StreamReader, timeout_seconds: float) -> None:
         """See `peer.framing`: to close earlier loses frames, even while a refused request comes."""
         num_bytes = 0
         with suppress(TimeoutError, *_CUT):
-            async with asyncio.timeout(IDLE_SECONDS):
+            async with asyncio.timeout(timeout_seconds):
                 while num_bytes <= MAX_DISCARDED_BYTES:
                     part = await reader.read(CONTROL_BUFFER_BYTES)
                     if not part or part.endswith(ACK):

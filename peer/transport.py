@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
@@ -21,10 +22,13 @@ log = logging.getLogger(__name__)
 
 MAX_ERROR_BYTES = 256  # of text in an error frame
 MAX_STREAMS_PER_PEER = 16  # that one peer may have open with us at a time; more are refused
-MAX_STREAMS = 256  # that all peers together may have open with us
+MAX_STREAMS = 256  # that all peers together may have open with us; for one more, room is made
+IDLE_WEIGHT = 4  # a stream that waits for its peer counts as if that had so many more
 MAX_OUTGOING_STREAMS_PER_PEER = 8  # of ours; more wait. Half, since closing ones still count there
 IDLE_SECONDS = 30.0  # for the other side to send its request, take a frame, or acknowledge
 HANDLER_SECONDS = 120.0  # for a handler to come up with its next frame
+MAX_REFUSALS = 64  # streams that wait until the other side has read why; more are just cut
+REFUSAL_SECONDS = 5.0  # for it to read that
 REFUSAL = b"too many streams at a time"
 
 Handler = Callable[[str, bytes], AsyncIterator[bytes | memoryview]]
@@ -167,26 +171,50 @@ def error_text(error: Exception) -> bytes:
     return b"internal error"
 
 
+@dataclass(eq=False, kw_only=True, slots=True)
+class IncomingStream:
+    """A stream that another peer has open with us."""
+
+    peer_id: str
+    cut: Callable[[], object]
+    is_busy: bool = False  # we have its whole request, and it still lacks some of our answer
+
+
 class IncomingLimit:
-    """Counts the streams that others have open with us."""
+    """Shares out the streams that others may have open with us.
+
+    Where there are too many, one is taken from who has most of them for who has fewer; first of all
+    one that says nothing, so that strangers who do no more than that keep nobody out.
+    """
 
     def __init__(self) -> None:
-        self._num_streams: dict[str, int] = {}
+        self._streams: dict[IncomingStream, None] = {}  # the oldest first
 
-    def enter(self, peer_id: str) -> bool:
-        """Whether `peer_id` may open one more; if so it must `leave` later."""
-        num_streams = self._num_streams.get(peer_id, 0)
-        total = sum(self._num_streams.values())
-        if num_streams >= MAX_STREAMS_PER_PEER or total >= MAX_STREAMS:
-            return False
-        self._num_streams[peer_id] = num_streams + 1
-        return True
+    def enter(self, peer_id: str, cut: Callable[[], object]) -> IncomingStream | None:
+        """One more stream of `peer_id`, which must `leave` later; None if it may have no more.
 
-    def leave(self, peer_id: str) -> None:
-        """One stream of `peer_id` is over."""
-        self._num_streams[peer_id] -= 1
-        if not self._num_streams[peer_id]:
-            del self._num_streams[peer_id]
+        `cut` ends the stream; it may be called at any time, and once at most.
+        """
+        num_streams = Counter(stream.peer_id for stream in self._streams)
+        if num_streams[peer_id] >= MAX_STREAMS_PER_PEER:
+            return None
+        if len(self._streams) >= MAX_STREAMS:
+
+            def weight(stream: IncomingStream) -> int:
+                return num_streams[stream.peer_id] + (0 if stream.is_busy else IDLE_WEIGHT)
+
+            heaviest = max(self._streams, key=lambda s: (weight(s), not s.is_busy))
+            if weight(heaviest) <= num_streams[peer_id] + 1:
+                return None
+            self.leave(heaviest)
+            heaviest.cut()
+        stream = IncomingStream(peer_id=peer_id, cut=cut)
+        self._streams[stream] = None
+        return stream
+
+    def leave(self, stream: IncomingStream) -> None:
+        """It is over, by itself or cut."""
+        self._streams.pop(stream, None)
 
 
 class OutgoingLimit:

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from dht.errors import BadMessage, PeerFault, Unreachable
 from peer import rpc
+from peer import transport as limits
 from peer.framing import ACK, FrameKind, frame_header
 from peer.transport import MAX_ERROR_BYTES, MAX_STREAMS_PER_PEER, RemoteError
-from tests.peer.transport_contract import COUNT, ECHO, Handlers, ask
+from tests.peer.transport_contract import COUNT, ECHO, HANG, Handlers, ask
 from tests.swarm.local import local_swarm
 
 if TYPE_CHECKING:
@@ -165,12 +166,44 @@ def test_a_greedy_peer_is_refused_while_others_are_served(tmp_path: Path) -> Non
                 stack.enter_context(closing(writer))
                 writer.write(b"\x00\x00\x00")  # never finishes its header
             await until(lambda: len(victim.transport._answering) == MAX_STREAMS_PER_PEER)
-            with pytest.raises((RemoteError, Unreachable)):
+            with pytest.raises(RemoteError, match="too many streams"):
                 await ask(attacker.transport, victim.peer_id, ECHO)
             assert await ask(other.transport, victim.peer_id, ECHO, b"hi")
             await stack.aclose()
             await until(lambda: not victim.transport._answering)
             assert await ask(attacker.transport, victim.peer_id, ECHO, b"hi")
+
+    asyncio.run(main())
+
+
+@pytest.mark.swarm
+def test_streams_that_say_nothing_shut_nobody_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Be it nothing at all, or nothing after the answer has come."""
+    monkeypatch.setattr(limits, "MAX_STREAMS", 4)
+
+    async def main() -> None:
+        async with local_swarm(tmp_path, 3) as [attacker, victim, other], AsyncExitStack() as stack:
+            await Handlers().serve(victim.transport)
+            readers = []
+            for number in range(4):
+                reader, writer = await open_raw(attacker, victim, ECHO)
+                stack.enter_context(closing(writer))
+                readers.append(reader)
+                if number % 2:
+                    writer.write(frame_header(FrameKind.DATA, 0))
+                    assert await reader.readexactly(5), "and is not acknowledged"
+            await until(lambda: len(victim.transport._answering) == 4)
+            for _ in readers:
+                frames = other.transport.stream(
+                    victim.peer_id, HANG, b"", timeout_seconds=5, max_frame_bytes=10
+                )
+                stack.push_async_callback(frames.aclose)
+                assert await anext(frames) == b"first"
+            async with asyncio.timeout(10):
+                for reader in readers:
+                    await reader.read()  # until it is cut
 
     asyncio.run(main())
 

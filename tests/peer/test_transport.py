@@ -7,9 +7,23 @@ import pytest
 
 from dht.errors import Unreachable
 from peer.memory import Line, MemoryNetwork
-from peer.transport import MAX_STREAMS_PER_PEER, IncomingLimit, RemoteError
+from peer.transport import (
+    MAX_STREAMS,
+    MAX_STREAMS_PER_PEER,
+    IncomingLimit,
+    IncomingStream,
+    RemoteError,
+)
 from tests.names import peer_named
-from tests.peer.transport_contract import CHUNK, ECHO, Handlers, ask, check_transport, collect
+from tests.peer.transport_contract import (
+    CHUNK,
+    ECHO,
+    Handlers,
+    ask,
+    check_crowd,
+    check_transport,
+    collect,
+)
 from tests.virtual_clock import DeadlockError, run_virtual
 
 if TYPE_CHECKING:
@@ -27,6 +41,14 @@ def test_keeps_the_promises_of_a_transport() -> None:
     async def main() -> None:
         network = MemoryNetwork()
         await check_transport(network.transport(A), network.transport(B))
+
+    run_virtual(main())
+
+
+def test_makes_room_for_who_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        network = MemoryNetwork()
+        await check_crowd(*(network.transport(peer) for peer in (A, B, C)), monkeypatch)
 
     run_virtual(main())
 
@@ -134,12 +156,68 @@ def test_loss_cuts_streams_the_same_way_for_one_seed() -> None:
     assert run_virtual(main(1)) == run_virtual(main(1)) != run_virtual(main(2))
 
 
+class Crowd:
+    """An `IncomingLimit`, and whom it has cut."""
+
+    def __init__(self) -> None:
+        self.limit = IncomingLimit()
+        self.cut: list[str] = []
+
+    def enter(self, peer: str, *, is_busy: bool = False) -> IncomingStream | None:
+        stream = self.limit.enter(peer, lambda: self.cut.append(peer))
+        if stream is not None:
+            stream.is_busy = is_busy
+        return stream
+
+    def fill(self, num_peers: int, *, is_busy: bool) -> None:
+        for number in range(MAX_STREAMS):
+            assert self.enter(f"stranger{number % num_peers}", is_busy=is_busy)
+        assert not self.cut
+
+
 def test_a_greedy_peer_is_refused_and_others_are_not() -> None:
-    limit = IncomingLimit()
-    assert [limit.enter("greedy") for _ in range(MAX_STREAMS_PER_PEER + 1)].count(False) == 1
-    assert limit.enter("modest")
-    limit.leave("greedy")
-    assert limit.enter("greedy")
+    crowd = Crowd()
+    streams = [crowd.enter("greedy") for _ in range(MAX_STREAMS_PER_PEER + 1)]
+    assert streams.count(None) == 1
+    assert crowd.enter("modest")
+    assert streams[0] is not None
+    crowd.limit.leave(streams[0])
+    assert crowd.enter("greedy")
+    assert not crowd.cut
+
+
+@pytest.mark.parametrize("num_peers", [MAX_STREAMS // MAX_STREAMS_PER_PEER, MAX_STREAMS])
+def test_who_says_nothing_makes_room_however_many_they_are(num_peers: int) -> None:
+    crowd = Crowd()
+    crowd.fill(num_peers, is_busy=False)
+    assert crowd.enter("modest", is_busy=True)
+    assert crowd.cut == ["stranger0"], "the oldest"
+    for number in range(2 * MAX_STREAMS):
+        assert crowd.enter(f"other{number}")
+    assert "modest" not in crowd.cut
+
+
+def test_the_busiest_peers_make_room_until_the_shares_are_equal() -> None:
+    crowd = Crowd()
+    crowd.fill(MAX_STREAMS // MAX_STREAMS_PER_PEER, is_busy=True)
+    while crowd.enter("modest", is_busy=True):
+        pass
+    num_modest = len(crowd.cut)
+    assert num_modest == MAX_STREAMS_PER_PEER - 1
+    assert len(set(crowd.cut)) == num_modest, "each of a peer that has the most"
+    assert crowd.enter("another")
+    crowd = Crowd()
+    crowd.fill(MAX_STREAMS, is_busy=True)
+    assert crowd.enter("modest") is None
+
+
+def test_what_is_on_its_way_is_not_cut_for_who_has_far_more() -> None:
+    crowd = Crowd()
+    crowd.fill(MAX_STREAMS // MAX_STREAMS_PER_PEER, is_busy=True)
+    assert crowd.enter("modest")
+    crowd.cut.clear()
+    assert crowd.enter("stranger0") is None
+    assert not crowd.cut
 
 
 def test_a_closed_transport_answers_nobody() -> None:

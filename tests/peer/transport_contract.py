@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from dht.errors import BadMessage, PeerFault, Unreachable
+from peer import transport as limits
 from peer.transport import (
     MAX_ERROR_BYTES,
     MAX_OUTGOING_STREAMS_PER_PEER,
@@ -159,3 +160,27 @@ async def check_limits(client: Transport, peer_id: str, handlers: Handlers) -> N
     handlers.may_go_on.set()
     assert await asyncio.gather(*tasks) == [[b"first", b"second"]] * num_streams
     assert handlers.max_open <= MAX_STREAMS_PER_PEER
+
+
+async def check_crowd(
+    greedy: Transport, modest: Transport, server: Transport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is room for 4 streams, `greedy` takes all of it, and `modest` comes along."""
+    monkeypatch.setattr(limits, "MAX_STREAMS", 4)
+    handlers = Handlers()
+    await handlers.serve(server)
+    streams = [
+        greedy.stream(server.peer_id, HANG, b"", timeout_seconds=5, max_frame_bytes=10)
+        for _ in range(4)
+    ]
+    for frames in streams:
+        assert await anext(frames) == b"first"
+    with pytest.raises(RemoteError, match="too many streams"):
+        await ask(greedy, server.peer_id, ECHO)
+    assert await ask(modest, server.peer_id, ECHO, b"hi") == modest.peer_id.encode() + b" hi"
+    with pytest.raises(Unreachable, match="cut"):
+        await anext(streams[0])
+    handlers.may_go_on.set()
+    assert [await anext(frames) for frames in streams[1:]] == [b"second"] * 3
+    for frames in streams:
+        await frames.aclose()

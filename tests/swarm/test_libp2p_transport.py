@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING
 import pytest
 
 from dht.errors import Unreachable
-from tests.peer.transport_contract import ECHO, HANG, Handlers, ask, check_transport, collect
+from tests.peer.transport_contract import (
+    ECHO,
+    HANG,
+    Handlers,
+    ask,
+    check_crowd,
+    check_transport,
+    collect,
+)
 from tests.swarm.local import local_swarm, start_peer
 
 if TYPE_CHECKING:
@@ -25,6 +33,15 @@ def test_keeps_the_promises_of_a_transport(tmp_path: Path) -> None:
         async with local_swarm(tmp_path, 3) as [_, a, b]:
             # these two have never been told of each other
             await check_transport(a.transport, b.transport)
+
+    asyncio.run(main())
+
+
+def test_makes_room_for_who_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with local_swarm(tmp_path, 3) as [greedy, modest, server]:
+            transports = greedy.transport, modest.transport, server.transport
+            await check_crowd(*transports, monkeypatch)
 
     asyncio.run(main())
 
