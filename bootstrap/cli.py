@@ -136,6 +136,6 @@ def serve(directory: Path, start_in: float, quiet: bool, verbose: int, **options
         from peer.display import Display
 
     given = {name: value for name, value in options.items() if value not in (None, ())}
-    config = PeerConfig(**{"state_dir": directory, **given})
+    config = PeerConfig(state_dir=directory, **given)
     display = Display(quiet=quiet, verbosity=verbose)
-    asyncio.run(serve_run(directory, config, display, start_in=start_in))
+    asyncio.run(serve_run(config, display, start_in=start_in))

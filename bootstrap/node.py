@@ -11,14 +11,12 @@ from pathlib import Path
 from bootstrap.corpus import PreparedCorpus
 from bootstrap.operator import Operator
 from bootstrap.prepare import (
-    IDENTITY_FILE,
     ROUTER_DATA_FILE,
     START_DIR,
     load_or_sign_manifest,
 )
 from dht.addresses import is_global, outside
 from dht.errors import LocalFault
-from dht.identity import Identity
 from dipaco.errors import ConfigError
 from dipaco.start import Start
 from peer.config import PeerConfig
@@ -30,8 +28,12 @@ from peer.session import address_book, make_node, open_network, run_directory
 from peer.store import BlobStore
 
 
-async def serve(directory: Path, config: PeerConfig, display: Display, *, start_in: float) -> None:
-    """Serve a prepared run until interrupted; slot 0 begins `start_in` seconds after the first."""
+async def serve(config: PeerConfig, display: Display, *, start_in: float) -> None:
+    """Serve the run that is prepared in the state directory, until interrupted.
+
+    Slot 0 begins `start_in` seconds after it is served for the first time.
+    """
+    directory = config.state_dir
     try:
         start = Start.load(directory / START_DIR)
     except ConfigError as error:
@@ -41,7 +43,7 @@ async def serve(directory: Path, config: PeerConfig, display: Display, *, start_
         ) from error
     manifest = load_or_sign_manifest(directory, start, start_time=time.time() + start_in)
     run = manifest.digest
-    run_dir = run_directory(config.state_dir, run)
+    run_dir = run_directory(directory, run)
     book = address_book(run_dir, run)
     async with open_network(config, known_maddrs=lambda: book.maddrs) as network:
         node = make_node(network, manifest=manifest, run_dir=run_dir)
@@ -52,7 +54,7 @@ async def serve(directory: Path, config: PeerConfig, display: Display, *, start_
         operator = Operator(
             keeper,
             PreparedCorpus(start, directory, node.store),
-            identity=Identity.load_or_create(directory / IDENTITY_FILE),
+            identity=network.identity,
             directory=directory,
         )
         stopped = asyncio.Event()

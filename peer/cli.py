@@ -17,6 +17,7 @@ from peer.command_options import (
     limit_options,
     maddr_argument,
     network_options,
+    state_dir_option,
     volunteer_options,
 )
 
@@ -39,6 +40,7 @@ def main() -> None:
 
 @main.command()
 @maddr_argument
+@state_dir_option("Identity, blobs and checkpoints; one directory for each peer.")
 @network_options
 @limit_options
 @volunteer_options
@@ -94,6 +96,7 @@ def status(address: tuple[str, ...], as_json: bool, verbose: int) -> None:
 
 @main.command()
 @maddr_argument
+@state_dir_option("Identity, blobs and checkpoints; one directory for each peer.")
 @network_options
 @limit_options
 @volunteer_options
@@ -111,11 +114,7 @@ def check(address: tuple[str, ...], verbose: int, **options: Any) -> None:
 @main.command()
 @click.argument("path_name", metavar="PATH")
 @click.argument("target", type=click.Path(file_okay=False, path_type=Path), metavar="TARGET")
-@click.option(
-    "--state-dir",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Of a volunteer or a bootstrap node.",
-)
+@state_dir_option("Of a volunteer or a bootstrap node.")
 @click.option(
     "--run", default="", help="Beginning of the run's name, if the directory has several."
 )
@@ -143,11 +142,7 @@ def export(
 
 
 @main.command()
-@click.option(
-    "--state-dir",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Where the identity lies.",
-)
+@state_dir_option("Where the identity lies.")
 def identity(state_dir: Path | None) -> None:
     """Print this machine's peer ID; make one if there is none. Never prints the key."""
     from dht.identity import Identity

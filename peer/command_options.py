@@ -80,6 +80,11 @@ maddr_argument = click.argument(
 )
 
 
+def state_dir_option(what: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """The option that names a peer's state directory; `what` says what of it is used."""
+    return click.option("--state-dir", type=click.Path(file_okay=False, path_type=Path), help=what)
+
+
 def network_options(command: Callable[..., T]) -> Callable[..., T]:
     """Options of every command that runs a peer."""
     for option in (
@@ -96,11 +101,6 @@ def network_options(command: Callable[..., T]) -> Callable[..., T]:
             multiple=True,
             type=ListenMaddrType(),
             help="Address to listen on.  [default: /ip4/0.0.0.0/tcp/0]",
-        ),
-        click.option(
-            "--state-dir",
-            type=click.Path(file_okay=False, path_type=Path),
-            help="Identity, blobs and checkpoints; for `serve`, DIRECTORY itself by default.",
         ),
         click.option(
             "--max-mbps",

@@ -94,8 +94,14 @@ def test_the_options_are_these() -> None:
         )
         for command_name, command in group.commands.items()
     }
-    network = ["--announce-maddr", "--host-maddr", "--max-mbps", "--state-dir"]
-    volunteer = ["--disk-limit", "--memory-limit", "--client-mode", "--relay-service"]
+    network = ["--announce-maddr", "--host-maddr", "--max-mbps"]
+    volunteer = [
+        "--state-dir",
+        "--disk-limit",
+        "--memory-limit",
+        "--client-mode",
+        "--relay-service",
+    ]
     assert options == {
         "dipaco-peer join": sorted(
             [
