@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dht.errors import BadMessage
 from dht.identity import Identity
 from dipaco.checkpoint import write_atomically
 from dipaco.config import RunConfig
@@ -35,41 +36,53 @@ def prepare_run(
 ) -> Start:
     """Do what is not done yet; raises `ConfigError` if the run was already served differently."""
     directory.mkdir(parents=True, exist_ok=True)
-    manifest_file = directory / MANIFEST_FILE
-    if manifest_file.exists():
-        served = _read_manifest(manifest_file)
-        if served.fingerprint != config.fingerprint():
-            raise ConfigError(
-                f"`{directory}` holds run {served.name}, which was already served",
-                hint="prepare another configuration in another directory",
-            )
+    served = served_manifest(directory)
+    if served is not None and served.fingerprint != config.fingerprint():
+        raise ConfigError(
+            f"`{directory}` holds run {served.name}, which was already served",
+            hint="prepare another configuration in another directory",
+        )
     Identity.load_or_create(directory / IDENTITY_FILE)
     return prepare_start(config, directory / START_DIR, progress, device=device)
 
 
 def load_or_sign_manifest(directory: Path, start: Start, *, start_time: float) -> Manifest:
     """The run's manifest; signed now, with slot 0 at `start_time`, if it never was."""
-    file = directory / MANIFEST_FILE
-    if file.exists():
-        return _read_manifest(file)
+    served = served_manifest(directory)
+    if served is not None:
+        return served
     identity = Identity.load_or_create(directory / IDENTITY_FILE)
     router_data = None
     if start.config.routing.phases:
         router_data = _ref(start, _write_router_data(start, directory))
     manifest = sign(_describe(start, identity.peer_id, start_time, router_data), identity)
-    write_atomically(file, manifest.to_bytes())
+    write_atomically(directory / MANIFEST_FILE, manifest.to_bytes())
     return manifest
+
+
+def served_manifest(directory: Path) -> Manifest | None:
+    """The first manifest of a run that was served; None if it never was, ConfigError if damaged."""
+    file = directory / MANIFEST_FILE
+    if not file.exists():
+        return None
+    raw = file.read_bytes()
+    try:
+        return parse_manifest(raw, digest=blob_digest(raw), sender=str(file))
+    except BadMessage as error:
+        raise ConfigError(
+            f"`{file}` is damaged: {error.why}",
+            hint="restore your copy; `runs/RUN/blobs` has another, whose name begins with RUN",
+        ) from error
 
 
 def newest_manifest(directory: Path) -> Manifest:
     """The newest version of a run that was served; ConfigError if it never was."""
-    file = directory / MANIFEST_FILE
-    if not file.exists():
+    first = served_manifest(directory)
+    if first is None:
         raise ConfigError(
             f"the run in `{directory}` was never served",
             hint="set topology.levels in its configuration, and prepare it again",
         )
-    first = _read_manifest(file)
     run_dir = run_directory(directory, first.digest)
     return History(first, BlobStore(run_dir / "blobs"), run_dir / "manifests").newest
 
@@ -113,8 +126,3 @@ def _describe(
 def _ref(start: Start, file: Path) -> BlobRef:
     index = start.index(file)
     return BlobRef(digest=index.digest, num_bytes=index.size)
-
-
-def _read_manifest(file: Path) -> Manifest:
-    raw = file.read_bytes()
-    return parse_manifest(raw, digest=blob_digest(raw), sender="disk")
