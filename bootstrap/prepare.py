@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dht.errors import BadMessage
+from dht.errors import BadMessage, LocalFault
 from dht.identity import Identity
 from dipaco.checkpoint import write_atomically
 from dipaco.config import RunConfig
@@ -61,18 +61,28 @@ def load_or_sign_manifest(directory: Path, start: Start, *, start_time: float) -
 
 
 def served_manifest(directory: Path) -> Manifest | None:
-    """The first manifest of a run that was served; None if it never was, ConfigError if damaged."""
+    """The first manifest of a run that was served; None if it never was.
+
+    Raises `ConfigError` if it is damaged, `LocalFault` if the key that signed it is not here.
+    """
     file = directory / MANIFEST_FILE
     if not file.exists():
         return None
     raw = file.read_bytes()
     try:
-        return parse_manifest(raw, digest=blob_digest(raw), sender=str(file))
+        manifest = parse_manifest(raw, digest=blob_digest(raw), sender=str(file))
     except BadMessage as error:
         raise ConfigError(
             f"`{file}` is damaged: {error.why}",
             hint="restore your copy; `runs/RUN/blobs` has another, whose name begins with RUN",
         ) from error
+    key_file = directory / IDENTITY_FILE
+    if not key_file.exists() or Identity.load_or_create(key_file).peer_id != manifest.peer:
+        raise LocalFault(
+            f"`{key_file}` is not the key that signed run {manifest.name}",
+            hint="restore your copy of it; volunteers train on without this node",
+        )
+    return manifest
 
 
 def newest_manifest(directory: Path) -> Manifest:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from bootstrap.prepare import IDENTITY_FILE, MANIFEST_FILE, prepare_run, served_manifest
+from dht.errors import LocalFault
 from dipaco.errors import ConfigError
 from tests.little_run import identity, little_config, make_run
 
@@ -28,3 +29,16 @@ def test_a_damaged_manifest_is_to_be_restored(directory: Path, raw: bytes) -> No
     with pytest.raises(ConfigError, match=MANIFEST_FILE) as caught:
         prepare_run(CONFIG, directory, lambda stage, done, total: None)
     assert "restore" in caught.value.hint
+
+
+@pytest.mark.parametrize("key", [None, identity(2).to_bytes()], ids=["lost", "another"])
+def test_a_run_is_not_served_with_another_key(directory: Path, key: bytes | None) -> None:
+    """Its address would be dead, and nothing that it signs would count."""
+    file = directory / IDENTITY_FILE
+    file.unlink()
+    if key is not None:
+        file.write_bytes(key)
+    with pytest.raises(LocalFault, match=f"`{file}` is not the key") as caught:
+        prepare_run(CONFIG, directory, lambda stage, done, total: None)
+    assert "restore" in caught.value.hint
+    assert file.exists() == (key is not None), "no other one is made in its place"

@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 
 from bootstrap.cli import main as bootstrap
 from bootstrap.growth import requested_growth
-from bootstrap.prepare import MANIFEST_FILE
+from bootstrap.prepare import IDENTITY_FILE, MANIFEST_FILE
 from dht.errors import LocalFault
 from dipaco.cli import main as dipaco
 from dipaco.errors import ConfigError
@@ -195,6 +195,7 @@ def test_growth_is_asked_for_in_the_directory_of_a_run_that_was_served(tmp_path:
     assert never.exit_code == 1
     assert "was never served" in never.output
     (tmp_path / MANIFEST_FILE).write_bytes(RUN.manifest.to_bytes())
+    (tmp_path / IDENTITY_FILE).write_bytes(identity(1).to_bytes())
     for levels, why in (("1,2", "may only grow"), ("2,2", "they are the same"), ("x", "such as")):
         refused = grow(levels)
         assert refused.exit_code != 0
