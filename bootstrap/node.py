@@ -13,25 +13,29 @@ from bootstrap.operator import Operator
 from bootstrap.prepare import (
     ROUTER_DATA_FILE,
     START_DIR,
-    load_or_sign_manifest,
+    describe,
+    served_manifest,
+    sign_manifest,
 )
 from dht.addresses import is_global, outside
 from dht.errors import LocalFault
 from dipaco.errors import ConfigError
 from dipaco.start import Start
+from peer.address_book import AddressBook
 from peer.config import PeerConfig
 from peer.display import Display
 from peer.join import reachable_addresses, stop_on_signals, write_address_file
 from peer.keeper import Keeper
+from peer.manifest import Manifest
 from peer.providers import Providers
-from peer.session import address_book, make_node, open_network, run_directory
+from peer.session import Network, address_book, make_node, open_network, run_directory
 from peer.store import BlobStore
 
 
 async def serve(config: PeerConfig, display: Display, *, start_in: float) -> None:
     """Serve the run that is prepared in the state directory, until interrupted.
 
-    Slot 0 begins `start_in` seconds after it is served for the first time.
+    The first time, slot 0 begins `start_in` seconds from now.
     """
     directory = config.state_dir
     try:
@@ -41,13 +45,15 @@ async def serve(config: PeerConfig, display: Display, *, start_in: float) -> Non
             f"`{directory}` holds no prepared run",
             hint=f"prepare one: `dipaco-bootstrap prepare CONFIG {directory}`",
         ) from error
-    manifest = load_or_sign_manifest(directory, start, start_time=time.time() + start_in)
-    run = manifest.digest
-    run_dir = run_directory(directory, run)
-    book = address_book(run_dir, run)
-    async with open_network(config, known_maddrs=lambda: book.maddrs) as network:
+    served = served_manifest(directory)
+    book = _address_book(directory, served) if served is not None else None
+    async with open_network(config, known_maddrs=lambda: book.maddrs if book else ()) as network:
+        # Signed only now: no other process serves this directory, and the node can be reached.
+        manifest = served or await _sign_first(network, start, directory, start_in)
+        book = book or _address_book(directory, manifest)
+        run_dir = run_directory(directory, manifest.digest)
         node = make_node(network, manifest=manifest, run_dir=run_dir)
-        display.say("run", f"{manifest.name} ({run[:12]})")
+        display.say("run", f"{manifest.name} ({node.run[:12]})")
         await asyncio.to_thread(lambda: load_blobs(node.store, start, directory))
         keeper = Keeper(node, Providers(node.swarm, node.store, node.blobs), keep_all=True)
         keeper.survey.on_addresses = book.note
@@ -74,6 +80,18 @@ async def serve(config: PeerConfig, display: Display, *, start_in: float) -> Non
             await stopped.wait()
         node.events.close()
     display.say("network", "left the swarm")
+
+
+async def _sign_first(network: Network, start: Start, directory: Path, start_in: float) -> Manifest:
+    """The manifest of a run that is served for the first time."""
+    operator = network.identity.peer_id
+    # All shards are read, which takes long; Ctrl-C meanwhile leaves nothing signed.
+    described = await asyncio.to_thread(describe, start, directory, operator=operator)
+    return sign_manifest(described, directory, network.identity, start_time=time.time() + start_in)
+
+
+def _address_book(directory: Path, manifest: Manifest) -> AddressBook:
+    return address_book(run_directory(directory, manifest.digest), manifest.digest)
 
 
 def advice_on(addresses: list[str]) -> str:

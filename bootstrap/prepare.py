@@ -46,20 +46,6 @@ def prepare_run(
     return prepare_start(config, directory / START_DIR, progress, device=device)
 
 
-def load_or_sign_manifest(directory: Path, start: Start, *, start_time: float) -> Manifest:
-    """The run's manifest; signed now, with slot 0 at `start_time`, if it never was."""
-    served = served_manifest(directory)
-    if served is not None:
-        return served
-    identity = Identity.load_or_create(directory / IDENTITY_FILE)
-    router_data = None
-    if start.config.routing.phases:
-        router_data = _ref(start, _write_router_data(start, directory))
-    manifest = sign(_describe(start, identity.peer_id, start_time, router_data), identity)
-    write_atomically(directory / MANIFEST_FILE, manifest.to_bytes())
-    return manifest
-
-
 def served_manifest(directory: Path) -> Manifest | None:
     """The first manifest of a run that was served; None if it never was.
 
@@ -97,25 +83,18 @@ def newest_manifest(directory: Path) -> Manifest:
     return History(first, BlobStore(run_dir / "blobs"), run_dir / "manifests").newest
 
 
-def _write_router_data(start: Start, directory: Path) -> Path:
-    """The rows that no path trains on, as a shard without validation rows."""
-    rows = start.router_data()
-    file = directory / ROUTER_DATA_FILE
-    write_shard(file, train=(rows, np.arange(len(rows))), valid=(rows, np.arange(0)))
-    return file
-
-
-def _describe(
-    start: Start, operator: str, start_time: float, router_data: BlobRef | None
-) -> Manifest:
-    """The manifest of a prepared run, not signed yet."""
+def describe(start: Start, directory: Path, *, operator: str) -> Manifest:
+    """The manifest of a run that was never served, to be signed; reads every file that it names."""
+    router_data = None
+    if start.config.routing.phases:
+        router_data = _ref(start, _write_router_data(start, directory))
     topology = start.topology
     return Manifest(
         peer=operator,
         protocol=PROTOCOL_VERSION,
         name=start.config.name,
         version=1,
-        start_time=start_time,
+        start_time=0.0,  # not known yet
         fingerprint=start.config.fingerprint(),
         config=start.config.to_dict(),
         tokenizer=_ref(start, start.tokenizer_file),
@@ -131,6 +110,29 @@ def _describe(
         ),
         starts=tuple(_ref(start, start.state_file(level.index)) for level in topology.levels),
     )
+
+
+def sign_manifest(
+    described: Manifest, directory: Path, identity: Identity, *, start_time: float
+) -> Manifest:
+    """Sign the run's first manifest, with slot 0 at `start_time`: from now on it was served.
+
+    Raises `ConfigError` if it was served before: its peers are in the run of that manifest.
+    """
+    file = directory / MANIFEST_FILE
+    if file.exists():
+        raise ConfigError(f"`{file}` is there already", hint="start the same command again")
+    manifest = sign(described.model_copy(update={"start_time": start_time}), identity)
+    write_atomically(file, manifest.to_bytes())
+    return manifest
+
+
+def _write_router_data(start: Start, directory: Path) -> Path:
+    """The rows that no path trains on, as a shard without validation rows."""
+    rows = start.router_data()
+    file = directory / ROUTER_DATA_FILE
+    write_shard(file, train=(rows, np.arange(len(rows))), valid=(rows, np.arange(0)))
+    return file
 
 
 def _ref(start: Start, file: Path) -> BlobRef:

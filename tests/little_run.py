@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from bootstrap.prepare import load_or_sign_manifest
+from bootstrap.prepare import IDENTITY_FILE, describe, sign_manifest
 from dht.identity import Identity
 from dipaco.checkpoint import ModuleState, encode_state
 from dipaco.config import (
@@ -117,8 +117,7 @@ def make_run(config: RunConfig, *, operator: Identity, start_time: float) -> Run
 
 def run_of(start: Start, directory: Path, *, start_time: float) -> Run:
     """A run of real text, signed by an operator whose key lies in `directory`."""
-    directory.mkdir(parents=True, exist_ok=True)
-    manifest = load_or_sign_manifest(directory, start, start_time=start_time)
+    manifest = sign_run(directory, start, start_time=start_time)
     topology = start.topology
     files = [start.tokenizer_file, start.router_file]
     files += [start.shard_file(path) for path in topology.paths]
@@ -130,6 +129,13 @@ def run_of(start: Start, directory: Path, *, start_time: float) -> Run:
         shards={path: start.shard(path) for path in topology.paths},
         starts={module: start.module_state(module) for module in topology.modules},
     )
+
+
+def sign_run(directory: Path, start: Start, *, start_time: float) -> Manifest:
+    """What serving a run for the first time leaves in `directory`."""
+    operator = Identity.load_or_create(directory / IDENTITY_FILE)
+    described = describe(start, directory, operator=operator.peer_id)
+    return sign_manifest(described, directory, operator, start_time=start_time)
 
 
 def make_shards(config: RunConfig, *, seed: int) -> dict[PathID, Shard]:

@@ -7,12 +7,13 @@ import torch
 
 from bootstrap.corpus import PreparedCorpus
 from bootstrap.node import load_blobs
-from bootstrap.prepare import START_DIR, load_or_sign_manifest, prepare_run
+from bootstrap.prepare import START_DIR, prepare_run
 from dipaco.config import RunConfig
 from dipaco.shards import Shard
 from peer.manifest import BlobRef, Manifest, Origin
 from peer.store import BlobStore
 from peer.succession import ManifestDraft, check_successor, grown, successor
+from tests.little_run import sign_run
 
 
 def assert_followed(old: Manifest, draft: ManifestDraft, store: BlobStore) -> Manifest:
@@ -43,7 +44,7 @@ def assert_followed(old: Manifest, draft: ManifestDraft, store: BlobStore) -> Ma
 def test_a_run_is_sharded_by_scores_and_then_grows(tiny: RunConfig, tmp_path: Path) -> None:
     routing = replace(tiny.routing, method="discriminative", router_fraction=0.2, phases=(1,))
     start = prepare_run(replace(tiny, routing=routing), tmp_path, lambda stage, done, total: None)
-    first = load_or_sign_manifest(tmp_path, start, start_time=0.0)
+    first = sign_run(tmp_path, start, start_time=0.0)
     store = BlobStore(tmp_path / "blobs")
     load_blobs(store, start, tmp_path)
     assert {ref.digest for ref in first.data} <= set(store.digests())

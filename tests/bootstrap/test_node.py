@@ -1,9 +1,22 @@
-"""What the operator of a run is told to hand out."""
+"""When a run counts as served, and what its operator is told to hand out."""
+
+import asyncio
+import fcntl
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
-from bootstrap.node import advice_on
+from bootstrap.node import advice_on, serve
+from bootstrap.prepare import MANIFEST_FILE, START_DIR
 from dht.addresses import outside
+from dht.errors import LocalFault
+from dipaco.start import Start
+from peer.config import PeerConfig
+from peer.display import Display
 from tests.little_run import identity
 
 PEER = f"/p2p/{identity(1).peer_id}"
@@ -33,3 +46,35 @@ def test_strangers_are_offered_what_they_can_use(
     else:
         assert advice in said
         assert "`--announce-maddr`" in said
+
+
+@contextmanager
+def listening() -> Iterator[int]:
+    """Another program at a port of this machine."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+@contextmanager
+def serving(directory: Path) -> Iterator[None]:
+    """Another process that serves the run, and has not signed it yet."""
+    with (directory / "lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def test_a_run_that_could_not_be_served_is_not_signed(start: Start, tmp_path: Path) -> None:
+    """It would have a slot 0 that nobody was told of, or two manifests at once."""
+    shutil.copytree(start.directory, tmp_path / START_DIR)
+
+    def fail(port: int, why: str) -> None:
+        maddr = f"/ip4/127.0.0.1/tcp/{port}"
+        config = PeerConfig(state_dir=tmp_path, host_maddrs=(maddr,))
+        with pytest.raises(LocalFault, match=why):
+            asyncio.run(serve(config, Display(quiet=True), start_in=5.0))
+        assert not (tmp_path / MANIFEST_FILE).exists()
+
+    with listening() as port:
+        fail(port, "another program listens")
+    with serving(tmp_path):
+        fail(0, "another peer is running")

@@ -4,7 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from bootstrap.prepare import IDENTITY_FILE, MANIFEST_FILE, prepare_run, served_manifest
+from bootstrap.prepare import (
+    IDENTITY_FILE,
+    MANIFEST_FILE,
+    prepare_run,
+    served_manifest,
+    sign_manifest,
+)
 from dht.errors import LocalFault
 from dipaco.errors import ConfigError
 from tests.little_run import identity, little_config, make_run
@@ -42,3 +48,9 @@ def test_a_run_is_not_served_with_another_key(directory: Path, key: bytes | None
         prepare_run(CONFIG, directory, lambda stage, done, total: None)
     assert "restore" in caught.value.hint
     assert file.exists() == (key is not None), "no other one is made in its place"
+
+
+def test_a_run_is_signed_once(directory: Path) -> None:
+    with pytest.raises(ConfigError, match=MANIFEST_FILE):
+        sign_manifest(RUN.manifest, directory, identity(1), start_time=7.0)
+    assert served_manifest(directory) == RUN.manifest

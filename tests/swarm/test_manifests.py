@@ -15,7 +15,6 @@ from bootstrap.corpus import PreparedCorpus
 from bootstrap.growth import request_growth
 from bootstrap.node import load_blobs
 from bootstrap.operator import Operator
-from bootstrap.prepare import load_or_sign_manifest
 from dht.identity import Identity
 from dipaco.config import TopologyConfig
 from dipaco.start import Start
@@ -25,6 +24,7 @@ from peer.keeper import Keeper
 from peer.providers import Providers
 from peer.session import enter_run, find_run, make_node
 from peer.volunteer import Volunteer
+from tests.little_run import sign_run
 from tests.swarm.local import LocalPeer, local_swarm
 from tests.swarm.place import prepare
 from tests.swarm.test_oracle import network_of
@@ -59,7 +59,7 @@ async def grow_a_swarm(directory: Path, start: Start) -> None:
             trained.add(entry["path"])
 
     async with local_swarm(directory, 4) as peers, AsyncExitStack() as stack:
-        first = load_or_sign_manifest(directory, start, start_time=time.time() + START_IN_SECONDS)
+        first = sign_run(directory, start, start_time=time.time() + START_IN_SECONDS)
         keepers = []
         for number, peer in enumerate(peers[:3]):
             run_dir = directory / f"peer{number}"

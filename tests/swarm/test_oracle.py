@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from bootstrap.node import load_blobs
-from bootstrap.prepare import load_or_sign_manifest
 from dipaco.reference import train
 from dipaco.start import Start
 from peer.config import PeerConfig
@@ -23,6 +22,7 @@ from peer.reachability import Reachability
 from peer.session import Network, make_node
 from peer.volunteer import Volunteer
 from peer.watchdog import Watchdog
+from tests.little_run import sign_run
 from tests.swarm.local import LocalPeer, local_swarm
 from tests.swarm.place import prepare
 
@@ -61,9 +61,7 @@ async def run_swarm(directory: Path) -> dict[tuple[str, int], set[str]]:
             states.setdefault((entry["module"], entry["version"]), set()).add(entry["state"])
 
     async with local_swarm(directory, 5) as peers, AsyncExitStack() as stack:
-        manifest = load_or_sign_manifest(
-            directory / "run", start, start_time=time.time() + START_IN_SECONDS
-        )
+        manifest = sign_run(directory / "run", start, start_time=time.time() + START_IN_SECONDS)
         keepers = []
         for number, peer in enumerate(peers):
             node = make_node(
