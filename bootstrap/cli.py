@@ -111,10 +111,8 @@ def grow(directory: Path, levels: tuple[int, ...], verbose: int) -> None:
 @click.option(
     "--start-in",
     type=click.FloatRange(0, 1e7),
-    default=0.0,
-    show_default=True,
     metavar="SECONDS",
-    help="When slot 0 begins, counted from the first time the run is served.",
+    help="When slot 0 begins, counted from the first time the run is served.  [default: 0]",
 )
 @click.option(
     "--relay-service/--no-relay-service",
@@ -124,7 +122,9 @@ def grow(directory: Path, levels: tuple[int, ...], verbose: int) -> None:
 )
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
 @click.option("-v", "--verbose", count=True, help="More detail; -vv adds tracebacks.")
-def serve(directory: Path, start_in: float, quiet: bool, verbose: int, **options: Any) -> None:
+def serve(
+    directory: Path, start_in: float | None, quiet: bool, verbose: int, **options: Any
+) -> None:
     """Be the first address and the first seeder of the run in DIRECTORY.
 
     Prints the lines to hand to volunteers. Ctrl-C leaves in good order; the run goes on without

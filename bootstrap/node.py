@@ -32,10 +32,10 @@ from peer.session import Network, address_book, make_node, open_network, run_dir
 from peer.store import BlobStore
 
 
-async def serve(config: PeerConfig, display: Display, *, start_in: float) -> None:
+async def serve(config: PeerConfig, display: Display, *, start_in: float | None) -> None:
     """Serve the run that is prepared in the state directory, until interrupted.
 
-    The first time, slot 0 begins `start_in` seconds from now.
+    The first time, slot 0 begins `start_in` seconds from now, at once if that is None.
     """
     directory = config.state_dir
     try:
@@ -49,7 +49,9 @@ async def serve(config: PeerConfig, display: Display, *, start_in: float) -> Non
     book = _address_book(directory, served) if served is not None else None
     async with open_network(config, known_maddrs=lambda: book.maddrs if book else ()) as network:
         # Signed only now: no other process serves this directory, and the node can be reached.
-        manifest = served or await _sign_first(network, start, directory, start_in)
+        manifest = served or await _sign_first(network, start, directory, start_in or 0.0)
+        if served is not None and start_in is not None:
+            display.say("run", "`--start-in` has no effect: slot 0 was set when first served")
         book = book or _address_book(directory, manifest)
         run_dir = run_directory(directory, manifest.digest)
         node = make_node(network, manifest=manifest, run_dir=run_dir)

@@ -119,6 +119,7 @@ def test_a_swarm_finds_together_again_by_itself(place_with: Callable[..., Place]
         lambda: all(newest([bootstrap]).get(m, 0) >= version for m, version in missed.items()),
         within=PATIENCE_SECONDS,
     )
+    assert "`--start-in` has no effect" in bootstrap.log
 
     assert place.sockets
     leave([bootstrap, *peers])
