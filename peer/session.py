@@ -48,6 +48,7 @@ ADDRESS_BOOK_FILE = "peers.json"
 PORT_FILE = "port"
 MANIFEST_TIMEOUT_SECONDS = 60.0
 WANTED_OPEN_FILES = 16384  # one per stream and blob; many systems give 1024 unless asked
+_ANOTHER_DIR = "`dipaco-peer` takes another one with `--state-dir DIR`"  # an operator has but one
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -310,7 +311,7 @@ def _lock(state_dir: Path) -> IO[bytes]:
     except OSError as error:
         raise LocalFault(
             f"cannot use the state directory `{state_dir}`: {error.strerror}",
-            hint="choose another one with `--state-dir DIR`",
+            hint=f"it must be yours to write; {_ANOTHER_DIR}",
         ) from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -319,10 +320,10 @@ def _lock(state_dir: Path) -> IO[bytes]:
         if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
             raise LocalFault(
                 f"cannot lock the state directory `{state_dir}`: {error.strerror}",
-                hint="choose one on a disk of this machine with `--state-dir DIR`",
+                hint=f"it must lie on a disk of this machine; {_ANOTHER_DIR}",
             ) from error
         raise LocalFault(
             f"another peer is running with the state directory `{state_dir}`",
-            hint="one directory is one identity; choose another one with `--state-dir DIR`",
+            hint=f"one directory is one identity, which is at work already; {_ANOTHER_DIR}",
         ) from error
     return file

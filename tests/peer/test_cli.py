@@ -237,8 +237,10 @@ def test_a_disk_that_is_too_small_is_found_before_joining(
 def test_two_peers_do_not_share_a_state_directory(tmp_path: Path) -> None:
     from peer.session import _lock
 
-    with _lock(tmp_path), pytest.raises(LocalFault, match="another peer is running"):
+    with _lock(tmp_path), pytest.raises(LocalFault, match="another peer is running") as caught:
         _lock(tmp_path)
+    assert "at work already" in caught.value.hint
+    assert "`dipaco-peer` takes another one with `--state-dir" in caught.value.hint
 
 
 def test_a_directory_that_cannot_be_locked_is_not_taken_for_a_running_peer(
