@@ -1,4 +1,4 @@
-"""What a volunteer sees: a few lines at the start, one per round, and whatever goes wrong.
+"""What a person sees of a peer: a few lines at the start, one per round, and what goes wrong.
 
 Everything goes to stderr; stdout is for data. Meaning is never in color alone.
 """
@@ -83,6 +83,14 @@ _LINES = {
     "path not to be had": ("path", "path {path} cannot be had: {why}"),
     "manifest": ("run", "version {version} of the manifest, in force from slot {first_slot} on"),
     "manifest in force": ("run", "training by version {version} of the manifest"),
+    "growing": ("run", "growing to levels {levels}"),
+    "growth refused": ("run", "cannot grow to levels {levels}: {why}"),
+    "scores missing": ("run", "nobody has scored the router data yet for paths {paths}"),
+    "resharding": ("run", "sharding the corpus anew, for phase {phase}"),
+    "issued": (
+        "run",
+        "signed version {version} of the manifest, in force from slot {first_slot} on",
+    ),
     "reachability": ("network", "{text}"),
     "p2pd restarted": ("network", "p2pd was restarted, since {why}; back after {seconds:.1f} s"),
     "p2pd not restarted": ("network", "p2pd could not be restarted: {why}"),
@@ -93,11 +101,14 @@ _LINES = {
     "clock set back": ("clock", "it was ahead and has been set right; going on in slot {slot}"),
     "error": ("error", "{where}: {why}"),
 }
-_ERRORS = {"error", "not counted", "p2pd restarted", "p2pd not restarted", "p2pd keeps failing"}
+_ERRORS = {
+    *("error", "not counted", "growth refused", "scores missing"),
+    *("p2pd restarted", "p2pd not restarted", "p2pd keeps failing"),
+}
 
 
 def describe(entry: dict[str, Any]) -> tuple[str, str] | None:
-    """(tag, text) of an event that a volunteer wants to read, or None."""
+    """(tag, text) of an event that a person wants to read, or None."""
     match entry["event"]:
         case "path":
             how = "continuing" if entry["resumed"] else "training"
@@ -108,9 +119,13 @@ def describe(entry: dict[str, Any]) -> tuple[str, str] | None:
             return "module", f"module {entry['module']} had two histories; took the other one"
         case event if event in _LINES:
             tag, text = _LINES[event]
-            return tag, text.format(**entry)
+            return tag, text.format(**{name: _plain(value) for name, value in entry.items()})
         case _:
             return None
+
+
+def _plain(value: object) -> object:
+    return ", ".join(map(str, value)) if isinstance(value, list) else value
 
 
 def _round_text(entry: dict[str, Any]) -> str:

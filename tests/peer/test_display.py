@@ -29,7 +29,11 @@ def test_quiet_is_quiet_but_for_what_goes_wrong(
     display.show({"event": "waiting", "seconds": 3.2})
     display.show({"event": "error", "where": "duties", "why": "the disk is full"})
     display.show({"event": "p2pd keeps failing", "wait_seconds": 3})
+    display.show({"event": "growth refused", "levels": [20, 20], "why": "too few sequences"})
+    display.show({"event": "scores missing", "paths": ["0.1", "1.1"]})
     shown = capsys.readouterr().err
+    assert "cannot grow to levels 20, 20: too few sequences" in shown
+    assert "nobody has scored the router data yet for paths 0.1, 1.1" in shown
     assert "duties: the disk is full" in shown
     assert "p2pd keeps failing" in shown
     assert ("entering" in shown, "slot 0 begins in 3 s" in shown) == (not quiet, not quiet)

@@ -10,8 +10,10 @@ from bootstrap.growth import request_growth, requested_growth
 from dipaco.checkpoint import decode_state, state_digest
 from dipaco.compression import decode
 from dipaco.config import RoutingConfig, RunConfig, TopologyConfig
+from dipaco.errors import ConfigError
 from dipaco.outer import apply_contributions, contribution_weights
 from dipaco.topology import ModuleID, PathID
+from peer.display import describe
 from peer.manifest import Manifest
 from peer.messages import Certificate
 from peer.succession import ManifestDraft
@@ -261,6 +263,29 @@ def test_growth_that_is_asked_for_meanwhile_is_what_the_run_gets(tmp_path: Path)
     run_virtual(scenario())
 
 
+def test_growth_that_cannot_be_is_refused_and_the_operator_told_why(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with lab(tmp_path, little_config(num_rounds=MANY, round_seconds=6.0)) as place:
+            operator = await place.bootstrap()
+            request_growth(place.directory, (20, 20))
+            corpus = place.operate()
+
+            def refuse(manifest: Manifest, config: RunConfig) -> ManifestDraft:
+                raise ConfigError("273 sequences are too few for 400 centers")
+
+            corpus.grow = refuse  # type: ignore[method-assign]
+            await place.until(
+                lambda: bool(operator.seen("growth refused")), within=30.0, what="a refusal"
+            )
+            assert requested_growth(place.directory) is None
+            assert [describe(event) for event in operator.events[-2:]] == [
+                ("run", "growing to levels 20, 20"),
+                ("run", "cannot grow to levels 20, 20: 273 sequences are too few for 400 centers"),
+            ]
+
+    run_virtual(scenario())
+
+
 def test_a_discriminative_phase_is_scored_by_the_peers_and_sharded_by_the_operator(
     tmp_path: Path,
 ) -> None:
@@ -279,6 +304,12 @@ def test_a_discriminative_phase_is_scored_by_the_peers_and_sharded_by_the_operat
             )
             [issued] = operator.seen("issued")
             assert issued["num_phases"] == 1
+            [resharding] = operator.seen("resharding")
+            assert describe(resharding) == ("run", "sharding the corpus anew, for phase 1")
+            assert describe(issued) == (
+                "run",
+                f"signed version 2 of the manifest, in force from slot {issued['first_slot']} on",
+            )
             await until_slot(place, issued["first_slot"] + 1)
             for peer in everyone[1:]:
                 [scored] = peer.seen("scored")
