@@ -348,6 +348,12 @@ class RunConfig:
                 hint="accepted: at most half of model.sequence_tokens "
                 f"({self.model.sequence_tokens})",
             )
+        if max(self.routing.phases, default=0) > self.rounds.num_rounds:
+            raise ConfigError(
+                f"routing.phases is {list(self.routing.phases)}",
+                hint=f"accepted: at most rounds.num_rounds ({self.rounds.num_rounds}), since a "
+                "later one would never be due",
+            )
 
     @classmethod
     def from_file(cls, file: Path) -> "RunConfig":

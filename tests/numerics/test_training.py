@@ -295,7 +295,7 @@ def test_early_stopping_forgets_what_was_measured_on_another_shard(
 ) -> None:
     """Also where only some paths train in a round, and keep their last figures meanwhile."""
     directory = Path(shutil.copytree(phased.directory, tmp_path / "start"))
-    rounds = replace(phased.config.rounds, paths_per_round=1)
+    rounds = replace(phased.config.rounds, num_rounds=8, paths_per_round=1)
     routing = replace(phased.config.routing, phases=(4,))
     config = replace(phased.config, rounds=rounds, routing=routing, inner=harmful(phased))
     some = prepare_start(config, directory)
