@@ -11,6 +11,7 @@ from pathlib import Path
 from bootstrap.corpus import PreparedCorpus
 from bootstrap.operator import Operator
 from bootstrap.prepare import (
+    IDENTITY_FILE,
     ROUTER_DATA_FILE,
     START_DIR,
     describe,
@@ -56,6 +57,8 @@ async def serve(config: PeerConfig, display: Display, *, start_in: float | None)
         run_dir = run_directory(directory, manifest.digest)
         node = make_node(network, manifest=manifest, run_dir=run_dir)
         display.say("run", f"{manifest.name} ({node.run[:12]})")
+        if warning := warning_of(directory / IDENTITY_FILE):
+            display.say("identity", warning)
         await asyncio.to_thread(lambda: load_blobs(node.store, start, directory))
         keeper = Keeper(node, Providers(node.swarm, node.store, node.blobs), keep_all=True)
         keeper.survey.on_addresses = book.note
@@ -107,6 +110,13 @@ def advice_on(addresses: list[str]) -> str:
         f"strangers cannot use a private address: {others}forward the port in your router, and "
         "give the public address with `--announce-maddr`"
     )
+
+
+def warning_of(identity_file: Path) -> str:
+    """What to do about a key that others can read, as a copy that was put back; else empty."""
+    if not identity_file.stat().st_mode & 0o077:
+        return ""
+    return f"others on this machine can read the run's key: `chmod 600 {identity_file}`"
 
 
 def load_blobs(store: BlobStore, start: Start, directory: Path) -> None:

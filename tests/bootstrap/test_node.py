@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from bootstrap.node import advice_on, serve
+from bootstrap.node import advice_on, serve, warning_of
 from bootstrap.prepare import MANIFEST_FILE, START_DIR
 from dht.addresses import outside
 from dht.errors import LocalFault
+from dht.identity import Identity
 from dipaco.start import Start
 from peer.config import PeerConfig
 from peer.display import Display
@@ -46,6 +47,14 @@ def test_strangers_are_offered_what_they_can_use(
     else:
         assert advice in said
         assert "`--announce-maddr`" in said
+
+
+def test_a_key_that_others_can_read_is_no_secret(tmp_path: Path) -> None:
+    file = tmp_path / "identity"
+    Identity.load_or_create(file)
+    assert warning_of(file) == ""
+    file.chmod(0o640)
+    assert f"`chmod 600 {file}`" in warning_of(file)
 
 
 @contextmanager
