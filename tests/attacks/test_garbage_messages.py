@@ -5,19 +5,21 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import peer
 from dht.errors import BadMessage, PeerFault
-from peer.blob_server import BLOB_PROTOCOL, BlobRequest
-from peer.chain_server import CHAIN_PROTOCOL
-from peer.courier import ROUND_PROTOCOL, Courier, Kind
-from peer.dial_back import DialBackReply, DialBackRequest
+from peer.blob_server import BlobRequest
+from peer.courier import Courier, Kind
+from peer.dial_back import DialBack, DialBackReply, DialBackRequest
 from peer.faults import Faults
-from peer.hello import HELLO_PROTOCOL, say_hello
+from peer.hello import say_hello
 from peer.manifest import Manifest
 from peer.messages import (
     CertifyRequest,
@@ -37,6 +39,7 @@ from peer.messages import (
 )
 from tests.lab import lab
 from tests.little_run import identity, little_config
+from tests.peer.dialling import FakeSwarm
 from tests.virtual_clock import run_virtual
 
 TYPES: list[type[Message]] = [
@@ -56,12 +59,6 @@ TYPES: list[type[Message]] = [
     Manifest,
     ProposeReply,
     ProposeRequest,
-]
-PROTOCOLS = [
-    BLOB_PROTOCOL,
-    CHAIN_PROTOCOL,
-    HELLO_PROTOCOL,
-    ROUND_PROTOCOL,
 ]
 
 json_values = st.recursive(
@@ -95,15 +92,27 @@ def test_deep_or_large_input_is_refused(kind: type[Message]) -> None:
             kind.from_bytes(raw, sender="somebody")
 
 
+def every_protocol() -> set[str]:
+    """Those that any module of `peer` defines."""
+    modules = [import_module(f"peer.{module.name}") for module in iter_modules(peer.__path__)]
+    values = (value for module in modules for value in vars(module).values())
+    return {value for value in values if isinstance(value, str) and value.startswith("/dipaco/")}
+
+
 def test_a_peer_outlives_garbage_at_every_protocol(tmp_path: Path) -> None:
     garbage = random.Random(0)
 
     async def scenario() -> None:
         async with lab(tmp_path, little_config()) as place:
-            victim = await place.bootstrap()
+            await place.bootstrap()
+            victim = await place.join("victim")
+            await place.until(lambda: bool(victim.seen("path")), within=60.0, what="a path")
             attacker = place.network.transport(identity(99).peer_id)
+            swarm = FakeSwarm(attacker.peer_id, [], [])
+            dial_back = DialBack(swarm, victim.keeper.node.transport, is_relay=False)  # type: ignore[arg-type]
+            await dial_back.serve()  # as every peer does, before it has a run
             payloads = [b"", b"{}", b"null", b"\xff" * 400, garbage.randbytes(400), b'{"run":1}']
-            for protocol in PROTOCOLS:
+            for protocol in sorted(every_protocol()):
                 for payload in payloads:
                     try:
                         await attacker.request(
