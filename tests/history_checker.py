@@ -11,6 +11,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -89,17 +90,29 @@ def _different_results(histories: Sequence[History]) -> Iterator[str]:
 
 
 def _doubled_certificates(certificates: Mapping[str, Event]) -> Iterator[str]:
-    """Versions with two certificates that continue the same one.
+    """Versions with two certificates of rosters that were not made from the announcements.
 
-    Only rosters made from the announcements can lead to that; then the fixed rule settles it.
+    Only one that was can begin another history; then the fixed rule settles it, some versions on.
     """
-    siblings: dict[tuple[str, int, str], list[Event]] = defaultdict(list)
+    by_version: dict[tuple[str, int], list[Event]] = defaultdict(list)
     for certificate in certificates.values():
-        key = (certificate["module"], certificate["version"], certificate["parent"])
-        siblings[key].append(certificate)
-    for (module, version, _), same in siblings.items():
-        if len(same) > 1 and sum(not certificate["rebuilt"] for certificate in same) > 1:
-            yield f"module {module} version {version} has {len(same)} certificates"
+        if not certificate["rebuilt"]:
+            by_version[certificate["module"], certificate["version"]].append(certificate)
+    for (module, version), same in by_version.items():
+        if not all(_may_stand_beside(*pair, certificates) for pair in combinations(same, 2)):
+            yield f"module {module} version {version} has two certificates"
+
+
+def _may_stand_beside(one: Event, other: Event, certificates: Mapping[str, Event]) -> bool:
+    """Whether the logs show that a roster was rebuilt since these two histories parted."""
+    while one["parent"] != other["parent"]:
+        ours, theirs = certificates.get(one["parent"]), certificates.get(other["parent"])
+        if ours is None or theirs is None:
+            return False
+        if ours["rebuilt"] or theirs["rebuilt"]:
+            return True
+        one, other = ours, theirs
+    return False
 
 
 def _uncertified(adopted: Iterable[Event], histories: Sequence[History]) -> Iterator[str]:
@@ -191,22 +204,23 @@ def _may_follow(now: Event, before: Event, *, lost: bool) -> bool:
         case "caught up":
             return step > 0 or (step == 0 and lost)
         case _:  # started again: a kill may come between applying and logging it
-            return step >= 0
+            is_same = now.get("certificate") == before.get("certificate")
+            return step > 0 or (step == 0 and (is_same or lost))
 
 
 def _doubled_votes(history: History) -> Iterator[str]:
     """Two votes in one ballot, or a vote in a ballot that an earlier vote has superseded."""
+    cast: dict[tuple[Any, ...], Event] = {}  # whatever it continues
     latest: dict[tuple[str, int, str], Event] = {}
     for vote in history.of("voted"):
-        decision = (vote["module"], vote["version"], vote["parent"])
-        before = latest.get(decision)
+        version = (vote["module"], vote["version"])
         where = f"{history}: module {vote['module']} version {vote['version']}"
-        if before is not None:
-            if _order(vote) < _order(before):
-                yield f"{where}: voted in an older ballot after a newer one"
-            elif _order(vote) == _order(before) and _ballot(vote) != _ballot(before):
-                yield f"{where}: two votes in one ballot"
-        latest[decision] = vote
+        if _ballot(cast.setdefault((*version, _order(vote)), vote)) != _ballot(vote):
+            yield f"{where}: two votes in one ballot"
+        before = latest.get((*version, vote["parent"]))
+        if before is not None and _order(vote) < _order(before):
+            yield f"{where}: voted in an older ballot after a newer one"
+        latest[*version, vote["parent"]] = vote
 
 
 def _order(event: Event) -> tuple[int, int, str]:

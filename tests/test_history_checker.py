@@ -97,6 +97,27 @@ def test_two_histories_from_rebuilt_rosters_are_sound_once_one_is_given_up() -> 
     assert violations(logs) == ("peer-c: module 0.0 went from version 4 to 4 (caught up)",)
 
 
+def test_histories_that_rebuilt_rosters_began_may_go_on_side_by_side() -> None:
+    """Until one is given up; also by a peer that is killed before it can say so."""
+    logs = sound()
+    ours = [version(4, rebuilt=True), version(5)]
+    for peer in ("peer-a", "peer-b"):
+        logs[peer] += [entry for one in ours for entry in (commitment(one), vote(one), one)]
+    alone = {"voters": ["peer-c"], "roster": 1, "contributors": [], "state": "other"}
+    theirs = [
+        {**version(4, certificate="c4", proposal="c4", rebuilt=True), **alone},
+        {**version(5, certificate="c5", proposal="c5", parent="c4"), **alone},
+    ]
+    logs["peer-c"] += [entry for one in theirs for entry in (vote(one), one)]
+    assert violations(logs) == ()
+    logs["peer-c"] += [
+        {"event": "fork", "module": "0.0", "version": 4, "lost": True},
+        {"event": "started"},
+        {**ours[-1], "event": "resumed"},
+    ]
+    assert violations(logs) == ()
+
+
 def another_certificate(logs: Logs) -> None:
     other = version(3, certificate="other", proposal="other", state="other")
     for peer in ("peer-a", "peer-b"):
@@ -105,6 +126,21 @@ def another_certificate(logs: Logs) -> None:
 
 def another_state(logs: Logs) -> None:
     logs["peer-c"][-1] = version(3, certificate="other", state="other", voters=["x", "y"])
+
+
+def another_history(logs: Logs) -> None:
+    """Two quorums, in whose histories no roster was rebuilt, each for its own version after 3."""
+    strangers = {"voters": ["x", "y"], "contributors": ["x"]}
+    for peer, log in logs.items():
+        for number in (4, 5):
+            next_one = version(number)
+            log += [commitment(next_one)] if peer in next_one["contributors"] else []
+            log += [vote(next_one)] if peer in next_one["voters"] else []
+            log += [next_one] if peer != "peer-c" else []
+    logs["peer-c"].append(
+        version(5, certificate="other", parent="another 4", proposal="other", state="other",
+                slot=9, **strangers) | {"event": "caught up"}
+    )  # fmt: skip
 
 
 def own_result_differed(logs: Logs) -> None:
@@ -140,12 +176,23 @@ def older_after_a_restart(logs: Logs) -> None:
     logs["peer-c"] += [{"event": "started"}, {**version(2), "event": "resumed"}]
 
 
+def other_bytes_after_a_restart(logs: Logs) -> None:
+    other = version(3, certificate="other", proposal="other", state="other", rebuilt=True)
+    strangers = {"voters": ["x", "y"], "contributors": ["x"]}
+    logs["peer-c"] += [{"event": "started"}, {**other, **strangers, "event": "resumed"}]
+
+
 def caught_up_with_the_past(logs: Logs) -> None:
     logs["peer-c"].append({**version(2), "event": "caught up"})
 
 
 def two_votes_in_one_ballot(logs: Logs) -> None:
     logs["peer-b"].insert(-1, vote(version(3), proposal="other", state="other"))
+
+
+def two_votes_in_one_ballot_on_two_parents(logs: Logs) -> None:
+    other = vote(version(3), parent="another 2", proposal="other", state="other")
+    logs["peer-b"].insert(-1, other)
 
 
 def vote_in_an_older_ballot(logs: Logs) -> None:
@@ -170,7 +217,8 @@ def contribution_without_commitment(logs: Logs) -> None:
 @pytest.mark.parametrize(
     ("spoil", "what"),
     [
-        (another_certificate, "has 2 certificates"),
+        (another_certificate, "version 3 has two certificates"),
+        (another_history, "version 5 has two certificates"),
         (another_state, "different states"),
         (own_result_differed, "computed another state"),
         (too_few_votes, "applied with 1 votes, roster of 3"),
@@ -180,8 +228,10 @@ def contribution_without_commitment(logs: Logs) -> None:
         (version_left_out, "peer-c: module 0.0 went from version 1 to 3"),
         (version_on_another_parent, "peer-c: module 0.0 went from version 2 to 3"),
         (older_after_a_restart, "peer-c: module 0.0 went from version 3 to 2 (resumed)"),
+        (other_bytes_after_a_restart, "peer-c: module 0.0 went from version 3 to 3 (resumed)"),
         (caught_up_with_the_past, "peer-c: module 0.0 went from version 3 to 2 (caught up)"),
         (two_votes_in_one_ballot, "two votes in one ballot"),
+        (two_votes_in_one_ballot_on_two_parents, "two votes in one ballot"),
         (vote_in_an_older_ballot, "older ballot after a newer one"),
         (contribution_counted_again, "in slot 2 counted again in version 4"),
         (one_peer_counted_twice, "counts a peer twice"),
