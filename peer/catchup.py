@@ -14,7 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-from dht.errors import BadMessage, NotYet, Offline, PeerFault, SwarmError, Unreachable
+from dht.errors import BadMessage, NotYet, Offline, PeerFault, Unreachable
 from dht.records import Head
 from dipaco.checkpoint import decode_state, state_bytes
 from dipaco.errors import BadState
@@ -73,7 +73,7 @@ class CatchUp:
                 )
             try:
                 await self._providers.obtain(node.history.origin(module).state)
-            except SwarmError:
+            except Unreachable:
                 return False
             node.log.adopt(module, [])
             return True

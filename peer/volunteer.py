@@ -165,6 +165,8 @@ class Volunteer:
             for path in paths:
                 try:
                     await self._take(path)
+                except LocalFault:  # no other path would do better, and no peer is to blame
+                    raise
                 except SwarmError as error:
                     self._node.events.write("path not to be had", path=str(path), why=str(error))
                     num_later += isinstance(error, NotYet | Offline)
