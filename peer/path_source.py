@@ -60,7 +60,11 @@ class PathSource:
         keeper.own([*besides, *modules], path)
         if not await keeper.hold(modules):
             raise Unreachable(f"a module of path {path} has no holder that answers")
-        shard = await node.offload(lambda: self._read_shard(path, ref, manifest))
+        try:
+            shard = await node.offload(lambda: self._read_shard(path, ref, manifest))
+        except Unreachable:  # it had been here, rotted, and is gone now that this was found
+            await keeper.providers.obtain(ref)
+            shard = await node.offload(lambda: self._read_shard(path, ref, manifest))
         return Footing(manifest=manifest, shard=shard, shard_digest=ref.digest)
 
     async def begin(self, path: PathID, footing: Footing) -> PathWork:

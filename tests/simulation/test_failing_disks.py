@@ -2,11 +2,13 @@
 
 import asyncio
 import errno
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from dht.errors import LocalFault
+from dipaco.config import TopologyConfig
 from peer.store import PartialBlob
 from tests.lab import lab
 from tests.little_run import little_config
@@ -44,5 +46,25 @@ def test_who_has_no_room_for_a_path_is_told_so_and_blames_nobody(
             with pytest.raises(LocalFault, match="disk is full"):
                 await asyncio.wait_for(peer.task, 3 * ROUND)
             peer.task = None
+
+    run_virtual(scenario())
+
+
+def test_a_shard_that_rots_while_its_volunteer_is_away_is_fetched_again(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        config = replace(CONFIG, topology=TopologyConfig(levels=(1, 1)))  # no other path to turn to
+        async with lab(tmp_path, config) as place:
+            await place.bootstrap()
+            peer = await place.join("peer")
+            await place.until_versions(1, [peer], within=5 * ROUND)
+            await place.kill("peer")
+            [shard] = place.run.manifest.shards
+            file = tmp_path / "peer" / "blobs" / shard.blob.digest
+            intact = file.read_bytes()
+            file.write_bytes(intact[:-1] + bytes([intact[-1] ^ 1]))
+            peer = await place.join("peer")
+            await place.until_versions(3, [peer], within=5 * ROUND)
+            assert not peer.seen("path not to be had")
+            assert file.read_bytes() == intact
 
     run_virtual(scenario())
