@@ -40,7 +40,8 @@ class RunOnDisk:
 
         `LocalFault` if there is no such run.
         """
-        directories = (d for d in (state_dir / "runs").glob("*") if d.is_dir())
+        # Who has looked at a run, and taken no part in it, has no directory of promises for it.
+        directories = (each.parent for each in (state_dir / "runs").glob("*/promises"))
         found = sorted(d for d in directories if d.name.startswith(run))
         if len(found) != 1:
             names = ", ".join(directory.name for directory in found) or "none"

@@ -261,7 +261,7 @@ def test_a_directory_that_cannot_be_locked_is_not_taken_for_a_running_peer(
 def test_a_run_to_export_is_named_by_its_beginning_and_by_no_pattern(
     tmp_path: Path, run: str
 ) -> None:
-    (tmp_path / "runs" / "ab12").mkdir(parents=True)
+    (tmp_path / "runs" / "ab12" / "promises").mkdir(parents=True)
     arguments = ["export", "0.0", "target", "--state-dir", str(tmp_path), "--run"]
     result = CliRunner().invoke(peer, [*arguments, run])
     assert result.exit_code == 1

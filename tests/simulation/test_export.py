@@ -24,7 +24,7 @@ from tests.virtual_clock import run_virtual
 def state_dir(place: Lab, name: str) -> Path:
     """A peer's directory as it lies with a real one."""
     directory = place.directory / f"{name}-state"
-    (directory / "runs").mkdir(parents=True)
+    (directory / "runs" / "0123456789abcdef" / "blobs").mkdir(parents=True)  # `check` was here
     (directory / "runs" / place.run.digest[:16]).symlink_to(place.directory / name)
     return directory
 
