@@ -8,12 +8,12 @@ class Beside:
     """Tasks that nobody waits for, but whose errors are raised at the next look."""
 
     def __init__(self) -> None:
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[object]] = set()
 
     def __bool__(self) -> bool:
         return bool(self._tasks)
 
-    def do(self, coroutine: Coroutine[object, object, None]) -> None:
+    def do(self, coroutine: Coroutine[object, object, object]) -> None:
         """Begin something."""
         self._tasks.add(asyncio.ensure_future(coroutine))
 

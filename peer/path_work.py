@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -124,9 +125,8 @@ class PathWork:
         """Go on with another trainer of the same path; what it was trained stays.
 
         The old one is let go before the new one is made, since a device may have no room for two.
-        The optimizer's state goes along, if the new trainer takes it.
+        The optimizer's state goes along as it was saved last, if the new trainer takes it.
         """
-        self.save()
         parameters = {module: self.trainer.read_module(module) for module in self._bases}
         number = self.trainer.next_batch_number
         del self.trainer
@@ -283,23 +283,24 @@ class PathWork:
             self.trainer.write_module(module, step.parameters)  # the same, without rounding
         self._bases[module] = Base(step.version, step.state, step.parameters, tokens)
 
-    def evaluate(self) -> Evaluation:
+    def evaluate(self) -> tuple[Evaluation, Callable[[], object]]:
         """The versions under the path, on the validation part of its shard; beside training.
 
-        They are kept if none did better.
+        What is returned with that keeps them on the disk if none did better, on any thread.
         """
         bases = dict(self._bases)
         versions = {module: base.parameters for module, base in bases.items()}
         rows = self.trainer.valid_rows(self.trainer.config.rounds.eval_sequences)
         evaluation = self.trainer.evaluate_modules(versions, rows)
-        keep_if_best(
+        keep = partial(
+            keep_if_best,
             self._file(BEST_SUFFIX),
             versions,
             evaluation,
             rows=rows,
             round_number=min(base.version for base in bases.values()),
         )
-        return evaluation
+        return evaluation, keep
 
     def score(self, rows: Rows, *, seconds: float, max_batches: int) -> Tensor:
         """How well the path as it stands predicts the first of `rows` (`PathTrainer.score_rows`).

@@ -8,6 +8,7 @@ its path goes on where it was when it comes back.
 import torch
 from torch import Tensor
 
+from dht.errors import LocalFault
 from dipaco.discriminative import encode_scores
 from dipaco.shards import Rows
 from dipaco.topology import PathID
@@ -49,7 +50,12 @@ class Scoring:
             await node.offload(lambda: work.score(rest, seconds=seconds, max_batches=max_batches))
         )
         if len(parts[-1]) == len(rest):
-            blob = node.store.add(encode_scores(torch.cat(self._parts.pop(path))))
+            scores = encode_scores(torch.cat(self._parts.pop(path)))
+            try:
+                blob = node.store.add(scores)
+            except (LocalFault, OSError) as error:  # a full disk: all is scored once more
+                node.events.write("error", where="scores", why=str(error))
+                return True
             await self._presence.offer_scores(path, phase=manifest.num_phases, blob=blob)
             node.events.write("scored", path=str(path), phase=manifest.num_phases, blob=blob)
         return True

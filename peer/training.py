@@ -7,7 +7,7 @@ steps, in other threads. What that leaves to the time of training is in the even
 
 import asyncio
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from dipaco.config import RunConfig
@@ -124,8 +124,9 @@ class Training:
         footing = await source.footing_now(self.path, self._footing)
         if footing is self._footing:
             return
+        if not await self.pause():
+            return  # after the next slot: the optimizer's state goes along by way of the disk
         self._footing = footing
-        await self.pause()
         await source.stand_on(self.work, footing)
         node.events.write(
             "manifest in force",
@@ -135,12 +136,15 @@ class Training:
             shard=footing.shard_digest,
         )
 
-    async def pause(self) -> None:
-        """Let everything beside come to its end, and keep what the next start needs."""
+    async def pause(self) -> bool:
+        """Let everything beside come to its end, and keep what the next start needs.
+
+        False if the disk does not take it.
+        """
         self._rebaser.cancel()
         await self._beside.finish()
-        await self._node.offload(self.work.save)
-        self._is_saved = True
+        self._is_saved = await self._keep(self.work.save, "optimizer")
+        return self._is_saved
 
     async def end(self) -> None:
         """Like `pause`, and for good: the device is free for another path."""
@@ -263,7 +267,7 @@ class Training:
             node.events.write("not counted", slots=slots, why=why_not_counted(held, slot))
         if self._config.rounds.blocking:
             await self._beside.finish()  # what is sent decides what is left for the next start
-            await node.offload(work.save)
+            await self._keep(work.save, "optimizer")
         else:
             self._is_saved = False
 
@@ -271,7 +275,20 @@ class Training:
         """Once a slot, when what others wait for is done, keep what the next start needs."""
         if not self._is_saved and not self._beside:
             self._is_saved = True
-            self._beside.do(self._node.offload(self.work.save))
+            self._beside.do(self._keep(self.work.save, "optimizer"))
+
+    async def _keep(self, write: Callable[[], object], what: str) -> bool:
+        """Write what only a later start needs; False, and no more, if the disk does not take it.
+
+        What is there from before stays until the next time. An exact run goes on, too: in memory it
+        is exact still, which a start from what is there would not be.
+        """
+        try:
+            await self._node.offload(write)
+        except OSError as error:
+            self._node.events.write("error", where=what, why=str(error))
+            return False
+        return True
 
     async def _await_versions(self, slot: int) -> None:
         """Exact runs: wait until every module of the path has its next version, or time is up.
@@ -309,7 +326,8 @@ class Training:
 
     async def _evaluate(self, round_number: int) -> None:
         node, work, tally, presence = self._node, self.work, self._tally, self._keeper.presence
-        evaluation = await node.offload(work.evaluate)
+        evaluation, keep_if_best = await node.offload(work.evaluate)
+        await self._keep(keep_if_best, "path at its best")
         is_finite = math.isfinite(evaluation.nll_sum)  # else its modules have gone wrong
         progress = presence.progress
         progress.tokens = tally.tokens

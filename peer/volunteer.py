@@ -259,7 +259,7 @@ class Volunteer:
             return
         try:
             await self._take(path)
-        except SwarmError as error:
+        except (SwarmError, OSError) as error:
             node.events.write("path not to be had", path=str(path), why=str(error))
         else:
             node.events.write("moved", path=str(path), former=str(former))

@@ -45,6 +45,7 @@ def test_another_shard_or_more_modules_leave_progress_and_optimizer(
     work.train(seconds=NO_LIMIT, max_steps=2, first_step=0)
     before = [draft.encode() for draft in work.drafts(config)]
     grown = replace(config, topology=TopologyConfig(levels=levels))
+    work.save()
     work.change_trainer(lambda: trainer_of(grown, seed=2))
     assert work.trainer.num_steps == 2, "the optimizer goes on"
     assert [draft.encode() for draft in work.drafts(grown)] == before

@@ -2,15 +2,21 @@
 
 import asyncio
 import errno
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from dht.errors import LocalFault
-from dipaco.config import TopologyConfig
-from peer.store import PartialBlob
-from tests.lab import lab
+from dipaco.config import RoutingConfig, TopologyConfig
+from dipaco.discriminative import encode_scores
+from dipaco.tensors import encoded_pieces
+from dipaco.topology import ModuleID
+from peer.path_files import BEST_SUFFIX
+from peer.store import BlobStore, PartialBlob
+from tests.lab import LabPeer, lab
 from tests.little_run import little_config
 from tests.virtual_clock import run_virtual
 
@@ -20,6 +26,24 @@ CONFIG = little_config(num_rounds=1000, round_seconds=ROUND, blocking=False)
 
 def full_disk() -> OSError:
     return OSError(errno.ENOSPC, "No space left on device")
+
+
+class Disk:
+    """Takes tensors, or is full."""
+
+    is_full = False
+
+    def pieces(self, tensors: Mapping[str, Tensor]) -> Iterable[bytes | memoryview]:
+        if self.is_full:
+            raise full_disk()
+        return encoded_pieces(tensors)
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
+    disk = Disk()
+    monkeypatch.setattr("dipaco.checkpoint.encoded_pieces", disk.pieces)
+    return disk
 
 
 @pytest.mark.parametrize("what", ["shards", "states"])
@@ -67,4 +91,110 @@ def test_a_shard_that_rots_while_its_volunteer_is_away_is_fetched_again(tmp_path
             assert not peer.seen("path not to be had")
             assert file.read_bytes() == intact
 
+    run_virtual(scenario())
+
+
+def what_failed(peer: LabPeer) -> set[str]:
+    return {entry["where"] for entry in peer.seen("error")}
+
+
+@pytest.mark.parametrize("blocking", [False, True])
+def test_training_goes_on_while_nothing_can_be_kept_for_the_next_start(
+    tmp_path: Path, disk: Disk, blocking: bool
+) -> None:
+    config = replace(
+        little_config(num_rounds=1000, round_seconds=ROUND, blocking=blocking),
+        topology=TopologyConfig(levels=(1,)),
+    )
+
+    directory = tmp_path / "peer" / "paths"
+    best = directory / f"0{BEST_SUFFIX}"
+
+    def kept() -> dict[str, bytes]:
+        return {file.name: file.read_bytes() for file in directory.iterdir()}
+
+    async def scenario() -> None:
+        async with lab(tmp_path, config) as place:
+            await place.bootstrap()
+            peer = await place.join("peer")
+            await place.until_versions(2, [peer], within=6 * ROUND)
+            best.unlink()  # so that the next one is the best
+            disk.is_full, before = True, kept()
+            await place.issue(config)
+            await place.until_versions(6, [peer], within=8 * ROUND)
+            assert kept() == before
+            assert what_failed(peer) == {"optimizer", "path at its best"}
+            assert peer.seen("round")[-1]["round"] >= 5, "it is evaluated all the same"
+            assert not peer.seen("manifest in force"), "the optimizer could not go along"
+            disk.is_full = False
+            await place.until(
+                lambda: best.exists() and kept() != {**before, best.name: best.read_bytes()},
+                within=3 * ROUND,
+                what="all is kept",
+            )
+            await place.until(
+                lambda: bool(peer.seen("manifest in force")), within=3 * ROUND, what="new manifest"
+            )
+
+    run_virtual(scenario())
+
+
+def test_who_takes_turns_stays_or_moves_on_as_far_as_the_disk_allows(
+    tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(CONFIG, topology=TopologyConfig(levels=(2,)))
+
+    async def scenario() -> None:
+        async with lab(tmp_path, config) as place:
+            await place.bootstrap()
+            peer = await place.join("peer")
+            hold = peer.keeper.hold
+
+            async def limited(modules: Iterable[ModuleID]) -> bool:
+                if disk.is_full and not peer.seen("path not to be had"):
+                    raise full_disk()
+                return await hold(modules)
+
+            monkeypatch.setattr(peer.keeper, "hold", limited)
+            await place.until(lambda: bool(peer.seen("moved")), within=9 * ROUND, what="a move")
+            disk.is_full, num_moves = True, len(peer.seen("moved"))
+            await place.until(
+                lambda: len(peer.seen("moved")) >= num_moves + 2, within=9 * ROUND, what="moves"
+            )
+            assert peer.seen("path not to be had")
+            assert "optimizer" in what_failed(peer)
+
+    run_virtual(scenario())
+
+
+def test_scores_that_the_disk_does_not_take_are_made_once_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    routing = RoutingConfig(
+        method="discriminative", prefix_tokens=4, router_fraction=0.1, phases=(1,)
+    )
+
+    async def scenario() -> None:
+        async with lab(tmp_path, replace(CONFIG, routing=routing)) as place:
+            await place.bootstrap()
+            peer = await place.join("peer")
+            add = BlobStore.add
+
+            def limited(store: BlobStore, data: bytes) -> str:
+                if data in scores and not what_failed(peer):
+                    raise full_disk()
+                return add(store, data)
+
+            monkeypatch.setattr(BlobStore, "add", limited)
+            await place.until(lambda: bool(peer.seen("scored")), within=9 * ROUND, what="scores")
+            assert what_failed(peer) == {"scores"}
+            assert len(scores) == 2
+
+    scores: list[bytes] = []
+
+    def noted(values: Tensor) -> bytes:
+        scores.append(encode_scores(values))
+        return scores[-1]
+
+    monkeypatch.setattr("peer.scoring.encode_scores", noted)
     run_virtual(scenario())

@@ -115,7 +115,7 @@ def test_a_path_that_has_gone_wrong_is_announced_without_figures(
             await place.bootstrap()
             peer = await place.join("peer", step_seconds=3.0)
             wrong = Evaluation(nll_sum=float("nan"), num_tokens=100)
-            monkeypatch.setattr(PathWork, "evaluate", lambda work: wrong)
+            monkeypatch.setattr(PathWork, "evaluate", lambda work: (wrong, lambda: None))
             rounds = peer.seen("round")
             await place.until(
                 lambda: len(peer.seen("round")) > len(rounds) + 2, within=200.0, what="evaluations"
