@@ -264,7 +264,8 @@ class Keeper:
         """The duties that the disk limit has room for, held ones first; own modules are none."""
         node = self.node
         order = sorted(duties - self._own, key=lambda m: (m not in node.log.held, m))
-        costs = [(m, duty_module_bytes(node.log.num_parameters(m))) for m in order]
+        run = node.manifest.run_config
+        costs = [(m, duty_module_bytes(run, node.log.num_parameters(m))) for m in order]
         taken = set(affordable(costs, self._duty_bytes))
         declined = sorted(str(module) for module in set(order) - taken)
         if declined != self._declined:

@@ -12,19 +12,24 @@ from typing import TypeVar
 
 from dht.errors import LocalFault
 from dipaco.checkpoint import state_bytes
+from dipaco.compression import encoded_bytes
 from dipaco.config import RunConfig
 from dipaco.footprint import least_training_bytes
 from dipaco.model import num_parameters
 from dipaco.topology import Topology
 from peer.config import PeerConfig
+from peer.contributions import SLOTS_KEPT
 from peer.events import MAX_LOG_BYTES
 from peer.manifest import Manifest
+from peer.messages import MAX_COUNTED
 from peer.modules import MAX_RECENT_BYTES, STATES_KEPT
 from peer.path_files import PATHS_KEPT
+from peer.reduction import merged_format
 
 T = TypeVar("T")
 
-# Current and next version of a path, the contributions of a group, and as much for what is kept.
+# Of a path: its first version, those kept, the next one, and its copy while that is written. The
+# rest is for the path before, which is held until others hold it.
 STATES_ON_DISK = 8
 # Of a path that was trained: AdamW's two moments, the residual of the compression, and it at its
 # best. Of the one that is trained also room to replace the first of them.
@@ -103,6 +108,7 @@ def disk_bytes(manifest: Manifest) -> int:
     parameters = path_parameters(manifest.run_config, manifest.topology)
     shard_bytes = max(shard.blob.num_bytes for shard in manifest.shards)
     blobs = STATES_ON_DISK * state_bytes(parameters) + 2 * shard_bytes
+    blobs += contribution_bytes(manifest.run_config, parameters)
     return blobs + _other_files_bytes(parameters)
 
 
@@ -120,9 +126,19 @@ def check_free_disk(manifest: Manifest, run_dir: Path) -> None:
         )
 
 
-def duty_module_bytes(num_parameters: int) -> int:
-    """What it takes on disk to keep a module for others: the versions kept, and the next one."""
-    return (STATES_KEPT + 1) * state_bytes(num_parameters)
+def contribution_bytes(run: RunConfig, num_parameters: int) -> int:
+    """What contributions take on disk: of the slots kept and the one under way, full rounds.
+
+    However few peers there are now: a volunteer is to have room for those who are still to come.
+    """
+    wire_format = merged_format(run.outer.wire_format)  # as large as any, in crowded rounds
+    return (SLOTS_KEPT + 1) * MAX_COUNTED * encoded_bytes(wire_format, num_parameters)
+
+
+def duty_module_bytes(run: RunConfig, num_parameters: int) -> int:
+    """What it takes on disk to keep a module for others: versions, the next one, contributions."""
+    states = (STATES_KEPT + 1) * state_bytes(num_parameters)
+    return states + contribution_bytes(run, num_parameters)
 
 
 def affordable(wanted: Iterable[tuple[T, int]], room_bytes: int | None) -> list[T]:

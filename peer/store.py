@@ -47,7 +47,7 @@ class BlobStore:
     def used_bytes(self) -> int:
         """What all files take, with the rest of what is being downloaded."""
         parts = list(self._parts.values())
-        coming = sum(len(part.missing) for part in parts) * CHUNK_BYTES
+        coming = sum(min(len(part.missing) * CHUNK_BYTES, part.index.size) for part in parts)
         coming += sum(len(data) for data in list(self._unwritten.values()))
         with os.scandir(self._directory) as entries:
             return coming + sum(_allocated_bytes(entry) for entry in entries)

@@ -14,6 +14,7 @@ import pytest
 
 from dht.errors import LocalFault
 from dipaco.checkpoint import state_bytes
+from dipaco.config import TopologyConfig
 from dipaco.digest import CHUNK_BYTES, index_of
 from peer.blob_server import BlobServer
 from peer.blobs import BlobClient
@@ -33,6 +34,7 @@ from tests.virtual_clock import run_virtual
 if TYPE_CHECKING:
     from pathlib import Path
 
+ROUND = 20.0  # virtual seconds
 CONFIG = little_config()
 MANIFEST = make_run(CONFIG, operator=identity(1), start_time=0.0).manifest
 BLOB = os.urandom(3 * CHUNK_BYTES)
@@ -79,6 +81,36 @@ def test_what_is_kept_of_former_paths_is_within_the_limit(tmp_path: Path) -> Non
         PeerConfig(state_dir=tmp_path), MANIFEST, run_dir=tmp_path, trains_on_cpu=True
     )
     assert unlimited.paths_kept > 3
+
+
+@pytest.mark.parametrize("wire_format", ["float32", "int4"])
+def test_the_least_limit_has_room_for_full_rounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wire_format: str
+) -> None:
+    num_peers = 6
+    monkeypatch.setattr("peer.limits.MAX_COUNTED", num_peers)
+    config = little_config(
+        num_rounds=100, round_seconds=ROUND, blocking=False, wire_format=wire_format
+    )
+    config = replace(
+        config,
+        topology=TopologyConfig(levels=(1,)),
+        model=replace(config.model, width=64, ffn_width=128),  # large beside the blocks of a disk
+    )
+
+    async def scenario() -> None:
+        async with lab(tmp_path, config) as place:
+            await place.bootstrap()
+            tight = await place.join("tight", step_seconds=2.0)  # who commits before a slot's end
+            least = PeerConfig(state_dir=tmp_path, disk_limit_bytes=disk_bytes(place.run.manifest))
+            limits = divide(least, place.run.manifest, run_dir=tmp_path, trains_on_cpu=True)
+            tight.keeper.node.store.limit_bytes = limits.blob_bytes
+            for number in range(1, num_peers):
+                await place.join(f"peer{number}", step_seconds=2.0)
+            await place.until_versions(5, [tight], within=8 * ROUND)
+            assert not tight.seen("error")
+
+    run_virtual(scenario())
 
 
 def test_a_peer_with_a_ceiling_relays_for_nobody() -> None:

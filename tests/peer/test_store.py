@@ -59,6 +59,12 @@ def test_a_blob_in_memory_is_there_for_everyone_and_gets_to_the_disk(
     store.flush(index.digest)  # nothing to do
 
 
+def test_a_small_download_takes_no_more_than_it_will(store: BlobStore) -> None:
+    part = store.open_part(index_of(b"small"))
+    assert len(b"small") <= store.used_bytes < CHUNK_BYTES
+    part.close()
+
+
 def test_a_blob_that_is_removed_before_it_is_written_stays_away(
     store: BlobStore, tmp_path: Path
 ) -> None:
