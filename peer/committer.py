@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from dht.errors import LocalFault
 from dipaco.compression import EncodedGradient
 from dipaco.topology import ModuleID, PathID
 from peer.courier import MESSAGE_TIMEOUT_SECONDS, Kind
@@ -28,13 +29,20 @@ class Committer:
     async def prepare(
         self, offers: Sequence[Offer], *, path: PathID, slot: int
     ) -> list[Commitment]:
-        """Put our outer gradients into the store, and sign a commitment to each."""
+        """Put our outer gradients into the store, and sign a commitment to each.
+
+        To each that the disk takes: what was trained is in the next slot's, too.
+        """
         node = self._node
         commitments = []
         for offer in offers:
-            commitment, gradient = await node.offload(
-                partial(self._keep, offer, path=path, slot=slot)
-            )
+            try:
+                commitment, gradient = await node.offload(
+                    partial(self._keep, offer, path=path, slot=slot)
+                )
+            except (LocalFault, OSError) as error:
+                node.events.write("error", where="contribution", why=str(error))
+                continue
             commitments.append(commitment)
             node.events.write(
                 "committed",

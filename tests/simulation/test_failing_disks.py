@@ -198,3 +198,43 @@ def test_scores_that_the_disk_does_not_take_are_made_once_more(
 
     monkeypatch.setattr("peer.scoring.encode_scores", noted)
     run_virtual(scenario())
+
+
+@pytest.mark.parametrize("fault", ["at its limit", "full"])
+def test_an_outer_gradient_that_the_disk_does_not_take_is_in_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    config = replace(CONFIG, topology=TopologyConfig(levels=(1,)))
+
+    async def scenario() -> None:
+        async with lab(tmp_path, config) as place:
+            await place.bootstrap()
+            peer, other = [await place.join(name) for name in ("peer", "other")]
+            await place.until_versions(1, [peer, other], within=5 * ROUND)
+            store, before = peer.keeper.node.store, peer.seen("committed")
+
+            def refuse(*_: object) -> None:
+                raise full_disk()
+
+            with monkeypatch.context() as patch:
+                if fault == "full":
+                    patch.setattr(store, "_write", refuse)
+                else:
+                    patch.setattr(store, "limit_bytes", 1)
+                await place.until(
+                    lambda: sum(e["where"] == "contribution" for e in peer.seen("error")) > 3,
+                    within=5 * ROUND,
+                    what="refused contributions",
+                )
+            assert peer.seen("committed") == before
+            since = peer.keeper.node.slot
+            await place.until(
+                lambda: any(
+                    peer.peer_id in entry["contributors"] and entry["slot"] > since
+                    for entry in other.seen("version")
+                ),
+                within=5 * ROUND,
+                what="a version that counts the peer",
+            )
+
+    run_virtual(scenario())
