@@ -348,11 +348,11 @@ class RunConfig:
                 hint="accepted: at most half of model.sequence_tokens "
                 f"({self.model.sequence_tokens})",
             )
-        if max(self.routing.phases, default=0) > self.rounds.num_rounds:
+        if max(self.routing.phases, default=0) >= self.rounds.num_rounds:
             raise ConfigError(
                 f"routing.phases is {list(self.routing.phases)}",
-                hint=f"accepted: at most rounds.num_rounds ({self.rounds.num_rounds}), since a "
-                "later one would never be due",
+                hint=f"accepted: less than rounds.num_rounds ({self.rounds.num_rounds}), since "
+                "nothing would be trained after it",
             )
 
     @classmethod

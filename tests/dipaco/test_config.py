@@ -57,7 +57,12 @@ def test_fingerprint_covers_values_not_spelling() -> None:
         ("corpus", {"source": "json"}, "corpus.files is empty", "name the json files"),
         ("rounds", {"blocking": True, "staggered": True}, "are both set", "accepted: one of them"),
         ("routing", {"prefix_tokens": 33}, "routing.prefix_tokens is 33", "at most half"),
-        ("routing", {"method": "discriminative", "phases": [2, 4]}, "phases is [2, 4]", "at most"),
+        (
+            "routing",
+            {"method": "discriminative", "phases": [2, 4]},
+            "phases is [2, 4]",
+            "less than",
+        ),
     ],
 )
 def test_errors_name_the_key_and_the_way_out(
