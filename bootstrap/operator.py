@@ -7,6 +7,7 @@ when the run shall grow. The swarm does not wait for it, and trains on if the op
 # ruff: noqa: N803, N806 - arrays carry their shape in their name: N rows, P paths
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +19,7 @@ from dht.identity import Identity
 from dipaco.checkpoint import state_bytes
 from dipaco.config import RunConfig
 from dipaco.errors import DipacoError
+from dipaco.topology import PathID
 from peer.boundary import guarded
 from peer.keeper import Keeper
 from peer.manifest import BlobRef, Manifest, Origin
@@ -54,6 +56,7 @@ class Operator:
         self._identity = identity
         self._directory = directory
         self._gathering: Gathering | None = None
+        self._missing: Sequence[PathID] = ()  # the paths without scores that were told of last
         self._due_slot = 0  # in which the phase at hand was found to be due
         self._complete_slot: int | None = None  # in which every path had scores
 
@@ -105,7 +108,8 @@ class Operator:
         await self._gathering.look()
         missing = self._gathering.missing
         if missing:
-            if node.slot - self._due_slot >= MISSING_SLOTS:
+            if node.slot - self._due_slot >= MISSING_SLOTS and missing != self._missing:
+                self._missing = missing
                 node.events.write("scores missing", paths=[str(path) for path in missing[:20]])
             return
         if self._complete_slot is None:
