@@ -13,9 +13,11 @@ class Beside:
     def __bool__(self) -> bool:
         return bool(self._tasks)
 
-    def do(self, coroutine: Coroutine[object, object, object]) -> None:
+    def do(self, coroutine: Coroutine[object, object, object]) -> asyncio.Task[object]:
         """Begin something."""
-        self._tasks.add(asyncio.ensure_future(coroutine))
+        task = asyncio.ensure_future(coroutine)
+        self._tasks.add(task)
+        return task
 
     def look(self) -> None:
         """Forget what is done; raises what went wrong."""

@@ -49,7 +49,6 @@ class Draft:
         self.parameters = parameters  # when it was taken; nobody writes into them
         self.tokens = base.tokens
         self.blob = ""  # digest of what it was encoded to; empty until then
-        self.is_dropped = False  # for later ones: nothing may count it that is not encoded yet
         self._module = module
         self._version, self._state, self._base = base.version, base.state, base.parameters
         self._residual = residual

@@ -193,7 +193,8 @@ class PathWork:
     def drafts(self, config: RunConfig, modules: Iterable[ModuleID] | None = None) -> list[Draft]:
         """Take the progress of every module that was trained, to be encoded.
 
-        `config` is the one in force in the slot; of these `modules` only, or of all.
+        `config` is the one in force in the slot; of these `modules` only, or of all. Those of
+        before must have been encoded.
         """
         drafts = []
         for module in self._bases if modules is None else modules:
@@ -210,9 +211,7 @@ class PathWork:
             # Where versions do not get here, the first is counted; where there are none, the last.
             pending = [*self._pending.get(module, []), draft]
             if len(pending) > DRAFTS_REMEMBERED:
-                dropped = pending.pop(1)
-                dropped.is_dropped = True  # before its blob is looked at: it may get one just now
-                self._forgotten.setdefault(module, set()).add(dropped.blob)
+                self._forgotten.setdefault(module, set()).add(pending.pop(1).blob)
             self._pending[module] = pending
             drafts.append(draft)
         return drafts

@@ -69,6 +69,8 @@ class Training:
         self._step_seconds = 0.0  # how long an inner step takes, by the latest ones
         # Who takes turns may have moved on before the next version of a path.
         self._evaluated_round = max(0, work.round - 1)
+        self._committing: asyncio.Task[object] | None = None  # to the last outer gradients
+        self._evaluating: asyncio.Task[object] | None = None  # the last round
         self._is_saved = True
         self._is_diverged = False  # in the last burst
 
@@ -108,6 +110,7 @@ class Training:
                 return
             if self._has_nothing_to_offer():
                 continue
+            await self._await_commitments()
             # Whoever was suspended, or starved, has something for the last slot that is over.
             slot = max(slot, node.slot - 1)
             await self._offer(slot, [module for module in modules if ends[module] == end])
@@ -230,16 +233,21 @@ class Training:
         config = self._node.history.at(slot).run_config
         with self._tally.instead("outer gradients"):
             drafts = await self._node.offload(lambda: self.work.drafts(config, modules))
-        self._beside.do(self._commit(drafts, slot))
+        self._committing = self._beside.do(self._commit(drafts, slot))
+
+    async def _await_commitments(self) -> None:
+        """Where encoding takes longer than a slot, what is to be encoded next waits.
+
+        Each outer gradient holds a copy of its module, and is known by its blob later.
+        """
+        if self._committing is not None:
+            with self._tally.instead("outer gradients"):
+                await asyncio.wait({self._committing})
 
     async def _commit(self, drafts: Sequence[Draft], slot: int) -> None:
-        """Commit to outer gradients before anyone sees them.
-
-        Not to one that was dropped by then: what counts it could not be told by its blob.
-        """
+        """Commit to outer gradients before anyone sees them."""
         committer = self._keeper.committer
-        encoded = [(draft, await self._node.offload(draft.encode)) for draft in drafts]
-        offers = [offer for draft, offer in encoded if not draft.is_dropped]
+        offers = [await self._node.offload(draft.encode) for draft in drafts]
         commitments = await committer.prepare(offers, path=self.path, slot=slot)
         self._keeper.background.start(committer.commit(commitments), "commit")
 
@@ -318,11 +326,15 @@ class Training:
             await sleep_unless(self._stop, max(0.0, left))
 
     async def _apply_versions(self, *, wait: bool = False) -> None:
-        """Put every new version under the path; after a whole new round, evaluate and announce."""
+        """Put every new version under the path; after a whole new round, evaluate and announce.
+
+        Where evaluating takes longer than a round, some are passed over.
+        """
         await self._rebaser.apply(wait=wait or self._config.rounds.blocking)
-        if self.work.round > self._evaluated_round:
+        is_free = self._evaluating is None or self._evaluating.done()
+        if self.work.round > self._evaluated_round and is_free:
             self._evaluated_round = self.work.round
-            self._beside.do(self._evaluate(self.work.round))
+            self._evaluating = self._beside.do(self._evaluate(self.work.round))
 
     async def _evaluate(self, round_number: int) -> None:
         node, work, tally, presence = self._node, self.work, self._tally, self._keeper.presence
