@@ -54,12 +54,13 @@ def prepare(
         from bootstrap.prepare import prepare_run
         from dipaco.config import RunConfig
         from dipaco.device import find_device
+        from dipaco.locking import working_in
         from dipaco.progress import StageBars, progress_bars
 
     if threads is not None:
         torch.set_num_threads(threads)
     run = RunConfig.from_file(config)
-    with progress_bars(Console(stderr=True)) as progress:
+    with working_in(directory), progress_bars(Console(stderr=True)) as progress:
         prepare_run(run, directory, StageBars(progress).update, device=find_device(device))
     click.echo(f"next: dipaco-bootstrap serve {directory}")
 

@@ -89,6 +89,7 @@ def train(  # noqa: PLR0913 - one parameter per option
         from rich.console import Console
 
         from dipaco.device import require_compiler
+        from dipaco.locking import working_in
         from dipaco.preparation import prepare_start
         from dipaco.progress import StageBars, progress_bars
         from dipaco.reference import Options
@@ -102,7 +103,8 @@ def train(  # noqa: PLR0913 - one parameter per option
         compiled=compiled,
         early_stopping=early_stopping,
     )
-    with progress_bars(Console(stderr=True)) as progress:
+    # All along: what another configuration prepares takes the place of what this one trains on.
+    with working_in(directory), progress_bars(Console(stderr=True)) as progress:
         start = prepare_start(run, directory, StageBars(progress).update, device=device)
         result, dense = _train(start, progress, device, options, baseline)
     _print_tables(start, result, dense)

@@ -64,8 +64,14 @@ def test_help_imports_nothing_heavy(module: str, command: str, subcommands: list
     ],
 )
 def test_a_gpu_that_fails_is_one_line_and_a_hint(
-    program: click.Group, arguments: list[str], patched: str, monkeypatch: pytest.MonkeyPatch
+    program: click.Group,
+    arguments: list[str],
+    patched: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+
     def fail(*_: object, **__: object) -> None:
         raise torch.AcceleratorError("CUDA error: unspecified launch failure\nCUDA kernel errors")
 
