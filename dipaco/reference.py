@@ -32,6 +32,7 @@ from dipaco.rounds import (
     Evaluations,
     RoundFiles,
     RoundReport,
+    delete_older_rounds,
     latest_round,
     next_round,
 )
@@ -87,6 +88,7 @@ def train(  # noqa: PLR0913 - what to train, then what to do meanwhile
 ) -> ReferenceResult:
     """Train until `num_rounds` rounds are done, from the start or the last round in `directory`."""
     training = _Training(start, directory, device, options or Options(), on_step)
+    delete_older_rounds(directory)
     latest = latest_round(directory, start.config) or training.begin()
     training.check(latest, num_rounds)
     states = {module: latest.state(module) for module in start.topology.modules}

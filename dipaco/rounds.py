@@ -8,8 +8,11 @@ change are links to those of the round before, or copies where there are no link
 waited for once, at a round's end: until then it may write while the paths train.
 """
 
+import fcntl
 import json
+import os
 import shutil
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -167,22 +170,73 @@ _PARTIAL = ".partial"
 _ASIDE = "contributions"  # of a round that is not complete
 _ALIGNMENT_BYTES = 64  # a cache line
 _FOLDERS = ("modules", "optimizers", "residuals", "early-stopped")
+_MAX_TRIES = 100  # to hold a round before it is deleted; each time there is a later one
 DAMAGED_HINT = "delete that folder to train from the start"
 
 
 def latest_round(directory: Path, config: RunConfig) -> RoundFiles | None:
     """The last complete round in a training's directory; None if there is none."""
-    rounds = sorted(
+    rounds = _complete_rounds(directory)
+    return RoundFiles(rounds[-1], config) if rounds else None
+
+
+def hold_latest_round(directory: Path, config: RunConfig) -> RoundFiles | None:
+    """`latest_round`, which a training leaves there for as long as the result is in use.
+
+    Held by a lock of the kernel, so that it is let go of, too, if this process is killed.
+    """
+    files = None
+    for _ in range(_MAX_TRIES):
+        files = latest_round(directory, config)
+        if files is None:
+            break
+        descriptor = _lock(files.directory, fcntl.LOCK_SH)
+        if descriptor is None:
+            continue
+        weakref.finalize(files, os.close, descriptor)
+        if files.directory.is_dir():  # else it was deleted just before
+            break
+    return files
+
+
+def delete_older_rounds(directory: Path) -> None:
+    """All but the latest, which a training that was killed left, or somebody used until now."""
+    for folder in _complete_rounds(directory)[:-1]:
+        descriptor = _lock(folder, fcntl.LOCK_EX)
+        if descriptor is not None:
+            try:
+                shutil.rmtree(folder)
+            finally:
+                os.close(descriptor)
+
+
+def _complete_rounds(directory: Path) -> list[Path]:
+    return sorted(
         folder for folder in directory.glob(f"{_ROUND}*") if not folder.name.endswith(_PARTIAL)
     )
-    return RoundFiles(rounds[-1], config) if rounds else None
+
+
+def _lock(folder: Path, operation: int) -> int | None:
+    """A descriptor that holds the lock of a folder; None if it is held otherwise, or gone."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except OSError:
+        pass  # no folder can be locked on this file system (NFS): whoever uses one may lose it
+    return descriptor
 
 
 @contextmanager
 def next_round(directory: Path, config: RunConfig) -> Iterator[RoundFiles]:
     """The round after the latest, or round 0: becomes the latest when the context ends well.
 
-    Begins as a copy of the latest round, which is deleted afterwards.
+    Begins as a copy of the latest round, which is deleted afterwards, unless it is held.
     """
     directory.mkdir(parents=True, exist_ok=True)
     for leftover in directory.glob(f"*{_PARTIAL}"):
@@ -202,8 +256,7 @@ def next_round(directory: Path, config: RunConfig) -> Iterator[RoundFiles]:
         flush_to_disk(path)
     partial.rename(partial.with_name(partial.name.removesuffix(_PARTIAL)))
     flush_to_disk(directory)
-    if before is not None:
-        shutil.rmtree(before.directory)
+    delete_older_rounds(directory)
 
 
 def _plain(report: RoundReport) -> dict[str, object]:

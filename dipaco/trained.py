@@ -26,7 +26,7 @@ from dipaco.model import PathNet, num_parameters, write_module
 from dipaco.preparation import Progress
 from dipaco.reference import sharding_of_round
 from dipaco.rerouting import boundaries, choices_of_router, evaluate_choices
-from dipaco.rounds import RoundFiles, latest_round
+from dipaco.rounds import RoundFiles, hold_latest_round
 from dipaco.routing import FeatureExtractor, Router, ranking
 from dipaco.sharding import Sharding
 from dipaco.shards import Rows, evenly_spread
@@ -45,7 +45,10 @@ def training_directory(directory: Path, config: RunConfig) -> Path:
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """The modules after the last complete round, the router in force, and the tokenizer."""
+    """The modules after the last complete round, the router in force, and the tokenizer.
+
+    The training may go on meanwhile: the files of that round stay.
+    """
 
     start: Start
     files: RoundFiles
@@ -58,7 +61,7 @@ class TrainedModel:
         ConfigError if there is none.
         """
         start = Start.load(directory)
-        files = latest_round(training_directory(directory, start.config), start.config)
+        files = hold_latest_round(training_directory(directory, start.config), start.config)
         if files is None:
             raise ConfigError(
                 f"{directory} holds no training of {start.config.name}",

@@ -1,11 +1,13 @@
 """The parts of the loop on one machine beyond Algorithm 1: resuming, phases, turns, evaluation."""
 
 import errno
+import fcntl
 import os
 import resource
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -26,7 +28,7 @@ from dipaco.model import PathNet
 from dipaco.preparation import prepare_start
 from dipaco.reference import Options, max_turns, paths_of_round, train
 from dipaco.rerouting import boundaries, evaluate_choices
-from dipaco.rounds import latest_round
+from dipaco.rounds import RoundFiles, hold_latest_round, latest_round
 from dipaco.start import Start
 from dipaco.topology import PathID, Topology
 from dipaco.trained import (
@@ -227,6 +229,53 @@ def test_a_training_goes_on_with_its_own_options_only(start: Start, tmp_path: Pa
     with pytest.raises(ConfigError, match="ended without early stopping"):
         train(start, tmp_path, num_rounds=2, options=late)
     train(start, tmp_path, num_rounds=3, options=late)
+
+
+def rounds_in(directory: Path) -> list[str]:
+    return sorted(folder.name for folder in directory.glob("round-*"))
+
+
+def test_a_model_can_be_used_while_it_is_trained(start: Start, tmp_path: Path) -> None:
+    """Its round stays until it is let go of, be that while nothing is trained."""
+    directory = Path(shutil.copytree(start.directory, tmp_path / "start"))
+    start = prepare_start(start.config, directory)
+    files = training_directory(directory, start.config)
+    train(start, files, num_rounds=1)
+    used = TrainedModel.load(directory)
+    train(start, files, num_rounds=2)
+    later = TrainedModel.load(directory)
+    assert (used.round, later.round) == (1, 2)
+    for number in range(start.topology.num_paths):
+        used.net(number)
+    del used
+    train(start, files, num_rounds=3)
+    assert rounds_in(files) == ["round-000002", "round-000003"]
+    del later
+    train(start, files, num_rounds=3)
+    assert rounds_in(files) == ["round-000003"]
+
+
+def test_a_round_that_is_deleted_before_it_is_held_is_not_taken(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = [tmp_path / name for name in ("round-000000", "round-000001", "round-000002")]
+    for folder in found[1:]:
+        folder.mkdir()
+    rounds = (RoundFiles(folder, start.config) for folder in found)
+    monkeypatch.setattr("dipaco.rounds.latest_round", lambda *_: next(rounds))
+    with held(found[1]):
+        taken = hold_latest_round(tmp_path, start.config)
+    assert taken is not None
+    assert taken.number == 2
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """While it is being deleted."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    yield
+    os.close(descriptor)
 
 
 def test_a_damaged_optimizer_is_not_taken_for_a_new_one(start: Start, tmp_path: Path) -> None:
