@@ -16,7 +16,7 @@ from dipaco.checkpoint import write_atomically
 from dipaco.config import RunConfig
 from dipaco.digest import blob_digest
 from dipaco.errors import ConfigError
-from dipaco.preparation import Progress, prepare_start
+from dipaco.preparation import Progress, check_sources, prepare_start
 from dipaco.shards import write_shard
 from dipaco.start import Start
 from peer.history import History
@@ -43,6 +43,7 @@ def prepare_run(
             hint="prepare another configuration in another directory",
         )
     Identity.load_or_create(directory / IDENTITY_FILE)
+    check_sources(config, directory / START_DIR)
     return prepare_start(config, directory / START_DIR, progress, device=device)
 
 

@@ -21,6 +21,7 @@ from dipaco.checkpoint import ModuleState, tensors_of, write_atomically, write_t
 from dipaco.config import RunConfig
 from dipaco.corpus import load_documents, split_of
 from dipaco.dense import single_path
+from dipaco.digest import index_of_file
 from dipaco.document import Split
 from dipaco.errors import ConfigError
 from dipaco.inner import PathTrainer
@@ -40,6 +41,7 @@ Progress = Callable[[str, int, int], None]
 """Called with the name of a stage, the units done and the units in total."""
 
 DENSE_FILE = "dense.safetensors"
+SOURCES_FILE = "sources.json"
 # Enough for every core, and while it is encoded, some 20 bytes of memory for each.
 _BATCH_CHARACTERS = 2**21
 _TOKENIZER_CHARACTERS = 100_000_000  # more text hardly changes a vocabulary
@@ -62,6 +64,44 @@ def prepare_start(
     write_atomically(directory / RUN_FILE, config.to_toml().encode())
     write_atomically(directory / START_FILE, _json({"fingerprint": config.fingerprint()}))
     return Start.load(directory)
+
+
+def check_sources(config: RunConfig, directory: Path) -> None:
+    """ConfigError if a local file was changed since `directory` was first prepared from it.
+
+    It is not prepared anew: that would take tokenizer and shards from trainings that have begun.
+    A file that is gone was not changed: what was prepared is then the only copy.
+    """
+    record_file = directory / SOURCES_FILE
+    try:
+        known = json.loads(record_file.read_text())
+    except FileNotFoundError:
+        known = {}
+    for file in _source_files(config):
+        as_is = [file.stat().st_size, file.stat().st_mtime_ns]
+        *as_it_was, digest_before = known.get(str(file), [None])
+        if as_is == as_it_was:
+            continue
+        digest = index_of_file(file).digest
+        if digest_before not in (None, digest):
+            raise ConfigError(
+                f"{file} was changed after {directory} was prepared from it",
+                hint=f"take another directory, or delete {record_file} to go on with what was "
+                "prepared",
+            )
+        known[str(file)] = [*as_is, digest]
+    directory.mkdir(parents=True, exist_ok=True)
+    write_atomically(record_file, _json(known))
+
+
+def _source_files(config: RunConfig) -> list[Path]:
+    """The files of the corpus, and of the checkpoint, that are on this machine."""
+    is_local = config.corpus.source in ("text", "json", "parquet")
+    files = [Path(name) for name in config.corpus.files if is_local]
+    if config.dense_start.checkpoint:
+        files += sorted(Path(config.dense_start.checkpoint).glob("*.json"))
+        files += sorted(Path(config.dense_start.checkpoint).glob("*.safetensors"))
+    return [file for file in files if file.is_file()]
 
 
 class _Preparation:

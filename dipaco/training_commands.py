@@ -90,7 +90,7 @@ def train(  # noqa: PLR0913 - one parameter per option
 
         from dipaco.device import require_compiler
         from dipaco.locking import working_in
-        from dipaco.preparation import prepare_start
+        from dipaco.preparation import check_sources, prepare_start
         from dipaco.progress import StageBars, progress_bars
         from dipaco.reference import Options
 
@@ -105,6 +105,7 @@ def train(  # noqa: PLR0913 - one parameter per option
     )
     # All along: what another configuration prepares takes the place of what this one trains on.
     with working_in(directory), progress_bars(Console(stderr=True)) as progress:
+        check_sources(run, directory)
         start = prepare_start(run, directory, StageBars(progress).update, device=device)
         result, dense = _train(start, progress, device, options, baseline)
     _print_tables(start, result, dense)

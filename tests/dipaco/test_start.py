@@ -10,7 +10,7 @@ import torch
 from dipaco.config import RunConfig, TopologyConfig
 from dipaco.errors import BadBytes, ConfigError
 from dipaco.llama import export_llama, model_section
-from dipaco.preparation import prepare_start
+from dipaco.preparation import check_sources, prepare_start
 from dipaco.routing import ranking, router_from_bytes
 from dipaco.shards import Rows, Shard
 from dipaco.start import Start
@@ -159,6 +159,35 @@ def test_a_start_whose_parts_were_replaced_in_part_is_none(start: Start, copied:
     assert prepare_start(start.config, copied).router_file.read_bytes() == (
         start.router_file.read_bytes()
     )
+
+
+def test_a_changed_corpus_or_checkpoint_is_refused_and_one_that_is_gone_is_not(
+    start: Start, tmp_path: Path
+) -> None:
+    files = [Path(shutil.copy(file, tmp_path)) for file in start.config.corpus.files]
+    checkpoint = tmp_path / "llama"
+    export_llama(start.net(), start.tokenizer_file.read_bytes(), checkpoint)
+    files.append(checkpoint / "model.safetensors")
+    config = replace(
+        start.config,
+        corpus=replace(start.config.corpus, files=tuple(map(str, files[:-1]))),
+        dense_start=replace(start.config.dense_start, checkpoint=str(checkpoint)),
+    )
+    directory = tmp_path / "start"
+    check_sources(config, directory)
+    for file in files:
+        raw = file.read_bytes()
+        file.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+        with pytest.raises(ConfigError, match=f"{file} was changed") as caught:
+            check_sources(config, directory)
+        file.write_bytes(raw)
+        check_sources(config, directory)  # the same bytes at another time
+    files[0].write_bytes(b"?")
+    files[1].unlink()
+    shutil.rmtree(checkpoint)
+    record = next(word for word in caught.value.hint.split() if word.endswith(".json"))
+    Path(record).unlink()  # as the hint says
+    check_sources(config, directory)
 
 
 def test_an_unfinished_or_changed_preparation_is_refused(start: Start, copied: Path) -> None:

@@ -9,10 +9,13 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
+from bootstrap.cli import main as bootstrap
+from bootstrap.prepare import START_DIR
 from dipaco.cli import main
 from dipaco.config import RunConfig
 from dipaco.early_stopping import keep_if_best
 from dipaco.evaluate import Evaluation
+from dipaco.preparation import check_sources
 from dipaco.topology import PathID
 from dipaco.trained import TrainedModel
 
@@ -154,3 +157,22 @@ def test_wrong_arguments_say_what_to_do(trained_dir: Path, tmp_path: Path) -> No
         error, hint = failed.stderr.split("\n\nhint: ")
         assert message in error
         assert hint.strip()
+
+
+def test_a_corpus_that_was_changed_is_not_trained_on_as_it_was(
+    tiny: RunConfig, tmp_path: Path
+) -> None:
+    text, file = tmp_path / "text.txt", tmp_path / "run.toml"
+    config = replace(tiny, corpus=replace(tiny.corpus, files=(str(text),)))
+    file.write_text(config.to_toml())
+    for directory in (tmp_path / "work", tmp_path / "run" / START_DIR):
+        text.write_text("one two three")
+        check_sources(config, directory)
+        text.write_text("one two three four")
+    for program, arguments in (
+        (main, ["train", str(file), "--dir", str(tmp_path / "work")]),
+        (bootstrap, ["prepare", str(file), str(tmp_path / "run")]),
+    ):
+        refused = CliRunner().invoke(program, arguments)
+        assert refused.exit_code == 1
+        assert f"error: {text} was changed after" in refused.stderr
