@@ -86,7 +86,8 @@ class Lockstep:
             ]
             weighted = zip(weights, gradients, strict=True)
             num_paths = topology.num_paths_through(module)
-            update = apply_contributions(self.states[module], weighted, num_paths, config.outer)
+            outer = config.outer.of_module(num_paths)
+            update = apply_contributions(self.states[module], weighted, num_paths, outer)
             self.states[module] = update.state
         self._version += 1
 

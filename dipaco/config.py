@@ -7,7 +7,7 @@ TOML, validated on construction, identified by `RunConfig.fingerprint()`.
 import hashlib
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -248,8 +248,8 @@ class OuterConfig:
     """The outer step of a module: Nesterov on rescaled averages (paper 2.6, 2.7 and 7.1).
 
     `learning_rate_by_paths` is a list of [number of paths, rate]: a module through which at least
-    so many paths run takes that rate instead of `learning_rate`. No contribution counts as longer
-    than `clip_norm` times the median one; 0 lets all pass.
+    so many paths run takes that rate instead of `learning_rate`, whoever contributes. No
+    contribution counts as longer than `clip_norm` times the median one; 0 lets all pass.
     """
 
     learning_rate: float = 0.7
@@ -272,10 +272,11 @@ class OuterConfig:
             _check("outer.learning_rate_by_paths (paths)", entry[0], 1, MAX_PATHS)
             _check("outer.learning_rate_by_paths (rate)", entry[1], 0.0, 10.0)
 
-    def learning_rate_for(self, num_paths: int) -> float:
-        """The outer learning rate of a module through which `num_paths` paths run."""
+    def of_module(self, num_paths: int) -> "OuterConfig":
+        """The settings of a module through which `num_paths` paths run: its own learning rate."""
         reached = [entry for entry in self.learning_rate_by_paths if entry[0] <= num_paths]
-        return max(reached)[1] if reached else self.learning_rate
+        rate = max(reached)[1] if reached else self.learning_rate
+        return replace(self, learning_rate=rate, learning_rate_by_paths=())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -113,8 +113,9 @@ def apply_contributions(
     """The next version of a module: clip, average, rescale, and take the outer step.
 
     `contributions` are (weight, outer gradient) pairs in the order in which they are added up,
-    which is part of the result; `num_paths` is the number of distinct paths among them. Besides
-    what the contributions take and the new state (8 bytes per parameter), this needs two megabytes.
+    which is part of the result; `num_paths` is the number of distinct paths among them, and
+    `config` is that of the module (`OuterConfig.of_module`). Besides what the contributions take
+    and the new state (8 bytes per parameter), this needs two megabytes.
     ValueError if there are no contributions, or if they do not fit the state.
 
     With `rescale` = "rda" norms and directions are averaged separately (Decoupled DiLoCo, arXiv
@@ -128,7 +129,7 @@ def apply_contributions(
     norms = [gradient.norm for gradient in gradients]
     clips = clip_factors(norms, config.clip_norm)
     mean_norm = sum(w * norm * clip for w, norm, clip in zip(weights, norms, clips, strict=True))
-    step = _OuterStep(state, num_paths, config)
+    step = _OuterStep(state, config)
     if config.rescale == "rda":
         factors = [w / n if n > _LEAST_NORM else 0.0 for w, n in zip(weights, norms, strict=True)]
         norm_ratio = length = _add_directions(gradients, factors, step)
@@ -221,13 +222,13 @@ class _OuterStep:
     As torch.optim.SGD(nesterov=True) defines it: m' = mu m + g;  theta' = theta - lr (g + mu m').
     """
 
-    def __init__(self, state: ModuleState, num_paths: int, config: OuterConfig) -> None:
+    def __init__(self, state: ModuleState, config: OuterConfig) -> None:
         self.encoded, self.after = blank_state(state.num_parameters)
         self.momentum: Floats = self.after.momentum.numpy()
         self._parameters: Floats = self.after.parameters.numpy()
         self._old: Floats = state.parameters.numpy()
         self._old_momentum: Floats = state.momentum.numpy()
-        rates = config.learning_rate_for(num_paths), config.momentum
+        rates = config.learning_rate, config.momentum
         self._rates = np.array([as_float32(rate) for rate in rates], np.float32)
 
     def take(self, part: slice, gradient: "Floats") -> None:

@@ -117,9 +117,8 @@ def train(  # noqa: PLR0913 - what to train, then what to do meanwhile
                 )
                 weighted = zip(weights, (part.gradient for part in parts), strict=True)
                 num_paths = len({part.path for part in parts})
-                update = apply_contributions(
-                    states[module], weighted, num_paths, start.config.outer
-                )
+                outer = start.config.outer.of_module(start.topology.num_paths_through(module))
+                update = apply_contributions(states[module], weighted, num_paths, outer)
                 states[module], norm_ratios[module] = update.state, update.norm_ratio
                 files.write_state(module, update.state)
 

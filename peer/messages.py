@@ -16,7 +16,7 @@ from dht.errors import BadMessage
 from dht.identity import Identity, verify
 from dht.records import Digest, ModuleText, PathText, PeerIDText
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 # A certificate of 16 contributions and a roster of 32 is about 30 kB of JSON.
 MAX_MESSAGE_BYTES = 256 * 1024

@@ -13,7 +13,7 @@ from dipaco.checkpoint import ModuleState
 from dipaco.compression import EncodedGradient, WireFormat
 from dipaco.errors import BadContribution
 from dipaco.outer import OuterUpdate, apply_contributions, contribution_weights
-from dipaco.topology import PathID
+from dipaco.topology import ModuleID, PathID
 from peer.manifest import Manifest
 from peer.messages import Commitment, Proposal
 from peer.store import BlobStore
@@ -67,4 +67,7 @@ def reduce(
         manifest.shard_tokens,
     )
     weighted = zip(weights, gradients, strict=True)
-    return apply_contributions(before, weighted, len(set(paths)), manifest.run_config.outer)
+    # Whoever contributes: a rate by paths is meant for the module, not for a round of it.
+    num_paths = manifest.topology.num_paths_through(ModuleID.parse(proposal.module))
+    outer = manifest.run_config.outer.of_module(num_paths)
+    return apply_contributions(before, weighted, len(set(paths)), outer)

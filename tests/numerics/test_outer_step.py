@@ -148,7 +148,7 @@ def test_the_exact_norm_is_the_norm(values: list[float]) -> None:
 
 def test_the_outer_learning_rate_may_depend_on_the_number_of_paths() -> None:
     config = OuterConfig(learning_rate=0.5, learning_rate_by_paths=((4.0, 0.8), (2.0, 0.6)))
-    rates = [config.learning_rate_for(num_paths) for num_paths in (1, 2, 3, 4, 16)]
+    rates = [config.of_module(num_paths).learning_rate for num_paths in (1, 2, 3, 4, 16)]
     assert rates == [0.5, 0.6, 0.6, 0.8, 0.8]
 
 

@@ -30,7 +30,7 @@ from dipaco.reference import Options, max_turns, paths_of_round, train
 from dipaco.rerouting import boundaries, evaluate_choices
 from dipaco.rounds import RoundFiles, hold_latest_round, latest_round
 from dipaco.start import Start
-from dipaco.topology import PathID, Topology
+from dipaco.topology import ModuleID, PathID, Topology
 from dipaco.trained import (
     TrainedModel,
     evaluate_model,
@@ -153,6 +153,23 @@ def test_a_part_of_the_paths_trains_in_a_round(start: Start, tmp_path: Path) -> 
         found = trainer.evaluate(some.config.rounds.eval_sequences)
         assert result.at_end[scored] == found != result.at_start[scored]
     assert train(some, tmp_path, num_rounds=1).at_end == result.at_end
+
+
+def test_a_rate_by_paths_is_that_of_the_module_whoever_has_a_turn(
+    start: Start, tmp_path: Path
+) -> None:
+    """The embedding is shared by four paths, one of which trains; the others' rate is 0."""
+    rounds = replace(start.config.rounds, paths_per_round=1)
+    outer = replace(start.config.outer, learning_rate_by_paths=((1.0, 0.0), (4.0, 0.7)))
+    config = replace(start.config, rounds=rounds, outer=outer)
+    some = prepare_start(config, start.directory)
+    states = train(some, tmp_path, num_rounds=1).states
+    moved = {
+        module
+        for module, state in states.items()
+        if not torch.equal(state.parameters, some.module_state(module).parameters)
+    }
+    assert moved == {ModuleID(0, 0)}
 
 
 def test_replicas_of_one_path_are_diloco(tiny: RunConfig, tmp_path: Path) -> None:

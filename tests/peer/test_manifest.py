@@ -48,7 +48,9 @@ def test_a_manifest_that_contradicts_itself_is_refused_even_if_signed() -> None:
 
 def test_another_protocol_says_which_side_is_older() -> None:
     newer = RUN.manifest.model_copy(update={"protocol": PROTOCOL_VERSION + 1, "signature": ""})
-    with pytest.raises(RunMismatch, match="the run speaks protocol 2") as caught:
+    with pytest.raises(
+        RunMismatch, match=f"the run speaks protocol {PROTOCOL_VERSION + 1}"
+    ) as caught:
         parse(sign(newer, identity(1)))
     assert "this program is the older one" in caught.value.hint
     with pytest.raises(RunMismatch) as caught:
