@@ -106,6 +106,9 @@ def state_digest(state: ModuleState) -> str:
     return blob_digest(encode_state(state))
 
 
+_PARTIAL = ".partial"
+
+
 @contextmanager
 def replacing(file: Path, *, flush: bool = True) -> Iterator[BinaryIO]:
     """A stream for the new content of a file. A crash at any instant, or an error inside the
@@ -114,7 +117,7 @@ def replacing(file: Path, *, flush: bool = True) -> Iterator[BinaryIO]:
     Without `flush`, which waits for the disk, that holds for crashes of this process, and for those
     of the machine after a later `flush_to_disk`.
     """
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    temporary = file.with_name(f".{file.name}.{os.getpid()}{_PARTIAL}")
     try:
         with temporary.open("wb") as stream:
             yield stream
@@ -127,6 +130,16 @@ def replacing(file: Path, *, flush: bool = True) -> Iterator[BinaryIO]:
         raise
     if flush:  # the rename itself is durable only once the directory is
         flush_to_disk(file.parent)
+
+
+def sweep(*folders: Path) -> None:
+    """Delete what killed processes left of files that they were `replacing`.
+
+    For who is alone in these folders: it takes from others what they are writing.
+    """
+    for folder in folders:
+        for leftover in folder.glob(f".*{_PARTIAL}"):
+            leftover.unlink()
 
 
 def flush_to_disk(path: Path) -> None:

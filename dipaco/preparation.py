@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dipaco.checkpoint import ModuleState, tensors_of, write_atomically, write_tensors
+from dipaco.checkpoint import ModuleState, sweep, tensors_of, write_atomically, write_tensors
 from dipaco.config import RunConfig
 from dipaco.corpus import load_documents, split_of
 from dipaco.dense import single_path
@@ -28,7 +28,7 @@ from dipaco.inner import PathTrainer
 from dipaco.llama import read_llama
 from dipaco.model import PathNet, initialize, read_module, write_module
 from dipaco.routing import MAX_FIT_SEQUENCES, HashRouter, Router, fit_centers
-from dipaco.sequences import write_sequences
+from dipaco.sequences import SEQUENCES_DIR, write_sequences
 from dipaco.sharding import shard_corpus
 from dipaco.shards import Rows, Shard, evenly_spread
 from dipaco.start import RUN_FILE, START_FILE, TOKENIZER_FILE, Start
@@ -56,10 +56,12 @@ def prepare_start(
 ) -> Start:
     """Make `directory` hold the start of a run, doing only what is not done yet.
 
-    Interrupted, it leaves a finished start of the configuration before, or none.
+    Interrupted, it leaves a finished start of the configuration before, or none. No other process
+    may be at work there (`dipaco.locking`).
     """
     (directory / "shards").mkdir(parents=True, exist_ok=True)
     (directory / "states").mkdir(exist_ok=True)
+    sweep(directory, directory / "states", directory / SEQUENCES_DIR)
     _Preparation(config, directory, progress, torch.device(device)).run()
     write_atomically(directory / RUN_FILE, config.to_toml().encode())
     write_atomically(directory / START_FILE, _json({"fingerprint": config.fingerprint()}))

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dipaco.checkpoint import write_atomically
+from dipaco.checkpoint import sweep, write_atomically
 from dipaco.config import RunConfig
 from dipaco.discriminative import fit_linear_router
 from dipaco.errors import ConfigError
@@ -108,6 +108,7 @@ def shard_corpus(  # noqa: PLR0913 - what to give to whom, then how it is seen
     sharding = Sharding(config, directory)
     topology = Topology.of(config)
     (directory / "shards").mkdir(parents=True, exist_ok=True)
+    sweep(directory, directory / "shards")
     sharding.listing_file.unlink(missing_ok=True)
     train_rows, valid_rows = start.rows("train"), start.rows("valid")
     num_train, total = len(train_rows), len(train_rows) + len(valid_rows)

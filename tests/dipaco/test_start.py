@@ -135,6 +135,17 @@ def test_an_interrupted_preparation_continues_to_the_same_bytes(start: Start, co
     assert again.router_file.read_bytes() == start.router_file.read_bytes()
 
 
+def test_what_a_killed_preparation_was_writing_is_deleted(start: Start, copied: Path) -> None:
+    folders = [copied, *(copied / name for name in ("sequences", "states", "shards"))]
+    leftovers = [folder / ".file.1.partial" for folder in folders]
+    for leftover in leftovers:
+        leftover.touch()
+    (copied / "shards.stage.json").unlink()
+    prepare_start(start.config, copied)
+    assert not any(leftover.exists() for leftover in leftovers)
+    assert Start.load(copied).shard_tokens == start.shard_tokens
+
+
 def test_a_start_whose_parts_were_replaced_in_part_is_none(start: Start, copied: Path) -> None:
     """Interrupted while it is prepared for another configuration, before any stage or amid them."""
     other = replace(start.config, dense_start=replace(start.config.dense_start, steps=3))
