@@ -35,7 +35,12 @@ Labels = NDArray[np.int32]
 
 
 class TokenRouter(nn.Module):
-    """A network with one output per path at each token. Parameters are uninitialized."""
+    """A network with one output per path at each token. Parameters are uninitialized.
+
+    `round` is the one after which it was trained: the paths may have changed since.
+    """
+
+    round: Tensor
 
     def __init__(self, config: RunConfig, device: torch.device | str = "cpu") -> None:
         super().__init__()
@@ -44,6 +49,7 @@ class TokenRouter(nn.Module):
         self.head = nn.Linear(
             config.model.width, config.topology.num_paths, bias=False, device=device
         )
+        self.register_buffer("round", torch.zeros((), dtype=torch.int64, device=device))
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Logits [B, T, P] of the path to take after each token."""
@@ -94,7 +100,7 @@ class TokenRouter(nn.Module):
         return torch.from_numpy(rows.astype(np.int64)).to(self.head.weight.device)
 
     def to_bytes(self) -> bytes:
-        """All parameters as safetensors."""
+        """All parameters, and the round, as safetensors."""
         return encode_tensors({name: value.cpu() for name, value in self.state_dict().items()})
 
     @classmethod
@@ -102,7 +108,7 @@ class TokenRouter(nn.Module):
         """The inverse of `to_bytes`; BadBytes if it is not a token-level router of this run."""
         router = cls(config)
         layout: Layout = {
-            name: (torch.float32, tuple(value.shape)) for name, value in router.state_dict().items()
+            name: (value.dtype, tuple(value.shape)) for name, value in router.state_dict().items()
         }
         try:
             tensors = decode_tensors(raw, layout)

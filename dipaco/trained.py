@@ -253,6 +253,7 @@ def train_token_router_of(
         num_steps=num_steps,
         on_progress=lambda done, total: progress("token-level router", done, total),
     )
+    router.round.fill_(model.round)
     write_atomically(model.token_router_file, router.to_bytes())
     return router
 

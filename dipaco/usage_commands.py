@@ -79,6 +79,8 @@ def evaluate(  # noqa: PLR0913 - one parameter per option
 
     device = open_device(device_name, threads)
     model = TrainedModel.load(directory, device)
+    if token_router:
+        _say_if_outdated(model)
     rows = sample(model.start, "valid" if split == "valid" else "test", max_sequences)
     results = {}
     with progress_bars(Console(stderr=True)) as progress:
@@ -114,6 +116,16 @@ def evaluate(  # noqa: PLR0913 - one parameter per option
                 f"{len(stopped)} of these {len(numbers)} paths as they did best on validation "
                 f"text; --last takes all after round {model.round}"
             )
+
+
+def _say_if_outdated(model: "TrainedModel") -> None:
+    of_round = int(model.token_router.round)
+    if of_round != model.round:
+        click.echo(
+            f"[the token-level router knows the paths as they were after round {of_round}, not "
+            f"{model.round}; `dipaco train-router {model.start.directory}` makes a new one]",
+            err=True,
+        )
 
 
 def _early_stopped_after(
@@ -221,7 +233,10 @@ def _chooser(
     if path_name is not None:
         number = model.start.topology.path_index(model.path(path_name))
         return lambda tokens: number
-    return model.token_router.next_path if token_router else model.choose
+    if token_router:
+        _say_if_outdated(model)
+        return model.token_router.next_path
+    return model.choose
 
 
 @click.command(cls=Command)

@@ -129,7 +129,21 @@ def test_the_token_level_router_is_trained_once_and_used(trained_dir: Path) -> N
     done = dipaco("evaluate", trained_dir, "--reroute", "16", "--token-router", "--json")
     assert set(json.loads(done.stdout)["perplexity"]) == {"0", "16"}
     arguments = ("generate", trained_dir, "one two", "--token-router", "--reroute", "4")
-    assert "switches]" in dipaco(*arguments, "--max-tokens", "9").stderr
+    told = dipaco(*arguments, "--max-tokens", "9").stderr
+    assert "switches]" in told
+    assert "train-router" not in told
+
+
+def test_a_token_level_router_of_another_round_is_not_taken_in_silence(
+    trained_dir: Path, tmp_path: Path
+) -> None:
+    directory = Path(shutil.copytree(trained_dir, tmp_path / "work"))
+    assert dipaco("train-router", directory, "--steps", "1").exit_code == 0
+    latest = TrainedModel.load(directory).files.directory
+    latest.rename(latest.with_name("round-000007"))
+    for arguments in (("evaluate", directory), ("generate", directory, "one two")):
+        told = dipaco(*arguments, "--token-router", "--reroute", "16").stderr
+        assert "as they were after round 3, not 7; `dipaco train-router" in told
 
 
 def test_export_writes_one_path_and_only_where_nothing_is(
