@@ -70,6 +70,8 @@ def evaluate(  # noqa: PLR0913 - one parameter per option
     DIR is what `dipaco train --dir` filled. The first tokens of a sequence, which choose its
     path, are not counted. Paths are loaded one after another.
     """
+    if token_router and not every:
+        raise click.UsageError("--token-router has no effect without --reroute")
     with heavy_imports():
         from rich.console import Console
 
@@ -196,6 +198,8 @@ def generate(  # noqa: PLR0913 - one parameter per option
     DIR is what `dipaco train --dir` filled. Text goes to stdout as it comes, which paths wrote it
     to stderr.
     """
+    if path_name is not None and (every or token_router):
+        raise click.UsageError("--reroute and --token-router have no effect with --path")
     with heavy_imports():
         from dipaco.generate import generate as tokens_of
         from dipaco.generate import stream_text

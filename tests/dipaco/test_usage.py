@@ -160,6 +160,23 @@ def test_export_writes_one_path_and_only_where_nothing_is(
     assert again.stderr.startswith("error: ")
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("evaluate", "--token-router"),
+        ("generate", "one", "--path", "0.0", "--reroute", "4"),
+        ("generate", "one", "--path", "0.0", "--token-router"),
+    ],
+)
+def test_an_option_without_effect_is_wrong_usage(
+    trained_dir: Path, arguments: tuple[str, ...]
+) -> None:
+    command, *rest = arguments
+    refused = dipaco(command, trained_dir, *rest)
+    assert refused.exit_code == 2
+    assert "no effect with" in refused.stderr
+
+
 def test_wrong_arguments_say_what_to_do(trained_dir: Path, tmp_path: Path) -> None:
     for arguments, message in [
         (("generate", trained_dir, "one", "--path", "7.7"), "no path '7.7'"),
