@@ -343,6 +343,14 @@ class RunConfig:
                 hint="accepted: at least one block of model.num_blocks per level, besides "
                 "topology.path_specific_blocks",
             )
+        corpus = self.corpus
+        held_out = corpus.valid_fraction + corpus.test_fraction + self.routing.router_fraction
+        if held_out >= 1:
+            raise ConfigError(
+                f"corpus.valid_fraction, test_fraction and routing.router_fraction are {held_out:g}"
+                " in all",
+                hint="accepted: less than 1, because paths train on what is left",
+            )
         if 2 * self.routing.prefix_tokens > self.model.sequence_tokens:
             raise ConfigError(
                 f"routing.prefix_tokens is {self.routing.prefix_tokens}",
@@ -360,14 +368,14 @@ class RunConfig:
     def from_file(cls, file: Path) -> "RunConfig":
         """Read a configuration's TOML file; ConfigError as `from_toml`, or if it is no text."""
         try:
-            return cls.from_toml(file.read_text())
+            return cls.from_dict(parse_toml(file.read_text(), str(file)))
         except UnicodeDecodeError as error:
             raise ConfigError(f"{file} is not a text file", hint="save it as UTF-8") from error
 
     @classmethod
     def from_toml(cls, text: str) -> "RunConfig":
         """Read a configuration; ConfigError names the key that is wrong."""
-        return cls.from_dict(parse_toml(text))
+        return cls.from_dict(parse_toml(text, "the configuration"))
 
     @classmethod
     def from_dict(cls, values: object) -> "RunConfig":

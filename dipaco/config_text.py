@@ -20,12 +20,15 @@ if TYPE_CHECKING:
 Table = TypeVar("Table", bound="DataclassInstance")
 
 
-def parse_toml(text: str) -> dict[str, Any]:
-    """The tables of a TOML text; ConfigError if it is none."""
+def parse_toml(text: str, name: str) -> dict[str, Any]:
+    """The tables of a TOML text, which errors call `name`; ConfigError if it is none."""
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"not valid TOML: {error}") from error
+        raise ConfigError(
+            f"{name} is not valid TOML: {error}",
+            hint='look there; a text is in quotes, as in name = "my-run"',
+        ) from error
 
 
 def toml_of(values: Mapping[str, object]) -> str:

@@ -2,6 +2,7 @@
 
 # ruff: noqa: N803, N806 - tensors carry their shape in their name
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -12,6 +13,9 @@ from dipaco.model import KVCache, PathNet
 from dipaco.tokenizer import Tokenizer
 
 MAX_CONTEXT_TOKENS = 65_536  # prompt and continuation: as many as the longest sequence of a run
+
+
+_COLDEST = 1e-6  # below, the likeliest token is as good as certain, and logits would overflow
 
 
 class Generation(Iterator[int]):
@@ -49,8 +53,11 @@ def generate(  # noqa: PLR0913 - the text so far, how paths are chosen, how toke
 
     `choose` maps the tokens so far to the number of a path. It is asked for the prompt and, where
     `reroute_every` is not 0, after every so many new tokens. Temperature 0 takes the likeliest
-    token. ConfigError if the prompt is empty, or too long with what shall follow.
+    token. ConfigError if it is no number from 0 up, or if the prompt is empty, or too long with
+    what shall follow.
     """
+    if not 0 <= temperature < math.inf:
+        raise ConfigError(f"the temperature is {temperature}", hint="accepted: a number from 0 up")
     if not prompt_tokens:
         raise ConfigError("the prompt is empty", hint="begin with at least one word")
     capacity_tokens = len(prompt_tokens) + max_tokens
@@ -103,7 +110,7 @@ def _next_logits(net: PathNet, unseen: Sequence[int], cache: KVCache) -> Tensor:
 
 
 def _pick(logits_V: Tensor, temperature: float, generator: torch.Generator) -> int:
-    if temperature == 0:
+    if temperature < _COLDEST:
         return int(logits_V.argmax())
     probabilities_V = (logits_V / temperature).softmax(0)
     return int(torch.multinomial(probabilities_V, 1, generator=generator))

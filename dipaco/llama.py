@@ -219,7 +219,7 @@ def _end_and_pad(directory: Path, llama: Mapping[str, Any]) -> dict[str, int]:
     special = _special_tokens(_read_json(directory / TOKENIZER_FILE))
     end = llama.get("eos_token_id")
     end = end[0] if isinstance(end, list) and end else end
-    if end not in special:
+    if type(end) is not int or end not in special:
         raise _unfit("eos_token_id", end, "a special token of its tokenizer.json")
     pad = llama.get("pad_token_id")
     fitting = [token for token in special if token != end]

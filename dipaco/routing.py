@@ -225,15 +225,20 @@ def feature_extractor(net: "PathNet") -> FeatureExtractor:
 def fit_centers(features_ND: Tensor, num_centers: Sequence[int], seed: int) -> CenterRouter:
     """k-means in each of `len(num_centers)` groups of principal components of the features.
 
-    ConfigError if there are fewer sequences than centers in a group.
+    ConfigError if there are fewer sequences than centers in a group, or fewer features than groups.
     """
     if len(features_ND) < max(num_centers):
         raise ConfigError(
             f"{len(features_ND)} sequences are too few for {max(num_centers)} centers",
             hint="raise corpus.max_documents, or take fewer paths",
         )
-    mean_D = features_ND.mean(dim=0)
     num_groups = len(num_centers)
+    if features_ND.shape[1] < num_groups:
+        raise ConfigError(
+            f"model.width is {features_ND.shape[1]}, too little to route {num_groups} levels by",
+            hint="raise it, or take fewer topology.levels or another routing.method",
+        )
+    mean_D = features_ND.mean(dim=0)
     rotation_DD = _components(features_ND - mean_D)
     # In turn, so that every group has its share of the large ones.
     rotation_DD = torch.cat([rotation_DD[:, group::num_groups] for group in range(num_groups)], 1)

@@ -160,9 +160,17 @@ def _print_evaluations(model: "TrainedModel", results: "dict[int, dict[int, Eval
     Console().print(table)
 
 
+def _as_text(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise click.BadParameter("not UTF-8", context, parameter) from error
+    return value
+
+
 @click.command(cls=Command)
 @trained_dir
-@click.argument("prompt")
+@click.argument("prompt", callback=_as_text)
 @click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True)
 @click.option(
     "--temperature",
@@ -171,7 +179,7 @@ def _print_evaluations(model: "TrainedModel", results: "dict[int, dict[int, Eval
     show_default=True,
     help="0 takes the likeliest token each time.",
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
 @click.option("--path", "path_name", metavar="PATH", help="Use this path instead of routing.")
 @click.option(
     "--reroute", "every", type=click.IntRange(1), metavar="W", help="Choose anew every W tokens."

@@ -38,7 +38,7 @@ def test_train_prints_perplexities_and_digests(start: Start, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("text", "device", "exit_code", "message"),
     [
-        ("nonsense", "cpu", 1, "error: not valid TOML"),
+        ("nonsense", "cpu", 1, "error: run.toml is not valid TOML"),
         (None, "cpu", 2, "does not exist"),
         ("", "tpu", 1, "error: corpus is missing"),
     ],

@@ -79,8 +79,16 @@ def test_missing_key_and_broken_toml() -> None:
     del values["rounds"]["inner_steps"]
     with pytest.raises(ConfigError, match=r"rounds\.inner_steps is missing"):
         RunConfig.from_dict(values)
-    with pytest.raises(ConfigError, match="not valid TOML"):
+    with pytest.raises(ConfigError, match="not valid TOML") as caught:
         RunConfig.from_toml("name = ")
+    assert caught.value.hint
+
+
+def test_something_is_left_to_train_on() -> None:
+    values = changed("routing", router_fraction=0.2)
+    values["corpus"] |= {"valid_fraction": 0.4, "test_fraction": 0.4}
+    with pytest.raises(ConfigError, match="are 1 in all"):
+        RunConfig.from_dict(values)
 
 
 @given(json_values)

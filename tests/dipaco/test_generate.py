@@ -57,6 +57,13 @@ def test_greedy_text_is_that_of_whole_forward_passes(nets: list[PathNet]) -> Non
     assert plain.paths == [0]
 
 
+def test_the_coldest_text_is_the_greedy_one(nets: list[PathNet]) -> None:
+    assert list(generation(nets, temperature=1e-42)) == list(generation(nets))
+    for temperature in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match="the temperature is"):
+            generation(nets, temperature=temperature)
+
+
 def test_the_path_is_chosen_anew_and_the_cache_computed_only_for_another(
     nets: list[PathNet],
 ) -> None:

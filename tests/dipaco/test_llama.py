@@ -199,6 +199,13 @@ def test_a_checkpoint_that_no_path_can_be_is_refused_by_name(
         assert caught.value.hint
 
 
+@pytest.mark.parametrize("end", [None, [], [[0]], 7])
+def test_a_checkpoint_whose_texts_do_not_end_is_refused(exported: Path, end: object) -> None:
+    rewrite(exported / "config.json", lambda config: config.update(eos_token_id=end))
+    with pytest.raises(ConfigError, match="eos_token_id"):
+        model_section(exported)
+
+
 def test_older_scaled_positions_are_refused(exported: Path) -> None:
     def scale(config: dict[str, Any]) -> None:
         del config["rope_parameters"]

@@ -53,9 +53,11 @@ def test_k_means_finds_what_is_apart() -> None:
     assert len(pairs(kinds, best(router, features_ND))) == 3
 
 
-def test_fewer_sequences_than_centers_are_refused_with_a_hint() -> None:
+def test_fewer_sequences_or_features_than_needed_are_refused_with_a_hint() -> None:
     with pytest.raises(ConfigError, match="3 sequences are too few for 4 centers"):
         fit_centers(blobs(3, num_rows=3)[0], [4], seed=0)
+    with pytest.raises(ConfigError, match="too little to route 9 levels"):
+        fit_centers(torch.rand(10, 8), [1] * 9, seed=0)
 
 
 def test_product_k_means_chooses_the_expert_of_each_level_on_its_own() -> None:

@@ -177,6 +177,23 @@ def test_an_option_without_effect_is_wrong_usage(
     assert "no effect with" in refused.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("a\udcff",), "PROMPT': not UTF-8"),
+        (("one", "--seed", str(2**64)), "--seed"),
+        (("one", "--temperature", "nan"), "the temperature is nan"),
+    ],
+)
+def test_what_no_text_can_be_made_of_is_refused(
+    trained_dir: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    refused = dipaco("generate", trained_dir, *arguments)
+    assert refused.exit_code in (1, 2)
+    assert message in refused.stderr
+    assert not refused.stdout
+
+
 def test_wrong_arguments_say_what_to_do(trained_dir: Path, tmp_path: Path) -> None:
     for arguments, message in [
         (("generate", trained_dir, "one", "--path", "7.7"), "no path '7.7'"),
