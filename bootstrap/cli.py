@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from dipaco.command_line import CONTEXT_SETTINGS, CommandLine
-from dipaco.imports import heavy_imports
+from dipaco.imports import heavy_imports, import_for_training
 from peer.cli import status
 from peer.command_options import network_options
 
@@ -56,6 +56,8 @@ def prepare(
         from dipaco.device import find_device
         from dipaco.locking import working_in
         from dipaco.progress import StageBars, progress_bars
+
+        import_for_training()
 
     if threads is not None:
         torch.set_num_threads(threads)

@@ -12,6 +12,12 @@ from types import ModuleType
 INTERRUPTED = 130  # the exit code that shells report for Ctrl-C
 
 
+def import_for_training() -> None:
+    """What torch and the routers import at their first use, when Ctrl-C would be an exception."""
+    for name in ("torch._dynamo", "sklearn.cluster"):
+        importlib.import_module(name)
+
+
 @contextmanager
 def heavy_imports() -> Iterator[None]:
     """Import in the body what a long-running program stands on, and stays for as long as it runs.

@@ -15,7 +15,7 @@ from dipaco.command_options import (
     trained_dir,
 )
 from dipaco.config import RunConfig
-from dipaco.imports import heavy_imports
+from dipaco.imports import heavy_imports, import_for_training
 
 if TYPE_CHECKING:
     import torch
@@ -93,6 +93,8 @@ def train(  # noqa: PLR0913 - one parameter per option
         from dipaco.preparation import check_sources, prepare_start
         from dipaco.progress import StageBars, progress_bars
         from dipaco.reference import Options
+
+        import_for_training()
 
     device = open_device(device_name, threads)
     if compiled:
@@ -230,6 +232,8 @@ def train_router(
 
         from dipaco.progress import StageBars, progress_bars
         from dipaco.trained import TrainedModel, train_token_router_of
+
+        import_for_training()
 
     device = open_device(device_name, threads)
     model = TrainedModel.load(directory, device)

@@ -79,6 +79,20 @@ def test_ctrl_c_while_torch_loads_is_no_error(module: str, name: str) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
+@pytest.mark.parametrize(
+    ("module", "name", "package"),
+    [
+        ("dipaco.cli", "train", "sklearn"),
+        ("dipaco.cli", "train-router", "torch._dynamo"),
+        ("bootstrap.cli", "prepare", "torch._dynamo"),
+    ],
+)
+def test_ctrl_c_while_what_trains_loads_is_no_error(module: str, name: str, package: str) -> None:
+    """Which torch, for one, would import at the first optimizer, amid a training."""
+    done = interrupt(module, [name, *COMMANDS[module, name]], packages={package})
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 def test_ctrl_c_while_hivemind_loads_is_no_error(tmp_path: Path) -> None:
     arguments = ["join", ADDRESS, "--quiet", "--state-dir", str(tmp_path)]
     done = interrupt("peer.cli", arguments, packages={"hivemind"})
