@@ -48,8 +48,8 @@ States = dict[ModuleID, ModuleState]
 class ReferenceResult:
     """The last version of every module, its digest, and evaluations before and after.
 
-    `sharding` is the one of the last round, on whose validation rows `at_end` is: of every path, by
-    the last versions, whether or not it had its turn in that round.
+    `sharding` is the one of the last round, on whose validation rows both are: of every path, by
+    the first or the last versions, whether or not it had its turn in that round.
     """
 
     states: States
@@ -137,7 +137,9 @@ def train(  # noqa: PLR0913 - what to train, then what to do meanwhile
         on_round(report)
 
     sharding = training.sharding(max(0, num_rounds - 1), states)
-    at_end = dict(reports[-1].evaluations)
+    at_start, at_end = reports[0].evaluations, dict(reports[-1].evaluations)
+    if sharding != start.sharding:  # what was scored then were the rows of another shard
+        at_start = training.score_start(sharding)
     if reports[-1].round:  # who had no turn in the last round was scored by older modules
         for path in start.topology.paths:
             if path not in reports[-1].losses:
@@ -146,7 +148,7 @@ def train(  # noqa: PLR0913 - what to train, then what to do meanwhile
         states=states,
         digests={module: state_digest(state) for module, state in states.items()},
         sharding=sharding,
-        at_start=reports[0].evaluations,
+        at_start=at_start,
         at_end=at_end,
     )
 
@@ -301,6 +303,13 @@ class _Training:
         """A path with the modules as they are."""
         trainer = self._trainer(path, sharding.shard(path), states)
         return trainer.evaluate(self._config.rounds.eval_sequences)
+
+    def score_start(self, sharding: Sharding) -> Evaluations:
+        """Every path as it was before any training; the modules of a level were alike then."""
+        levels = self._start.topology.levels
+        alike = [self._start.module_state(ModuleID(level.index, 0)) for level in levels]
+        states = {module: alike[module.level] for module in self._start.topology.modules}
+        return {path: self.score(path, sharding, states) for path in self._start.topology.paths}
 
     def evaluate(
         self, path: PathID, sharding: Sharding, states: States, files: RoundFiles

@@ -194,7 +194,10 @@ def _print_tables(start: "Start", result: "ReferenceResult", dense: "Evaluations
     scored, shard_tokens = columns.values(), result.sharding.shard_tokens
     table = Table("path", "shard tokens", *columns, title="validation perplexity")
     for path in start.topology.paths:
-        cells = [f"{evaluations[path].perplexity:.2f}" for evaluations in scored]
+        cells = [
+            f"{evaluations[path].perplexity:.2f}" if evaluations[path].num_tokens else "-"
+            for evaluations in scored
+        ]
         table.add_row(str(path), f"{shard_tokens[path]:,}", *cells)
     table.add_section()
     cells = [f"{total(evaluations).perplexity:.2f}" for evaluations in scored]

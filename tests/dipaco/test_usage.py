@@ -14,10 +14,13 @@ from bootstrap.prepare import START_DIR
 from dipaco.cli import main
 from dipaco.config import RunConfig
 from dipaco.early_stopping import keep_if_best
-from dipaco.evaluate import Evaluation
+from dipaco.evaluate import NOTHING, Evaluation
 from dipaco.preparation import check_sources
+from dipaco.reference import ReferenceResult
+from dipaco.start import Start
 from dipaco.topology import PathID
 from dipaco.trained import TrainedModel
+from dipaco.training_commands import _print_tables
 
 
 def dipaco(*arguments: str | Path) -> Result:
@@ -36,6 +39,20 @@ def trained_dir(tiny: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Pa
     done = dipaco("train", directory / "run.toml", "--dir", directory / "work", "--early-stopping")
     assert done.exit_code == 0, done.output
     return directory / "work"
+
+
+def test_a_path_without_validation_text_has_no_perplexity(
+    start: Start, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scored = dict.fromkeys(start.topology.paths, Evaluation(nll_sum=1.0, num_tokens=1))
+    scored[start.topology.paths[1]] = NOTHING
+    result = ReferenceResult(
+        states={}, digests={}, sharding=start.sharding, at_start=scored, at_end=scored
+    )
+    _print_tables(start, result, None)
+    told = capsys.readouterr().out
+    assert "inf" not in told
+    assert told.count("2.72") == 2 * len(scored), "of three paths, and of the whole"
 
 
 def test_evaluate_scores_the_whole_each_path_and_rerouted(trained_dir: Path) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dipaco.batches import Batches
 from dipaco.config import InnerConfig, RoutingConfig, RunConfig, TopologyConfig
-from dipaco.dense import dense_trainer
+from dipaco.dense import dense_trainer, evaluate_dense
 from dipaco.errors import BadBytes, ConfigError
 from dipaco.evaluate import Evaluation, total
 from dipaco.inner import PathTrainer
@@ -101,6 +101,17 @@ def test_a_phase_shards_anew_by_what_the_paths_predict_best(
         # Each sequence lies in the shards of its two best paths; validation in one only.
         assert sum(len(shard.train) for shard in shards) >= 2 * num_rows
         assert sum(len(shard.valid) for shard in shards) == len(phased.rows("valid"))
+
+
+def test_the_start_is_scored_on_the_rows_that_the_end_is_scored_on(
+    phased: Start, trained: TrainedModel
+) -> None:
+    result = train(phased, trained.files.directory.parent, num_rounds=3)
+    assert result.sharding != phased.sharding
+    start = evaluate_dense(result.sharding, dense_trainer(phased, num_steps=0))
+    for path in phased.topology.paths:
+        assert result.at_start[path].num_tokens == result.at_end[path].num_tokens
+        assert result.at_start[path].nll_sum == pytest.approx(start[path].nll_sum, rel=1e-5)
 
 
 def test_router_data_is_trained_on_by_nobody(phased: Start) -> None:
