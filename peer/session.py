@@ -5,21 +5,20 @@ socket file stays behind.
 """
 
 import asyncio
-import errno
-import fcntl
 import resource
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from dht.addresses import is_loopback, peer_of
 from dht.daemon import Daemon, DaemonConfig
-from dht.errors import LocalFault, PeerFault, RunMismatch, Unreachable
+from dht.errors import PeerFault, RunMismatch, Unreachable
 from dht.identity import Identity
 from dipaco.imports import heavy_imports
+from dipaco.locking import working_in
 from peer.address_book import AddressBook
 from peer.blobs import BlobClient
 from peer.config import PeerConfig
@@ -48,7 +47,8 @@ ADDRESS_BOOK_FILE = "peers.json"
 PORT_FILE = "port"
 MANIFEST_TIMEOUT_SECONDS = 60.0
 WANTED_OPEN_FILES = 16384  # one per stream and blob; many systems give 1024 unless asked
-_ANOTHER_DIR = "`dipaco-peer` takes another one with `--state-dir DIR`"  # an operator has but one
+# One directory is one identity. An operator has but one, that of the run.
+_ANOTHER_DIR = "as a volunteer, take another one with `--state-dir DIR`"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,7 +82,7 @@ async def open_network(
 
     raise_open_files()
     async with AsyncExitStack() as stack:
-        stack.enter_context(_lock(config.state_dir))
+        stack.enter_context(working_in(config.state_dir, otherwise=_ANOTHER_DIR))
         identity_file = config.state_dir / "identity"
         identity = Identity.load_or_create(identity_file)
         is_local = all(is_loopback(maddr) for maddr in config.host_maddrs)
@@ -301,29 +301,3 @@ async def open_node(
             yield node, providers, network, book
         finally:
             node.events.close()
-
-
-def _lock(state_dir: Path) -> IO[bytes]:
-    """Hold the state directory for this process; the kernel lets go when it ends."""
-    try:
-        state_dir.mkdir(parents=True, exist_ok=True)
-        file = (state_dir / "lock").open("wb")
-    except OSError as error:
-        raise LocalFault(
-            f"cannot use the state directory `{state_dir}`: {error.strerror}",
-            hint=f"it must be yours to write; {_ANOTHER_DIR}",
-        ) from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
-            raise LocalFault(
-                f"cannot lock the state directory `{state_dir}`: {error.strerror}",
-                hint=f"it must lie on a disk of this machine; {_ANOTHER_DIR}",
-            ) from error
-        raise LocalFault(
-            f"another peer is running with the state directory `{state_dir}`",
-            hint=f"one directory is one identity, which is at work already; {_ANOTHER_DIR}",
-        ) from error
-    return file

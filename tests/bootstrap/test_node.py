@@ -1,7 +1,6 @@
 """When a run counts as served, and what its operator is told to hand out."""
 
 import asyncio
-import fcntl
 import shutil
 import socket
 from collections.abc import Iterator
@@ -15,6 +14,8 @@ from bootstrap.prepare import MANIFEST_FILE, START_DIR
 from dht.addresses import outside
 from dht.errors import LocalFault
 from dht.identity import Identity
+from dipaco.errors import ConfigError
+from dipaco.locking import working_in
 from dipaco.start import Start
 from peer.config import PeerConfig
 from peer.display import Display
@@ -64,14 +65,6 @@ def listening() -> Iterator[int]:
         yield server.getsockname()[1]
 
 
-@contextmanager
-def serving(directory: Path) -> Iterator[None]:
-    """Another process that serves the run, and has not signed it yet."""
-    with (directory / "lock").open("wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def test_a_run_that_could_not_be_served_is_not_signed(start: Start, tmp_path: Path) -> None:
     """It would have a slot 0 that nobody was told of, or two manifests at once."""
     shutil.copytree(start.directory, tmp_path / START_DIR)
@@ -79,11 +72,11 @@ def test_a_run_that_could_not_be_served_is_not_signed(start: Start, tmp_path: Pa
     def fail(port: int, why: str) -> None:
         maddr = f"/ip4/127.0.0.1/tcp/{port}"
         config = PeerConfig(state_dir=tmp_path, host_maddrs=(maddr,))
-        with pytest.raises(LocalFault, match=why):
+        with pytest.raises((LocalFault, ConfigError), match=why):
             asyncio.run(serve(config, Display(quiet=True), start_in=5.0))
         assert not (tmp_path / MANIFEST_FILE).exists()
 
     with listening() as port:
         fail(port, "another program listens")
-    with serving(tmp_path):
-        fail(0, "another peer is running")
+    with working_in(tmp_path):
+        fail(0, "another process is at work")

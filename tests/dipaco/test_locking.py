@@ -25,7 +25,9 @@ def test_what_trains_or_is_prepared_in_a_directory_is_alone_there(
         ):
             refused = CliRunner().invoke(program, [str(argument) for argument in arguments])
             assert refused.exit_code == 1
-            assert refused.stderr.startswith(f"error: another process is at work in {directory}\n")
+            assert refused.stderr.startswith(
+                f"error: another process is at work in `{directory}`\n"
+            )
             assert "hint: wait until it has ended" in refused.stderr
         assert sorted(directory.iterdir()) == before
     with working_in(directory):

@@ -1,6 +1,6 @@
 """What a person meets at the command line: instant help, one-line errors with a hint."""
 
-import errno
+import asyncio
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +16,12 @@ from bootstrap.prepare import IDENTITY_FILE, MANIFEST_FILE
 from dht.errors import LocalFault
 from dipaco.cli import main as dipaco
 from dipaco.errors import ConfigError
+from dipaco.locking import working_in
 from peer.cli import main as peer
 from peer.config import PeerConfig
 from peer.devices import choose_device
 from peer.limits import check_free_disk
+from peer.session import open_network
 from tests.little_run import identity, little_config, make_run
 
 PEER_ID = identity(7).peer_id
@@ -241,25 +243,15 @@ def test_a_disk_that_is_too_small_is_found_before_joining(
 
 
 def test_two_peers_do_not_share_a_state_directory(tmp_path: Path) -> None:
-    from peer.session import _lock
+    async def second() -> None:
+        async with open_network(PeerConfig(state_dir=tmp_path)):
+            pytest.fail("both are running")
 
-    with _lock(tmp_path), pytest.raises(LocalFault, match="another peer is running") as caught:
-        _lock(tmp_path)
-    assert "at work already" in caught.value.hint
-    assert "`dipaco-peer` takes another one with `--state-dir" in caught.value.hint
-
-
-def test_a_directory_that_cannot_be_locked_is_not_taken_for_a_running_peer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from peer.session import _lock
-
-    def no_locks(*_: object) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr("fcntl.flock", no_locks)
-    with pytest.raises(LocalFault, match=r"cannot lock .*: No locks available") as caught:
-        _lock(tmp_path)
+    with (
+        working_in(tmp_path),
+        pytest.raises(ConfigError, match="another process is at work in") as caught,
+    ):
+        asyncio.run(second())
     assert "--state-dir" in caught.value.hint
 
 
