@@ -219,15 +219,12 @@ def witnesses(replies: Sequence[DialBackReply]) -> list[DialBackReply]:
 
 
 def verdict(replies: Sequence[DialBackReply]) -> bool | None:
-    """Whether more than half of the witnesses could dial us; None if there are none.
+    """Whether others can dial us at a place of `reached`; None if there are no witnesses.
 
     Any of them may lie, either way. In doubt we cannot be dialled: who wrongly looks for a relay
     still dials everyone, who wrongly looks for none is out of reach of those in the same situation.
     """
-    counted = witnesses(replies)
-    if not counted:
-        return None
-    return 2 * sum(bool(reply.reached) for reply in counted) > len(counted)
+    return bool(reached(replies)) if witnesses(replies) else None
 
 
 def reached(replies: Sequence[DialBackReply]) -> list[str]:

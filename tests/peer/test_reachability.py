@@ -40,6 +40,8 @@ def test_the_majority_of_those_who_tried_decides() -> None:
     assert verdict([yes, could_not_try]) is True
     assert verdict([yes, yes, no]) is True
     assert verdict([yes, no]) is False, "through a relay one is reached in any case"
+    elsewhere = reply(seen="/ip4/203.0.113.9", reached=(1,))
+    assert verdict([yes, elsewhere]) is False, "there is no place to announce"
 
 
 def test_who_dials_from_the_same_network_proves_nothing_about_those_outside() -> None:
