@@ -104,7 +104,7 @@ class Operator:
         node = self._node
         if self._gathering is None or self._gathering.manifest is not manifest:
             self._gathering = await Gathering.begin(node, manifest)
-            self._due_slot, self._complete_slot = node.slot, None
+            self._due_slot, self._complete_slot, self._missing = node.slot, None, ()
         await self._gathering.look()
         missing = self._gathering.missing
         if missing:
