@@ -27,7 +27,8 @@ class Scoring:
         self._presence = presence
         self._phase = -1  # that the rest is of
         self._rows: Rows | None = None
-        self._parts: dict[PathID, list[Tensor]] = {}  # of paths that were not scored to the end
+        self._parts: dict[PathID, list[Tensor]] = {}  # of paths whose scores are not on offer yet
+        self._refused_slot = -1  # in which the disk did not take some
 
     async def step(self, work: PathWork, *, seconds: float, max_batches: int) -> bool:
         """Score some more rows, if the path's scores are due; False if they are not."""
@@ -44,20 +45,26 @@ class Scoring:
         if self._rows is None:
             return False
         parts = self._parts.setdefault(path, [])
-        num_done = sum(map(len, parts))
-        rest = self._rows[num_done:]
-        parts.append(
-            await node.offload(lambda: work.score(rest, seconds=seconds, max_batches=max_batches))
-        )
-        if len(parts[-1]) == len(rest):
-            scores = encode_scores(torch.cat(self._parts.pop(path)))
-            try:
-                blob = node.store.add(scores)
-            except (LocalFault, OSError) as error:  # a full disk: all is scored once more
-                node.events.write("error", where="scores", why=str(error))
+        rest = self._rows[sum(map(len, parts)) :]
+        if len(rest):
+            parts.append(
+                await node.offload(
+                    lambda: work.score(rest, seconds=seconds, max_batches=max_batches)
+                )
+            )
+            if len(parts[-1]) < len(rest):
                 return True
-            await self._presence.offer_scores(path, phase=manifest.num_phases, blob=blob)
-            node.events.write("scored", path=str(path), phase=manifest.num_phases, blob=blob)
+        elif node.slot == self._refused_slot:
+            return False
+        try:
+            blob = node.store.add(encode_scores(torch.cat(parts)))
+        except (LocalFault, OSError) as error:  # a full disk: tried again in the next slot
+            self._refused_slot = node.slot
+            node.events.write("error", where="scores", why=str(error))
+            return False
+        del self._parts[path]
+        await self._presence.offer_scores(path, phase=manifest.num_phases, blob=blob)
+        node.events.write("scored", path=str(path), phase=manifest.num_phases, blob=blob)
         return True
 
     async def _begin(self, phase: int) -> None:
