@@ -158,17 +158,17 @@ class PathWork:
             self.trainer.take_over(moments)
         steps = 0
         loss: Tensor | None = None
+        finished = {m: base for m, base in self._bases.items() if self._is_finished(base.version)}
         while steps < max_steps and (steps == 0 or time.monotonic() - start < seconds):
             step = min(first_step + steps, inner_steps)
             loss = self.trainer.train_step(self.round * inner_steps + step)
+            for module, base in finished.items():
+                self.trainer.write_module(module, base.parameters)
             steps += 1
         if loss is not None:
             self.last_loss = float(loss)  # waits for the device, so that the time below is honest
         for module, base in self._bases.items():
-            if self._is_finished(base.version):
-                base.tokens = 0
-                self.trainer.write_module(module, base.parameters)
-            else:
+            if module not in finished:
                 base.tokens += steps * self.trainer.tokens_per_step
         if not math.isfinite(self.last_loss or 0.0) and not self.trainer.config.rounds.blocking:
             self._start_over()

@@ -70,7 +70,8 @@ class Training:
         # Who takes turns may have moved on before the next version of a path.
         self._evaluated_round = max(0, work.round - 1)
         self._committing: asyncio.Task[object] | None = None  # to the last outer gradients
-        self._evaluating: asyncio.Task[object] | None = None  # the last round
+        self._evaluating: asyncio.Task[object] | None = None  # the latest round
+        self._saving: asyncio.Task[object] | None = None  # what the next start needs
         self._is_saved = True
         self._is_diverged = False  # in the last burst
 
@@ -127,9 +128,8 @@ class Training:
         footing = await source.footing_now(self.path, self._footing)
         if footing is self._footing:
             return
-        if not await self.pause():
-            return  # after the next slot: the optimizer's state goes along by way of the disk
         self._footing = footing
+        await self.pause()
         await source.stand_on(self.work, footing)
         node.events.write(
             "manifest in force",
@@ -139,15 +139,11 @@ class Training:
             shard=footing.shard_digest,
         )
 
-    async def pause(self) -> bool:
-        """Let everything beside come to its end, and keep what the next start needs.
-
-        False if the disk does not take it.
-        """
+    async def pause(self) -> None:
+        """Let everything beside come to its end, and keep what the next start needs."""
         self._rebaser.cancel()
         await self._beside.finish()
         self._is_saved = await self._keep(self.work.save, "optimizer")
-        return self._is_saved
 
     async def end(self) -> None:
         """Like `pause`, and for good: the device is free for another path."""
@@ -281,9 +277,9 @@ class Training:
 
     def _save(self) -> None:
         """Once a slot, when what others wait for is done, keep what the next start needs."""
-        if not self._is_saved and not self._beside:
+        if not self._is_saved and _is_over(self._committing) and _is_over(self._saving):
             self._is_saved = True
-            self._beside.do(self._keep(self.work.save, "optimizer"))
+            self._saving = self._beside.do(self._keep(self.work.save, "optimizer"))
 
     async def _keep(self, write: Callable[[], object], what: str) -> bool:
         """Write what only a later start needs; False, and no more, if the disk does not take it.
@@ -326,17 +322,18 @@ class Training:
             await sleep_unless(self._stop, max(0.0, left))
 
     async def _apply_versions(self, *, wait: bool = False) -> None:
-        """Put every new version under the path; after a whole new round, evaluate and announce.
-
-        Where evaluating takes longer than a round, some are passed over.
-        """
+        """Put every new version under the path; after a whole new round, evaluate and announce."""
         await self._rebaser.apply(wait=wait or self._config.rounds.blocking)
-        is_free = self._evaluating is None or self._evaluating.done()
-        if self.work.round > self._evaluated_round and is_free:
-            self._evaluated_round = self.work.round
-            self._evaluating = self._beside.do(self._evaluate(self.work.round))
+        if self.work.round > self._evaluated_round and _is_over(self._evaluating):
+            self._evaluating = self._beside.do(self._evaluate())
 
-    async def _evaluate(self, round_number: int) -> None:
+    async def _evaluate(self) -> None:
+        """Evaluate the latest round; where that takes longer than a round, some are passed over."""
+        while (round_number := self.work.round) > self._evaluated_round:
+            self._evaluated_round = round_number
+            await self._evaluate_round(round_number)
+
+    async def _evaluate_round(self, round_number: int) -> None:
         node, work, tally, presence = self._node, self.work, self._tally, self._keeper.presence
         evaluation, keep_if_best = await node.offload(work.evaluate)
         await self._keep(keep_if_best, "path at its best")
@@ -373,6 +370,10 @@ class Training:
             any(self._node.peer_id in share.peers for share in shares(certificate))
             for certificate in self._node.log.held[self._rarest_module()].chain
         )
+
+
+def _is_over(task: asyncio.Task[object] | None) -> bool:
+    return task is None or task.done()
 
 
 def is_set_back(slot: int, current: int) -> bool:

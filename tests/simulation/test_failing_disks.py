@@ -125,15 +125,12 @@ def test_training_goes_on_while_nothing_can_be_kept_for_the_next_start(
             assert kept() == before
             assert what_failed(peer) == {"optimizer", "path at its best"}
             assert peer.seen("round")[-1]["round"] >= 5, "it is evaluated all the same"
-            assert not peer.seen("manifest in force"), "the optimizer could not go along"
+            assert peer.seen("manifest in force"), "with the optimizer that was kept last"
             disk.is_full = False
             await place.until(
                 lambda: best.exists() and kept() != {**before, best.name: best.read_bytes()},
                 within=3 * ROUND,
                 what="all is kept",
-            )
-            await place.until(
-                lambda: bool(peer.seen("manifest in force")), within=3 * ROUND, what="new manifest"
             )
 
     run_virtual(scenario())
@@ -167,30 +164,36 @@ def test_who_takes_turns_stays_or_moves_on_as_far_as_the_disk_allows(
     run_virtual(scenario())
 
 
-def test_scores_that_the_disk_does_not_take_are_made_once_more(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("blocking", [True, False])
+def test_scores_that_the_disk_does_not_take_are_offered_once_it_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blocking: bool
 ) -> None:
+    """It is tried once a slot, and training goes on."""
     routing = RoutingConfig(
         method="discriminative", prefix_tokens=4, router_fraction=0.1, phases=(1,)
     )
 
     async def scenario() -> None:
-        async with lab(tmp_path, replace(CONFIG, routing=routing)) as place:
+        rounds = replace(CONFIG.rounds, blocking=blocking)
+        async with lab(tmp_path, replace(CONFIG, routing=routing, rounds=rounds)) as place:
             await place.bootstrap()
             peer = await place.join("peer")
             add = BlobStore.add
 
             def limited(store: BlobStore, data: bytes) -> str:
-                if data in scores and not what_failed(peer):
+                if data in scores and len(refused) < 3:
+                    refused.append(peer.keeper.node.slot)
                     raise full_disk()
                 return add(store, data)
 
             monkeypatch.setattr(BlobStore, "add", limited)
             await place.until(lambda: bool(peer.seen("scored")), within=9 * ROUND, what="scores")
             assert what_failed(peer) == {"scores"}
-            assert len(scores) == 2
+            assert refused == list(range(refused[0], refused[0] + 3))
+            assert {entry["slot"] for entry in peer.seen("training")} > set(refused)
 
     scores: list[bytes] = []
+    refused: list[int] = []
 
     def noted(values: Tensor) -> bytes:
         scores.append(encode_scores(values))

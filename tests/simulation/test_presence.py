@@ -96,7 +96,7 @@ def test_an_evaluation_that_ends_during_a_move_is_not_announced_for_the_next_pat
             training = volunteer.training
             other = PathID((1 - training.path.experts[0], training.path.experts[1]))
             await presence.change_path(other)  # a move begins so, and takes long
-            await training._evaluate(training.work.round)
+            await training._evaluate_round(training.work.round)
             await presence.announce()
             now = await announced(peer, other)
             assert now.commits, "what the evaluation has found out of the peer is said"

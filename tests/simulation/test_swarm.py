@@ -443,6 +443,42 @@ def test_who_encodes_for_longer_than_a_slot_encodes_one_outer_gradient_at_a_time
     run_virtual(scenario())
 
 
+def test_where_evaluating_takes_longer_than_a_round_the_last_one_is_evaluated_and_all_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offload, evaluating, saved = Device.offload, [0], []
+
+    async def slow(device: Device, function: Callable[[], object]) -> object:
+        if getattr(function, "__func__", None) is PathWork.save:
+            saved.append(asyncio.get_running_loop().time())
+        if getattr(function, "__func__", None) is not PathWork.evaluate:
+            return await offload(device, function)
+        result = await offload(device, function)
+        evaluating.append(evaluating[-1] + 1)
+        await asyncio.sleep(1.25 * ROUND)
+        evaluating.append(evaluating[-1] - 1)
+        return result
+
+    monkeypatch.setattr(Device, "offload", slow)
+
+    async def scenario() -> None:
+        config = replace(
+            little_config(num_rounds=8, blocking=False), topology=TopologyConfig(levels=(1,))
+        )
+        async with lab(tmp_path, config) as place:
+            await place.bootstrap()
+            peer = await place.join("peer")
+            await place.until(lambda: bool(peer.seen("finished")), within=20 * ROUND, what="an end")
+            rounds = [entry["round"] for entry in peer.seen("round")]
+            assert rounds[-1] == 8
+            assert rounds == sorted(set(rounds))
+            assert len(rounds) < 8, "the fault: every round was evaluated in time"
+            assert max(evaluating) == 1
+            assert len(saved) >= 7, "once a slot"
+
+    run_virtual(scenario())
+
+
 @pytest.mark.parametrize("num_peers", [8, 16, 20])
 def test_a_large_group_agrees_and_goes_on_when_a_member_dies(
     tmp_path: Path, num_peers: int
