@@ -42,6 +42,7 @@ Progress = Callable[[str, int, int], None]
 
 DENSE_FILE = "dense.safetensors"
 SOURCES_FILE = "sources.json"
+_STAGE = ".stage.json"
 # Enough for every core, and while it is encoded, some 20 bytes of memory for each.
 _BATCH_CHARACTERS = 2**21
 _TOKENIZER_CHARACTERS = 100_000_000  # more text hardly changes a vocabulary
@@ -71,14 +72,14 @@ def prepare_start(
 def check_sources(config: RunConfig, directory: Path) -> None:
     """ConfigError if a local file was changed since `directory` was first prepared from it.
 
-    It is not prepared anew: that would take tokenizer and shards from trainings that have begun.
-    A file that is gone was not changed: what was prepared is then the only copy.
+    Once a stage is done it is not prepared anew: that would take tokenizer and shards from
+    trainings that have begun. A file that is gone was not changed: what was prepared is then the
+    only copy.
     """
     record_file = directory / SOURCES_FILE
-    try:
+    known = {}
+    if record_file.exists() and any(directory.glob(f"*{_STAGE}")):
         known = json.loads(record_file.read_text())
-    except FileNotFoundError:
-        known = {}
     for file in _source_files(config):
         as_is = [file.stat().st_size, file.stat().st_mtime_ns]
         *as_it_was, digest_before = known.get(str(file), [None])
@@ -175,7 +176,7 @@ class _Preparation:
         """Do `work`, which returns the files it wrote, unless it is done; return its key."""
         plain = [asdict(value) if hasattr(value, "__slots__") else value for value in inputs]
         key = hashlib.sha256(_json([name, before, plain])).hexdigest()
-        record_file = self._directory / f"{name.replace(' ', '-')}.stage.json"
+        record_file = self._directory / f"{name.replace(' ', '-')}{_STAGE}"
         if self._is_done(record_file, key):
             self._progress(name, 1, 1)
             return key

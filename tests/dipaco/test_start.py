@@ -186,6 +186,9 @@ def test_a_changed_corpus_or_checkpoint_is_refused_and_one_that_is_gone_is_not(
     )
     directory = tmp_path / "start"
     check_sources(config, directory)
+    files[0].write_text("as long as nothing was prepared")
+    check_sources(config, directory)
+    (directory / "tokenizer.stage.json").touch()
     for file in files:
         raw = file.read_bytes()
         file.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))

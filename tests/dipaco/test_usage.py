@@ -233,6 +233,7 @@ def test_a_corpus_that_was_changed_is_not_trained_on_as_it_was(
     for directory in (tmp_path / "work", tmp_path / "run" / START_DIR):
         text.write_text("one two three")
         check_sources(config, directory)
+        (directory / "tokenizer.stage.json").touch()
         text.write_text("one two three four")
     for program, arguments in (
         (main, ["train", str(file), "--dir", str(tmp_path / "work")]),
