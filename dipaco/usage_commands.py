@@ -1,6 +1,7 @@
 """`dipaco evaluate`, `generate` and `export`: a trained model in use, path by path."""
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -103,10 +104,10 @@ def evaluate(  # noqa: PLR0913 - one parameter per option
         figures = {
             "round": model.round,
             "early_stopped": {str(topology.path_at(n)): round_ for n, round_ in stopped.items()},
-            "perplexity": {str(n): total(result).perplexity for n, result in results.items()},
+            "perplexity": {str(n): _as_json(total(result)) for n, result in results.items()},
             "tokens": total(results[0]).num_tokens,
             "paths": {
-                str(topology.path_at(number)): evaluation.perplexity
+                str(topology.path_at(number)): _as_json(evaluation)
                 for number, evaluation in results[0].items()
             },
         }
@@ -118,6 +119,11 @@ def evaluate(  # noqa: PLR0913 - one parameter per option
                 f"{len(stopped)} of these {len(numbers)} paths as they did best on validation "
                 f"text; --last takes all after round {model.round}"
             )
+
+
+def _as_json(evaluation: "Evaluation") -> float | None:
+    """JSON knows no infinite numbers."""
+    return evaluation.perplexity if math.isfinite(evaluation.perplexity) else None
 
 
 def _say_if_outdated(model: "TrainedModel") -> None:

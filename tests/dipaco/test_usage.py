@@ -21,6 +21,7 @@ from dipaco.start import Start
 from dipaco.topology import PathID
 from dipaco.trained import TrainedModel
 from dipaco.training_commands import _print_tables
+from dipaco.usage_commands import _as_json
 
 
 def dipaco(*arguments: str | Path) -> Result:
@@ -242,3 +243,7 @@ def test_a_corpus_that_was_changed_is_not_trained_on_as_it_was(
         refused = CliRunner().invoke(program, arguments)
         assert refused.exit_code == 1
         assert f"error: {text} was changed after" in refused.stderr
+
+
+def test_what_was_not_measured_is_null_in_json() -> None:
+    assert _as_json(NOTHING) is None
