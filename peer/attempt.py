@@ -6,7 +6,7 @@ computes it itself.
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from dht.errors import BadMessage, SwarmError
@@ -15,6 +15,7 @@ from peer.certificate import (
     check_link,
     check_proposal,
     check_succession,
+    contribution_order,
     counted,
     quorum_votes,
     roster_of,
@@ -59,6 +60,22 @@ def agreed_contributions(
     """
     holders = Counter(digest for digests in held for digest in set(digests))
     return tuple(counted((c for c in commitments if holders[c.digest] >= quorum), MAX_COUNTED))
+
+
+def wanted_contributions(
+    commitments: Iterable[Commitment], seated: Set[str]
+) -> tuple[Commitment, ...]:
+    """The commitments whose bytes members are asked to pull: of `seated` peers first, then others.
+
+    Keys cost nothing: many strangers, who claim many tokens and send nothing, would take the places
+    of all who train.
+    """
+    theirs: dict[bool, list[Commitment]] = {True: [], False: []}
+    for commitment in commitments:
+        theirs[commitment.peer in seated].append(commitment)
+    chosen = counted(theirs[True], MAX_COUNTED)
+    chosen += counted(theirs[False], MAX_COUNTED - len(chosen))
+    return tuple(sorted(chosen, key=contribution_order))
 
 
 def pull_seconds(
@@ -134,7 +151,7 @@ class Attempt:
         Who does not answer in time is not waited for. Who does and still pulls (it has used up its
         time) is asked again, for as long as the bytes should take by what this peer has measured.
         """
-        wanted = tuple(counted(known, MAX_COUNTED))
+        wanted = wanted_contributions(known, {seat.peer for seat in self.roster})
         digests = {commitment.digest for commitment in wanted}
         round_end = self.node.history.round_end(self.held.module, self.ballot.slot)
         end = round_end + self._pull_seconds(wanted)

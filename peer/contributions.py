@@ -101,7 +101,7 @@ class Contributions:
             num_alike = sum(merged == key[1] for _, merged in known)
             if commitment.merged and num_alike >= MAX_COUNTED:
                 return False  # no version counts more; and all that is known fits one message
-            if num_alike >= MAX_CONTRIBUTIONS:
+            if num_alike >= MAX_CONTRIBUTIONS and not self._make_room(commitment, known):
                 raise BadMessage(sender, "more commitments than a round can hold")
             check_parts(commitment, known)
             known[key] = commitment
@@ -111,6 +111,23 @@ class Contributions:
             sources = [commitment.peer, sender, *self._group(commitment)]
             self._pull(commitment, sources, is_urgent=is_asked_for)
         return True
+
+    def _make_room(self, commitment: Commitment, known: dict[tuple[str, bool], Commitment]) -> bool:
+        """Whether a stranger's commitment, without bytes so far, has given way to a seated peer's.
+
+        Keys cost nothing, so whoever has many could else be first with all that a round can hold.
+        """
+        seated = {seat.peer for seat in self._seats(commitment)}
+        if commitment.peer not in seated:
+            return False
+        for key, other in known.items():
+            is_rival = key[1] == bool(commitment.merged) and other.peer not in seated
+            if is_rival and other.digest not in self._gradients:
+                del known[key]
+                if other.digest in self._pulls:
+                    self._pulls[other.digest].cancel()
+                return True
+        return False
 
     def _give_up_before(self, commitment: Commitment) -> None:
         """Stop pulling what the same peer offered in earlier slots: it is in the new one, too.
@@ -131,14 +148,18 @@ class Contributions:
     def _is_crowded(self, commitment: Commitment) -> bool:
         """Whether more contribute, or are expected to, than a version counts.
 
-        What cannot be counted is in the way of others of its kind only.
+        What cannot be counted is in the way of others of its kind only, and who has no seat in that
+        of nobody who has one.
         """
         module, slot = ModuleID.parse(commitment.module), commitment.slot
         rivals = self.known(module, slot)
         if (held := self._node.log.held.get(module)) is not None:
             usable = self.usable(rivals, held, slot)
             rivals = usable if commitment in usable else rivals
-        num_trainers = sum(seat.path is not None for seat in self._seats(commitment))
+        seats = self._seats(commitment)
+        if commitment.peer in (seated := {seat.peer for seat in seats}):
+            rivals = [rival for rival in rivals if rival.peer in seated]
+        num_trainers = sum(seat.path is not None for seat in seats)
         return max(len(rivals), num_trainers) > MAX_COUNTED
 
     def _seats(self, commitment: Commitment) -> tuple[Seat, ...]:

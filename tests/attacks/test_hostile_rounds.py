@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ from dipaco.compression import EncodedGradient, encode
 from dipaco.digest import index_of
 from dipaco.topology import ModuleID, PathID
 from peer.archive import whole
+from peer.blob_server import BLOB_PROTOCOL
 from peer.courier import Answer, Kind
 from peer.messages import (
+    MAX_CONTRIBUTIONS,
     MAX_TOKENS,
     Ballot,
     Certificate,
@@ -236,6 +239,39 @@ def test_commitments_that_no_version_can_count_are_in_nobodys_way(
                     await stranger.commit(bad)
                 await asyncio.sleep(ROUND_SECONDS)
                 assert bad in member.contributions.known(MODULE, bad.slot)
+            made = node.log.held[MODULE].after(before)
+            assert [set(c.proposal.contributors) for c in made] == 3 * [trainers]
+
+    run_virtual(scenario())
+
+
+def test_strangers_who_are_first_with_all_a_round_can_hold_keep_no_trainer_out(
+    tmp_path: Path,
+) -> None:
+    """They claim as much as they may, and send nothing when they are asked for it."""
+
+    async def silent(peer_id: str, payload: bytes) -> AsyncIterator[bytes]:
+        await asyncio.Event().wait()
+        yield b""
+
+    async def scenario() -> None:
+        async with swarm(tmp_path) as place:
+            strangers = [Stranger(place, 500 + number) for number in range(MAX_CONTRIBUTIONS)]
+            for stranger in strangers:
+                await stranger.transport.serve(BLOB_PROTOCOL, silent, max_request_bytes=4096)
+            node, member = strangers[0].node, strangers[0].honest[1].keeper.member
+            trainers = {place.peers[name].peer_id for name in ("peer0", "peer1")}
+            next_slot_time = node.history.first.slot_start(node.slot + 1)
+            await asyncio.sleep(next_slot_time - node.now() + 0.7 * ROUND_SECONDS)
+            before = node.log.held[MODULE].version
+            for _ in range(3):
+                slot = node.slot
+                for stranger in strangers:
+                    await stranger.commit(stranger.commitment(MODULE, tokens=MAX_TOKENS))
+                assert len(member.contributions.known(MODULE, slot)) == MAX_CONTRIBUTIONS
+                await asyncio.sleep(ROUND_SECONDS)
+                peers = {c.peer for c in member.contributions.known(MODULE, slot)}
+                assert peers > trainers
             made = node.log.held[MODULE].after(before)
             assert [set(c.proposal.contributors) for c in made] == 3 * [trainers]
 
