@@ -10,9 +10,6 @@ class Beside:
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[object]] = set()
 
-    def __bool__(self) -> bool:
-        return bool(self._tasks)
-
     def do(self, coroutine: Coroutine[object, object, object]) -> asyncio.Task[object]:
         """Begin something."""
         task = asyncio.ensure_future(coroutine)

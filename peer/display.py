@@ -102,8 +102,13 @@ _LINES = {
     "error": ("error", "{where}: {why}"),
 }
 _ERRORS = {
-    *("error", "not counted", "growth refused", "scores missing"),
-    *("p2pd restarted", "p2pd not restarted", "p2pd keeps failing"),
+    "error",
+    "growth refused",
+    "not counted",
+    "p2pd keeps failing",
+    "p2pd not restarted",
+    "p2pd restarted",
+    "scores missing",
 }
 
 

@@ -14,7 +14,7 @@ from dht.records import Head
 from dipaco.compression import encode
 from dipaco.config import TopologyConfig
 from dipaco.topology import ModuleID
-from peer.blob_server import BlobServer
+from peer.blob_server import BLOB_PROTOCOL, BlobServer
 from peer.courier import Courier, Kind
 from peer.faults import Faults
 from peer.messages import (
@@ -26,12 +26,23 @@ from peer.messages import (
     sign,
 )
 from peer.store import BlobStore
+from peer.transport import Transport
 from tests.lab import Lab, lab
 from tests.little_run import identity, little_config
 
 ROUND_SECONDS = 20.0
 MODULE = ModuleID(0, 0)
 OTHER = ModuleID(1, 0)
+
+
+async def serve_silently(transport: Transport) -> None:
+    """Take every request for a blob, and never answer."""
+
+    async def wait(_asker: str, _payload: bytes) -> AsyncIterator[bytes]:
+        await asyncio.Event().wait()
+        yield b""
+
+    await transport.serve(BLOB_PROTOCOL, wait, max_request_bytes=512)
 
 
 class Stranger:

@@ -2,7 +2,6 @@
 
 import asyncio
 import gc
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ from dipaco.compression import EncodedGradient, encode
 from dipaco.digest import index_of
 from dipaco.topology import ModuleID, PathID
 from peer.archive import whole
-from peer.blob_server import BLOB_PROTOCOL
 from peer.courier import Answer, Kind
 from peer.messages import (
     MAX_CONTRIBUTIONS,
@@ -37,6 +35,7 @@ from tests.attacks.stranger import (
     advances,
     changed_proposal,
     next_proposal,
+    serve_silently,
     swarm,
     take_seat,
 )
@@ -250,15 +249,11 @@ def test_strangers_who_are_first_with_all_a_round_can_hold_keep_no_trainer_out(
 ) -> None:
     """They claim as much as they may, and send nothing when they are asked for it."""
 
-    async def silent(peer_id: str, payload: bytes) -> AsyncIterator[bytes]:
-        await asyncio.Event().wait()
-        yield b""
-
     async def scenario() -> None:
         async with swarm(tmp_path) as place:
             strangers = [Stranger(place, 500 + number) for number in range(MAX_CONTRIBUTIONS)]
             for stranger in strangers:
-                await stranger.transport.serve(BLOB_PROTOCOL, silent, max_request_bytes=4096)
+                await serve_silently(stranger.transport)
             node, member = strangers[0].node, strangers[0].honest[1].keeper.member
             trainers = {place.peers[name].peer_id for name in ("peer0", "peer1")}
             next_slot_time = node.history.first.slot_start(node.slot + 1)

@@ -18,11 +18,12 @@ from dipaco.config import RoutingConfig
 from dipaco.digest import blob_digest
 from dipaco.discriminative import encode_scores
 from dipaco.tensors import encode_tensors
-from peer.blob_server import BLOB_PROTOCOL, BlobServer
+from peer.blob_server import BlobServer
 from peer.chunk_plan import MAX_SOURCES
 from peer.discovery import MAX_CLAIMS, RUMOUR_TIMEOUT_SECONDS, choose_claims
 from peer.manifest import Manifest
 from peer.store import BlobStore
+from tests.attacks.stranger import serve_silently
 from tests.lab import Lab, LabPeer, lab
 from tests.little_run import identity, little_config, make_run
 from tests.peer.test_succession import next_manifest, with_levels
@@ -50,15 +51,6 @@ class Liar:
             peer=self.peer_id, run=self.run, name="x", version=version, manifest=digest
         )
         await self.swarm.store(record, 60.0)
-
-    async def fall_silent(self) -> None:
-        """Take every request for a blob, and never answer."""
-
-        async def wait(_asker: str, _payload: bytes) -> AsyncIterator[bytes]:
-            await asyncio.Event().wait()
-            yield b""
-
-        await self.transport.serve(BLOB_PROTOCOL, wait, max_request_bytes=512)
 
     async def offer(self, raw: bytes, *, path: str = "0.0") -> None:
         blob = self.store.add(raw)
@@ -163,7 +155,7 @@ def test_who_points_to_a_manifest_and_keeps_silent_costs_one_short_wait(tmp_path
 
             async with liars(place, MAX_CLAIMS + 1) as [honest, *others]:
                 for number, liar in enumerate(others):
-                    await liar.fall_silent()
+                    await serve_silently(liar.transport)
                     await liar.point_to(f"{number:064x}", version=2**50)
                 await look()
                 assert node.faults.total >= MAX_CLAIMS, "they were asked"
@@ -189,7 +181,7 @@ def test_silent_peers_that_name_the_true_manifest_hide_it_for_a_few_looks_only(
                 digest = honest.store.add(second.to_bytes())
                 await honest.point_to(digest)
                 for liar in others:
-                    await liar.fall_silent()
+                    await serve_silently(liar.transport)
                     await liar.point_to(digest)
                 for _ in range(4):
                     await victim.keeper.discovery.look()

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +9,8 @@ import pytest
 
 from dipaco.config import TopologyConfig
 from dipaco.topology import ModuleID
-from peer.draft import Draft
 from peer.path_work import PathWork
-from tests.lab import Device, Lab, LabPeer, certified_states, lab
+from tests.lab import Lab, LabPeer, certified_states, lab
 from tests.little_run import little_config
 from tests.virtual_clock import run_virtual
 
@@ -402,79 +400,6 @@ def test_what_an_exact_run_saves_after_a_slot_knows_all_that_was_sent_in_it(
             await place.until_versions(1, everyone[1:], within=4 * ROUND)
             assert are_encoded
             assert all(are_encoded)
-
-    run_virtual(scenario())
-
-
-def test_who_encodes_for_longer_than_a_slot_encodes_one_outer_gradient_at_a_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Else copies pile up, and what is dropped of them has no blob to be told by if it is counted:
-    all of its progress would stay on top, to be counted once more.
-    """
-    offload, encoding = Device.offload, [0]
-
-    async def late(device: Device, function: Callable[[], object]) -> object:
-        if getattr(function, "__func__", None) is not Draft.encode:
-            return await offload(device, function)
-        encoding.append(encoding[-1] + 1)
-        await asyncio.sleep(1.25 * ROUND)  # one module after the other
-        encoding.append(encoding[-1] - 1)
-        return await offload(device, function)
-
-    monkeypatch.setattr(Device, "offload", late)
-
-    async def scenario() -> None:
-        config = replace(
-            little_config(num_rounds=100, blocking=False), topology=TopologyConfig(levels=(1,))
-        )
-        async with lab(tmp_path, config) as place:
-            await place.bootstrap()
-            peer = await place.join("peer", step_seconds=4.0)
-            await asyncio.sleep(10 * ROUND)
-            slots = [entry["slot"] for entry in peer.seen("contributed")]
-            assert len(slots) >= 3
-            assert max(encoding) == 1
-            modules = len(place.run.manifest.topology.modules)
-            committed = [entry["slot"] for entry in peer.seen("committed")]
-            assert committed == sorted(slots * modules)[: len(committed)]
-            assert len(committed) >= 2 * modules
-
-    run_virtual(scenario())
-
-
-def test_where_evaluating_takes_longer_than_a_round_the_last_one_is_evaluated_and_all_is_saved(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    offload, evaluating, saved = Device.offload, [0], []
-
-    async def slow(device: Device, function: Callable[[], object]) -> object:
-        if getattr(function, "__func__", None) is PathWork.save:
-            saved.append(asyncio.get_running_loop().time())
-        if getattr(function, "__func__", None) is not PathWork.evaluate:
-            return await offload(device, function)
-        result = await offload(device, function)
-        evaluating.append(evaluating[-1] + 1)
-        await asyncio.sleep(1.25 * ROUND)
-        evaluating.append(evaluating[-1] - 1)
-        return result
-
-    monkeypatch.setattr(Device, "offload", slow)
-
-    async def scenario() -> None:
-        config = replace(
-            little_config(num_rounds=8, blocking=False), topology=TopologyConfig(levels=(1,))
-        )
-        async with lab(tmp_path, config) as place:
-            await place.bootstrap()
-            peer = await place.join("peer")
-            await place.until(lambda: bool(peer.seen("finished")), within=20 * ROUND, what="an end")
-            rounds = [entry["round"] for entry in peer.seen("round")]
-            assert rounds[-1] == 8
-            assert rounds == sorted(set(rounds))
-            assert len(rounds) < 8, "the fault: every round was evaluated in time"
-            assert max(evaluating) == 1
-            assert len(saved) >= 7, "once a slot"
 
     run_virtual(scenario())
 
