@@ -129,6 +129,7 @@ def apply_contributions(
     norms = [gradient.norm for gradient in gradients]
     clips = clip_factors(norms, config.clip_norm)
     mean_norm = sum(w * norm * clip for w, norm, clip in zip(weights, norms, clips, strict=True))
+    assert not config.learning_rate_by_paths, "the module's own settings, not the run's"
     step = _OuterStep(state, config)
     if config.rescale == "rda":
         factors = [w / n if n > _LEAST_NORM else 0.0 for w, n in zip(weights, norms, strict=True)]
@@ -250,7 +251,7 @@ def warm_up(config: OuterConfig) -> None:
     raw = encode(torch.zeros(1), config.wire_format)
     gradient = EncodedGradient(raw, config.wire_format, num_parameters=1)
     state = ModuleState.initial(torch.zeros(1))
-    apply_contributions(state, [(0.5, gradient), (0.5, gradient)], 2, config)
+    apply_contributions(state, [(0.5, gradient), (0.5, gradient)], 2, config.of_module(2))
 
 
 def as_float32(value: float | Fraction) -> float:

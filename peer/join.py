@@ -96,7 +96,7 @@ async def join(config: PeerConfig, display: Display) -> None:
 
 async def stay_reachable(network: Network, keeper: Keeper, state_dir: Path) -> None:
     """Follow the relays as they come and go, and this machine from network to network."""
-    while True:  # a full disk, or a p2pd that is being restarted, must not end it
+    while True:  # a full disk must not end it, nor a p2pd that is restarted; it begins with a pause
         following = _follow_changes(network, keeper, state_dir)
         await guarded(following, "reachability", keeper.node.events)
 

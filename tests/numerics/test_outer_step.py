@@ -15,6 +15,7 @@ from dipaco.outer import (
     average,
     contribution_weights,
     rescale_factor,
+    warm_up,
 )
 from dipaco.topology import PathID
 
@@ -150,6 +151,9 @@ def test_the_outer_learning_rate_may_depend_on_the_number_of_paths() -> None:
     config = OuterConfig(learning_rate=0.5, learning_rate_by_paths=((4.0, 0.8), (2.0, 0.6)))
     rates = [config.of_module(num_paths).learning_rate for num_paths in (1, 2, 3, 4, 16)]
     assert rates == [0.5, 0.6, 0.6, 0.8, 0.8]
+    warm_up(config)
+    with pytest.raises(AssertionError, match="the module's own settings"):
+        apply_contributions(ModuleState.initial(torch.zeros(4)), [(1.0, torch.ones(4))], 1, config)
 
 
 def test_weights_follow_the_shards_and_peers_of_one_path_split_theirs() -> None:
