@@ -16,6 +16,8 @@ from dipaco.topology import ModuleID, PathID
 from peer.display import describe
 from peer.manifest import Manifest
 from peer.messages import Certificate
+from peer.path_work import PathWork
+from peer.scoring import Scoring
 from peer.succession import ManifestDraft
 from tests.lab import Lab, LabPeer, certified_states, lab
 from tests.little_run import little_config
@@ -321,5 +323,36 @@ def test_a_discriminative_phase_is_scored_by_the_peers_and_sharded_by_the_operat
             assert (scores < 0).all(), "log-likelihoods"
             assert len({tuple(column.tolist()) for column in scores.T}) == 4
             assert_agreement(everyone)
+
+    run_virtual(scenario())
+
+
+def test_the_operator_is_told_in_each_phase_that_scores_are_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not in every slot: here nobody scores anything before it was told."""
+    step = Scoring.step
+
+    async def scenario() -> None:
+        routing = RoutingConfig(
+            method="discriminative", prefix_tokens=4, router_fraction=0.1, phases=(1, 2)
+        )
+        config = replace(little_config(num_rounds=MANY, round_seconds=ROUND), routing=routing)
+        async with lab(tmp_path, config) as place:
+            operator = (await swarm(place, 4))[0]
+
+            async def late(scoring: Scoring, work: PathWork, **limits: Any) -> bool:
+                issued = [entry["time"] for entry in operator.seen("issued")]
+                told = [entry["time"] for entry in operator.seen("scores missing")]
+                is_told = bool(told) and (not issued or told[-1] > issued[-1])
+                return is_told and await step(scoring, work, **limits)
+
+            monkeypatch.setattr(Scoring, "step", late)
+            place.operate()
+            await place.until(
+                lambda: len(operator.seen("issued")) == 2, within=30 * ROUND, what="both phases"
+            )
+            told = [entry["paths"] for entry in operator.seen("scores missing")]
+            assert told.count(sorted(PATHS)) == 2
 
     run_virtual(scenario())
